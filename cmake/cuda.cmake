@@ -1,0 +1,1 @@
+string(APPEND build_report "cuda: not built\n")

@@ -1,0 +1,87 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fastlm::cpu {
+
+#if FASTLM_X86
+namespace avx512bf16 { extern const Kernels kTable; }
+namespace avx512 { extern const Kernels kTable; }
+namespace avx2 { extern const Kernels kTable; }
+#endif
+namespace baseline { extern const Kernels kTable; }
+
+namespace {
+
+struct Isa {
+  const Kernels* table;
+  bool (*usable)();
+};
+
+// __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+const Isa kIsas[] = {
+#if FASTLM_X86
+    {&avx512bf16::kTable,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512bf16");
+     }},
+    {&avx512::kTable,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     }},
+    // Every CPU with AVX2 has F16C; GCC before 11 cannot ask for it by name.
+    {&avx2::kTable, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {&baseline::kTable, [] { return true; }},
+};
+
+std::atomic<const Kernels*> active{nullptr};
+
+}  // namespace
+
+std::vector<const char*> compiled_isas() {
+  std::vector<const char*> names;
+  for (const Isa& isa : kIsas) names.push_back(isa.table->isa);
+  return names;
+}
+
+std::vector<const char*> usable_isas() {
+  std::vector<const char*> names;
+  for (const Isa& isa : kIsas) {
+    if (isa.usable()) names.push_back(isa.table->isa);
+  }
+  return names;
+}
+
+void select_isa(const char* name) {
+  std::string known;
+  for (const Isa& isa : kIsas) {
+    known += std::string(known.empty() ? "" : ", ") + isa.table->isa;
+    if (std::strcmp(isa.table->isa, name) != 0) continue;
+    if (!isa.usable()) throw std::invalid_argument(std::string("fastlm: this CPU cannot run the instruction set ") + name);
+    active.store(isa.table, std::memory_order_release);
+    return;
+  }
+  throw std::invalid_argument(std::string("fastlm: FASTLM_CPU_ISA must be one of ") + known + ", got " + name);
+}
+
+const Kernels& kernels() {
+  const Kernels* table = active.load(std::memory_order_acquire);
+  if (table == nullptr) {
+    const char* forced = std::getenv("FASTLM_CPU_ISA");
+    select_isa(forced != nullptr && *forced ? forced : usable_isas().front());
+    table = active.load(std::memory_order_acquire);
+  }
+  return *table;
+}
+
+const Kernels& kernels_for(DType dtype) { return dtype == DType::kF64 ? baseline::kTable : kernels(); }
+
+}  // namespace fastlm::cpu

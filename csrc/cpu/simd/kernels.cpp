@@ -1,0 +1,14 @@
+// Compiled once per instruction set, with FASTLM_ISA naming it. To add an op, include its -inl.h and name its table.
+#include "kernels.h"
+
+#include "relu-inl.h"
+
+#define FASTLM_STRING_(x) #x
+#define FASTLM_STRING(x) FASTLM_STRING_(x)
+
+namespace fastlm::cpu::FASTLM_ISA {
+
+extern const Kernels kTable;
+const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kReluKernels};
+
+}  // namespace fastlm::cpu::FASTLM_ISA

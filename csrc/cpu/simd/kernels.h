@@ -1,0 +1,16 @@
+// The table of kernels that each instruction set fills in. Pointers and numbers only: nothing here knows of tensors.
+#pragma once
+
+#include <cstdint>
+
+#include "../../dtype.h"
+#include "relu.h"
+
+namespace fastlm::cpu {
+
+struct Kernels {
+  const char* isa;
+  ReluKernels relu;
+};
+
+}  // namespace fastlm::cpu

@@ -1,0 +1,217 @@
+// One vector of the instruction set being compiled, and the few operations that the kernels are written in.
+//
+// Built on the compiler's vector extension: + - * / and comparisons are the language's own, so the width is written
+// nowhere else and aarch64 gets NEON from the same source. Intrinsics stand only where the extension has no word for
+// it. Everything lives in an unnamed namespace inside the instruction set's own: nothing compiled with AVX-512 may
+// become the copy of a function that a lesser machine executes.
+//
+//   load<T>(p), load_n<T>(p, n)   T in memory (float, double, bf16, f16) to a vector of float (or double); the
+//                                 first n lanes, the rest zero: a tail runs the same arithmetic as the body
+//   store(p, v), store_n(p, v, n) the reverse, rounding to nearest even
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define FASTLM_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTLM_VECTOR_BYTES 32
+#else
+#define FASTLM_VECTOR_BYTES 16
+#endif
+
+namespace fastlm::cpu::FASTLM_ISA {
+namespace {
+
+typedef float f32v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
+typedef double f64v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
+typedef int32_t i32v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
+typedef uint32_t u32v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
+typedef int64_t i64v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
+typedef uint16_t u16h __attribute__((vector_size(FASTLM_VECTOR_BYTES / 2)));  // as many 16-bit lanes as f32v has
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+// What a stored element is computed in.
+template <class T> struct ComputeOf { using type = float; using vec = f32v; };
+template <> struct ComputeOf<double> { using type = double; using vec = f64v; };
+template <class T> using compute_t = typename ComputeOf<T>::type;
+template <class T> using vec_t = typename ComputeOf<T>::vec;
+
+template <class V> constexpr int lanes_of = FASTLM_VECTOR_BYTES / sizeof(V{}[0]);
+constexpr int kLanes = lanes_of<f32v>;
+
+template <class V, class S> inline V splat(S s) {
+  return V{} + static_cast<std::decay_t<decltype(V{}[0])>>(s);
+}
+
+// --- 16-bit formats ---------------------------------------------------------------------------------------------------
+inline f32v widen_bf16(u16h h) { return (f32v)(__builtin_convertvector(h, u32v) << 16); }
+
+// Integer rounding, not vcvtneps2bf16: that instruction flushes denormals, torch does not.
+inline u16h narrow_bf16(f32v v) {
+  u32v u = (u32v)v;
+  u32v rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  u32v quiet_nan = (u >> 16) | 0x40u;
+  return __builtin_convertvector((u32v)(v != v ? quiet_nan : rounded), u16h);
+}
+
+inline f32v widen_f16(u16h h) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_cvtph_ps((__m128i)h);
+#else
+  u32v u = __builtin_convertvector(h, u32v), magnitude = (u & 0x7fffu) << 13;
+  f32v scaled = (f32v)magnitude * 0x1p112f;  // rebiases the exponent, and makes normal numbers of denormals
+  u32v special = magnitude | 0x7f800000u;    // inf and NaN
+  return (f32v)(((u & 0x8000u) << 16) | (magnitude >= 0x0f800000u ? special : (u32v)scaled));
+#endif
+}
+
+inline u16h narrow_f16(f32v v) {
+#if defined(__AVX512F__)
+  return (u16h)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (u16h)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  u32v u = (u32v)v, magnitude = u & 0x7fffffffu;
+  u32v rebiased = magnitude - 0x38000000u;
+  u32v normal = (rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13;
+  // Adding 0.5 lines the last bit of the float up with the last bit of a half denormal, and rounds.
+  u32v denormal = (u32v)((f32v)magnitude + 0.5f) - 0x3f000000u;
+  u32v infinite = magnitude > 0x7f800000u ? 0x7e00u + (u32v){} : 0x7c00u + (u32v){};
+  u32v half = magnitude >= 0x47800000u ? infinite : (magnitude < 0x38800000u ? denormal : normal);
+  return __builtin_convertvector(half | ((u >> 16) & 0x8000u), u16h);
+#endif
+}
+
+// --- load and store ---------------------------------------------------------------------------------------------------
+template <class V, class T> inline V load_raw(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T> inline V load_raw_n(const T* p, int n) {
+  V v{};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+
+template <class T> inline vec_t<T> load(const T* p);
+template <> inline f32v load<float>(const float* p) { return load_raw<f32v>(p); }
+template <> inline f64v load<double>(const double* p) { return load_raw<f64v>(p); }
+template <> inline f32v load<bf16>(const bf16* p) { return widen_bf16(load_raw<u16h>(p)); }
+template <> inline f32v load<f16>(const f16* p) { return widen_f16(load_raw<u16h>(p)); }
+
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+#elif defined(__AVX2__)
+inline __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
+template <class T> inline vec_t<T> load_n(const T* p, int n);
+template <> inline f32v load_n<float>(const float* p, int n) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_maskz_loadu_ps(first_lanes(n), p);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_maskload_ps(p, first_lanes(n));
+#else
+  return load_raw_n<f32v>(p, n);
+#endif
+}
+template <> inline f64v load_n<double>(const double* p, int n) { return load_raw_n<f64v>(p, n); }
+inline u16h load_u16_n(const void* p, int n) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  return (u16h)_mm256_maskz_loadu_epi16(first_lanes(n), p);
+#else
+  return load_raw_n<u16h>(static_cast<const uint16_t*>(p), n);
+#endif
+}
+template <> inline f32v load_n<bf16>(const bf16* p, int n) { return widen_bf16(load_u16_n(p, n)); }
+template <> inline f32v load_n<f16>(const f16* p, int n) { return widen_f16(load_u16_n(p, n)); }
+
+inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, f64v v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, f32v v) {
+  u16h h = narrow_bf16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+inline void store(f16* p, f32v v) {
+  u16h h = narrow_f16(v);
+  std::memcpy(p, &h, sizeof h);
+}
+
+inline void store_n(float* p, f32v v, int n) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, first_lanes(n), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, first_lanes(n), (__m256)v);
+#else
+  std::memcpy(p, &v, n * sizeof(float));
+#endif
+}
+inline void store_n(double* p, f64v v, int n) { std::memcpy(p, &v, n * sizeof(double)); }
+inline void store_u16_n(void* p, u16h h, int n) {
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+  _mm256_mask_storeu_epi16(p, first_lanes(n), (__m256i)h);
+#else
+  std::memcpy(p, &h, n * sizeof(uint16_t));
+#endif
+}
+inline void store_n(bf16* p, f32v v, int n) { store_u16_n(p, narrow_bf16(v), n); }
+inline void store_n(f16* p, f32v v, int n) { store_u16_n(p, narrow_f16(v), n); }
+
+// --- arithmetic -------------------------------------------------------------------------------------------------------
+// a * b + c; the compiler contracts it to one instruction where the set has it.
+template <class V> inline V fma(V a, V b, V c) { return a * b + c; }
+template <class V> inline V select(decltype(V{} < V{}) mask, V a, V b) { return mask ? a : b; }
+// NaN in x stays NaN: the comparison is false for it.
+template <class V> inline V relu(V x) { return x <= V{} ? V{} : x; }
+
+inline f32v sqrt(f32v v) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (f32v)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < kLanes; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+#endif
+}
+inline f64v sqrt(f64v v) {
+  for (int i = 0; i < lanes_of<f64v>; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+}
+
+template <class V> inline auto reduce_add(V v) {
+  auto sum = v[0];
+  for (int i = 1; i < lanes_of<V>; ++i) sum += v[i];
+  return sum;
+}
+
+// Calls step(offset, count) over [0, n): full vectors first, then one partial one.
+template <class V, class Step> inline void for_each_vector(int64_t n, const Step& step) {
+  constexpr int kStep = lanes_of<V>;
+  int64_t i = 0;
+  for (; i + kStep <= n; i += kStep) step(i, kStep);
+  if (i < n) step(i, static_cast<int>(n - i));
+}
+// The load or store that fits: whole where count is a whole vector.
+template <class T> inline vec_t<T> load_count(const T* p, int count) {
+  return count == lanes_of<vec_t<T>> ? load(p) : load_n(p, count);
+}
+template <class T> inline void store_count(T* p, vec_t<T> v, int count) {
+  count == lanes_of<vec_t<T>> ? store(p, v) : store_n(p, v, count);
+}
+
+}  // namespace
+}  // namespace fastlm::cpu::FASTLM_ISA

@@ -1,0 +1,108 @@
+// fastlm._cpu: argument checks and bindings, nothing else.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/relu.h"
+#include "tensor_view.h"
+
+namespace fastlm {
+namespace {
+
+using OptionalTensor = std::optional<TensorView>;
+
+// Longer kernels let other Python threads run meanwhile; below this, giving the GIL away costs more than it brings.
+constexpr int64_t kReleaseGil = 1 << 15;
+
+template <class Run>
+void run_kernel(int64_t work, const Run& run) {
+  if (work < kReleaseGil) return run();
+  py::gil_scoped_release release;
+  run();
+}
+
+void check_float(const char* op, const char* name, const TensorView& t) {
+  FASTLM_CHECK(int(t.dtype) < kNumFloatDTypes, op, ": ", name, " must be a floating-point tensor, got ", t.describe());
+  FASTLM_CHECK(!t.cuda, op, ": ", name, " must be on cpu, got cuda");
+}
+
+// All of one dtype, dense, with the same sizes and strides, so that one flat loop pairs their elements.
+void check_same_dense(const char* op, const TensorView& first, std::initializer_list<const TensorView*> others) {
+  check_float(op, "the first tensor", first);
+  FASTLM_CHECK(first.dense(), op, ": tensors must be dense, got ", first.describe());
+  for (const TensorView* other : others) {
+    FASTLM_CHECK(other->dtype == first.dtype && !other->cuda && same_layout(*other, first), op,
+                 ": tensors must share dtype, sizes and strides; got ", first.describe(), " and ", other->describe());
+  }
+}
+
+struct Rows {
+  int64_t rows, cols;
+};
+Rows check_rows(const char* op, const TensorView& x, const TensorView& bias) {
+  FASTLM_CHECK(x.contiguous() && x.ndim >= 1, op, ": x must be contiguous with at least one dimension, got ",
+               x.describe());
+  int64_t cols = x.shape[x.ndim - 1];
+  FASTLM_CHECK(bias.ndim == 1 && bias.shape[0] == cols && bias.contiguous() && bias.dtype == x.dtype && !bias.cuda, op,
+               ": bias must be contiguous (", cols, ") of dtype ", dtype_name(x.dtype), ", got ", bias.describe());
+  return {cols > 0 ? x.numel() / cols : 0, cols};
+}
+
+void relu_forward(const TensorView& x, const TensorView& y, bool squared, int threads) {
+  check_same_dense("relu", x, {&y});
+  int64_t n = x.numel();
+  run_kernel(n, [&] { cpu::relu_forward(x.dtype, x.data, y.data, n, squared, threads); });
+}
+
+void relu_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, bool squared, int threads) {
+  check_same_dense("relu_backward", dy, {&saved, &dx});
+  int64_t n = dy.numel();
+  run_kernel(n, [&] { cpu::relu_backward(dy.dtype, dy.data, saved.data, dx.data, n, squared, threads); });
+}
+
+void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorView& y, bool squared, int threads) {
+  check_same_dense("bias_act", x, {&y});
+  auto [rows, cols] = check_rows("bias_act", x, bias);
+  run_kernel(rows * cols, [&, rows = rows, cols = cols] {
+    cpu::bias_act_forward(x.dtype, x.data, bias.data, y.data, rows, cols, squared, threads);
+  });
+}
+
+void bias_act_backward(const TensorView& dy, const TensorView& saved, const TensorView& bias, const TensorView& dx,
+                       const OptionalTensor& dbias, bool squared, int threads) {
+  check_same_dense("bias_act_backward", dy, {&saved, &dx});
+  auto [rows, cols] = check_rows("bias_act_backward", dy, bias);
+  if (dbias) {
+    DType sum = dy.dtype == DType::kF64 ? DType::kF64 : DType::kF32;
+    FASTLM_CHECK(dbias->dtype == sum && dbias->contiguous() && dbias->numel() == cols && !dbias->cuda,
+                 "bias_act_backward: dbias must be contiguous (", cols, ") of dtype ", dtype_name(sum), ", got ",
+                 dbias->describe());
+  }
+  run_kernel(rows * cols, [&, rows = rows, cols = cols] {
+    cpu::bias_act_backward(dy.dtype, dy.data, saved.data, bias.data, dx.data, dbias ? dbias->data : nullptr, rows, cols,
+                           squared, threads);
+  });
+}
+
+}  // namespace
+}  // namespace fastlm
+
+PYBIND11_MODULE(_cpu, m) {
+  namespace cpu = fastlm::cpu;
+  m.doc() = "fastlm's CPU kernels. Outputs are allocated by the caller; see fastlm/kernels/native.";
+  m.def("compiled_isas", &cpu::compiled_isas, "Instruction sets in this binary, best first.");
+  m.def("usable_isas", &cpu::usable_isas, "Those that this machine can run, best first.");
+  m.def("active_isa", [] { return cpu::kernels().isa; }, "The one in use.");
+  m.def("select_isa", [](const std::string& name) { cpu::select_isa(name.c_str()); }, "Force one of the usable sets.");
+  m.def("threads_usable", &cpu::threads_usable, "False in a forked child, where kernels run on one thread.");
+  m.def("use_exchange", [](bool on) { return fastlm::TensorReader::instance().use_exchange(on); },
+        "Read tensors through torch's DLPack exchange capsule (the default where there is one); returns whether it is in use.");
+
+  m.def("relu_forward", &fastlm::relu_forward);
+  m.def("relu_backward", &fastlm::relu_backward);
+  m.def("bias_act_forward", &fastlm::bias_act_forward);
+  m.def("bias_act_backward", &fastlm::bias_act_backward);
+}
