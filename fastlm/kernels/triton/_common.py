@@ -1,0 +1,76 @@
+"""What the Triton kernels share: dtypes, registration, launch.
+
+Naming code: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask, `b_` block of values; sizes
+B H T S D (batch, heads, queries, keys, head dim), blocks BT BS BD; a comment gives the shape of each load.
+
+Rules that Triton does not enforce: values are widened to float32 before any arithmetic (the interpreter keeps bfloat16
+as bare bits); offsets into tensors are int64; NaN must survive, so selections are comparisons, never tl.maximum.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlm._library import kernel
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+# Triton reads the variable when a kernel is decorated, so it holds for the whole process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+
+
+def triton_kernel(op: str, supports: Callable[..., str | None]) -> Callable[[Callable], Callable]:
+    """Register the decorated function for CUDA, and for the CPU where TRITON_INTERPRET=1."""
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        for device in _DEVICES:
+            kernel(op, backend="triton", device=device, supports=supports)(run)
+        return run
+
+    return register
+
+
+def unsupported_dtype(x: Tensor, *_: object) -> str | None:
+    return None if x.dtype in FLOATS else f"does not take {x.dtype}"
+
+
+def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x with the strides of `like`, which is dense: itself where they agree, else a copy.
+
+    Called inside kernels, never in a traced formula, from which a compiler may drop it.
+    """
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+def launch(jit_kernel: Any, programs: int, first: Tensor, *args: Any, **constants: Any) -> None:
+    """Run `programs` instances on the device of `first`: Triton itself takes the current device, whatever it is given.
+
+    The grid has one dimension, the only one that may pass 65,535.
+    """
+    if programs == 0:
+        return
+    if first.is_cuda and first.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            jit_kernel[(programs,)](first, *args, **constants)
+    else:
+        jit_kernel[(programs,)](first, *args, **constants)
+
+
+@triton.jit
+def widen(b_x):
+    """float64 as it is, everything else as float32."""
+    if b_x.dtype != tl.float64:
+        b_x = b_x.to(tl.float32)
+    return b_x
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability that configurations are chosen for; (0, 0) in the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
