@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY      = $(VENV)/bin/python
+# CUDA is compiled where there is a GPU to run it, unless FASTLM_CUDA says otherwise.
+FASTLM_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
+export FASTLM_CUDA
 
 .PHONY: help
 help:  ## Print this list
