@@ -42,6 +42,7 @@ _STDLIB_EXCLUDED_FILES = re.compile(r"^(_sysconfigdata.*|__hello__|sitecustomize
 # A file is a near-duplicate if this share of its distinct lines stands in one other file.
 _NEAR_DUPLICATE_SHARE = 0.7
 _TELLING_CHARACTERS = 12  # shorter lines ("else:", "return") are common to unrelated files
+_SEEN_CHARACTERS = 20  # from this length on, a held-out line that training has too is counted in the report
 
 # All that ends a line or a page in Unicode (The Unicode Standard, section 5.8): CRLF, CR, VT, FF, NEL, LS, PS.
 _NEWLINE = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
@@ -167,8 +168,9 @@ def _text_files(directory: Path, report: CleaningReport) -> Iterator[Path]:
         names[:] = sorted(name for name in names if not name.startswith(".") and name != "__pycache__")
         for name in sorted(files):
             report.files_found += 1
-            if Path(name).suffix.lower() in TEXT_SUFFIXES:
-                yield Path(root, name)
+            path = Path(root, name)
+            if path.suffix.lower() in TEXT_SUFFIXES and path.is_file():  # not a pipe, nor a link to nothing
+                yield path
             else:
                 report.files_excluded += 1
 
@@ -252,9 +254,12 @@ def _split(documents: list[str], report: CleaningReport) -> Corpus:
         val = [text[cut:] for text, cut in zip(documents, cuts, strict=True)]
     report.train_documents, report.train_bytes = len(train), _utf8_bytes(train)
     report.val_documents, report.val_bytes = len(val), _utf8_bytes(val)
-    train_lines = {line for text in train for line in text.split("\n") if len(line) >= 20}
+    train_lines = {line for text in train for line in text.splitlines(keepends=True)}
     report.val_bytes_seen = sum(
-        len(line.encode()) + 1 for text in val for line in text.split("\n") if len(line) >= 20 and line in train_lines
+        len(line.encode())
+        for text in val
+        for line in text.splitlines(keepends=True)
+        if len(line) >= _SEEN_CHARACTERS and line in train_lines
     )
     digest = hashlib.sha256()
     for part in (train, val):

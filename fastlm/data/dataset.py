@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +29,9 @@ from fastlm.data.ngram import ngram_bits_per_byte
 from fastlm.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 from fastlm.data.tokens import TokenFile, bits_per_byte
 
-_VERSION = 1  # goes up when the same text would give other tokens; older folders are then not found any more
+# Goes up when the same text would give other tokens or another baseline; older folders are then not found any more.
+_VERSION = 1
+_LITTER_AGE = 24 * 3600  # seconds after which a temporary folder is taken for what a killed run left
 
 
 @dataclass(frozen=True)
@@ -95,14 +98,15 @@ class Dataset:
     def ngram_bits_per_byte(self, order: int = 5) -> float:
         """What a byte n-gram model reaches on this split. Computed once (seconds for 9 MB), then kept in the folder."""
         file = self.path / f"ngram{order}.json"
+        what = {"version": _VERSION, "corpus_sha256": self.corpus_sha256, "order": order}
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads(file.read_bytes())
-            if content["corpus_sha256"] == self.corpus_sha256:
-                return float(content["bits_per_byte"])
+            value = float(content.pop("bits_per_byte"))
+            if content == what:
+                return value
         value = ngram_bits_per_byte(self.documents("train"), self.documents("val"), order)
         with contextlib.suppress(OSError):  # a full disk or a read-only folder costs the time again, nothing else
-            text = json.dumps({"corpus_sha256": self.corpus_sha256, "bits_per_byte": value})
-            write_atomically(file, text.encode())
+            write_atomically(file, json.dumps({**what, "bits_per_byte": value}, indent=1).encode())
         return value
 
 
@@ -135,6 +139,7 @@ def prepare(
         return Dataset.open(final)
     try:
         os.makedirs(out_dir, exist_ok=True)
+        _remove_litter(final)
         temporary = final.with_name(f".tmp-{final.name}-{os.getpid()}-{secrets.token_hex(4)}")
         os.mkdir(temporary)
     except OSError as error:
@@ -154,6 +159,13 @@ def _build(folder: Path, corpus: Corpus, kind: str, vocab_size: int) -> None:
     content = {"version": _VERSION, "corpus_sha256": corpus.sha256, "report": dataclasses.asdict(corpus.report)}
     content["sha256"] = _checksum(content)
     write_atomically(folder / "dataset.json", json.dumps(content, indent=1).encode())
+
+
+def _remove_litter(final: Path) -> None:
+    for folder in final.parent.glob(f".tmp-{final.name}-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _LITTER_AGE:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(temporary: Path, final: Path) -> Dataset:

@@ -6,6 +6,10 @@ import errno
 import os
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("data", deadline=None)  # a time limit per example would test the machine's load
+settings.load_profile("data")
 
 
 class FullDisk:

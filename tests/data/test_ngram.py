@@ -49,7 +49,7 @@ def spelled_out(documents, context, order):
     return p
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(DOCUMENTS, st.binary(max_size=6), st.integers(1, 7))
 def test_sums_to_one(documents, context, order):
     p = NGramModel(documents, order).probabilities(context)
@@ -64,7 +64,7 @@ def test_sums_to_one_on_text(order):
         assert model.probabilities(context).sum() == pytest.approx(1, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(DOCUMENTS, st.text("ab \u00e9", min_size=6), st.integers(1, 5))
 def test_is_the_published_recursion(documents, context, order):
     symbols = [*context.encode()]
