@@ -1,0 +1,325 @@
+"""The command `fastlm`: train, resume, sample, eval, bench, info.
+
+Exit codes: 0 done, 1 the work failed, 2 what was given cannot be used, 128 + n stopped by signal n. An expected failure
+is one sentence on stderr. Each command imports what it needs when it runs, so that `fastlm info` works wherever torch
+does.
+"""
+
+# No `from __future__ import annotations`: tyro reads the annotations of options declared inside functions.
+import dataclasses
+import platform
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if name in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if name == "--version":
+        from fastlm._version import __version__
+
+        print(f"fastlm {__version__}")
+        return 0
+    if name not in COMMANDS:
+        return _fail(2, f"there is no command {name!r}; expected one of {', '.join(COMMANDS)}")
+    try:
+        return COMMANDS[name](rest)
+    except (ValueError, FileNotFoundError) as error:
+        return _fail(2, error)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] in _EXTRAS:
+            return _fail(1, f"`fastlm {name}` needs the package {error.name}; pip install 'fastlm[train]'")
+        raise
+    except OSError as error:
+        return _fail(1, error.strerror if error.filename is None and error.strerror else error)
+    except KeyboardInterrupt:
+        return _fail(128 + signal.SIGINT, "interrupted")
+    except Exception as error:
+        if _is_expected(error):
+            return _fail(1, error)
+        raise
+
+
+_EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tyro")
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the error's message is written for the user. Only a command that got as far as torch can raise one."""
+    import torch
+
+    expected: tuple[type[Exception], ...] = (torch.OutOfMemoryError, NotImplementedError)
+    if "fastlm.train" in sys.modules:
+        from fastlm.train import CheckpointError, TrainingError
+
+        expected = (*expected, CheckpointError, TrainingError)
+    return isinstance(error, expected)
+
+
+def train(arguments: list[str]) -> int:
+    """Train a GPT on text."""
+    import tyro
+
+    from fastlm.train import PRESETS, TrainConfig
+    from fastlm.train import train as start
+
+    preset = _value_of("--preset", arguments) or "tiny"
+    if preset not in PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+
+    @dataclasses.dataclass
+    class Options:
+        config: tyro.conf.OmitArgPrefixes[TrainConfig]
+        dry_run: bool = False
+        """Print the resolved configuration and what it costs, and leave."""
+        overwrite: bool = False
+        """Replace the run that --out holds."""
+
+    options = _parse(Options, "train", arguments, default=Options(PRESETS[preset]))
+    if options.dry_run:
+        return _dry_run(options.config)
+    result = start(options.config, _progress(), peak=_peak(options.config), overwrite=options.overwrite)
+    return _report(result)
+
+
+def resume(arguments: list[str]) -> int:
+    """Go on with a run that was stopped."""
+    import tyro
+
+    from fastlm.train import open_run
+    from fastlm.train import resume as go_on
+
+    @dataclasses.dataclass
+    class Options:
+        run: tyro.conf.Positional[str]
+        """Directory of the run."""
+
+    options = _parse(Options, "resume", arguments)
+    config, _ = open_run(options.run)
+    return _report(go_on(options.run, _progress(), peak=_peak(config)))
+
+
+def sample(arguments: list[str]) -> int:
+    """Write text with a trained model."""
+    import tyro
+
+    from fastlm.train import load_model, stream_text
+
+    @dataclasses.dataclass
+    class Options:
+        run: tyro.conf.Positional[str]
+        """Directory of the run."""
+        prompt: str = ""
+        """Beginning of the text."""
+        tokens: int = 256
+        """Tokens to add at most."""
+        temperature: float = 0.8
+        """0 takes the likeliest token, 1 draws from the model as it is."""
+        top_k: int = 50
+        """Draw from so many likeliest tokens; 0 from all."""
+        seed: int = 0
+        checkpoint: Literal["best", "last"] = "best"
+
+    options = _parse(Options, "sample", arguments)
+    if options.tokens < 1:
+        raise ValueError(f"--tokens must be at least 1, got {options.tokens}")
+    if options.top_k < 0:
+        raise ValueError(f"--top-k must be at least 0, got {options.top_k}")
+    loaded = load_model(options.run, options.checkpoint, _progress().warn)
+    pieces = stream_text(
+        loaded.model,
+        loaded.config,
+        loaded.dataset.tokenizer,
+        options.prompt,
+        options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k or None,
+        seed=options.seed,
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Measure a trained model on all of the held-out text."""
+    import tyro
+
+    from fastlm.train import evaluate as measure
+    from fastlm.train import load_model, ngram_baseline
+
+    @dataclasses.dataclass
+    class Options:
+        run: tyro.conf.Positional[str]
+        """Directory of the run."""
+        checkpoint: Literal["best", "last"] = "best"
+
+    options = _parse(Options, "eval", arguments)
+    progress = _progress()
+    loaded = load_model(options.run, options.checkpoint, progress.warn)
+    dataset = loaded.dataset
+    result = measure(loaded.model, loaded.config, dataset.val, dataset.val_bytes)
+    print(
+        f"step {loaded.step:,}: {result.bits_per_byte:.4f} bits per byte of held-out text"
+        f" ({result.nats_per_token:.4f} nats per token, {result.tokens:,} tokens, {dataset.val_bytes:,} bytes)"
+    )
+    ngram_baseline(dataset, progress)
+    return 0
+
+
+def bench(arguments: list[str]) -> int:
+    """Time the ops and the training step beside torch's."""
+    from fastlm.benchmarks import main as run_benchmarks
+
+    return run_benchmarks(arguments) or 0
+
+
+def info(arguments: list[str]) -> int:
+    """Say what is installed, what runs, and why something does not."""
+    if arguments:
+        raise ValueError(f"`fastlm info` takes no arguments, got {' '.join(arguments)}")
+    import torch
+
+    import fastlm
+    from fastlm import _native
+
+    rows = [
+        ("fastlm", fastlm.__version__),
+        ("python", f"{platform.python_version()}, {platform.platform()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+    ]
+    if _native.cpu is not None:
+        usable, active = _native.cpu.usable_isas(), _native.cpu.active_isa()
+        missing = [isa for isa in _native.cpu.compiled_isas() if isa not in usable]
+        runs = f"{active} in use; this machine runs {', '.join(usable)}"
+        rows.append(("_cpu", runs + (f", not {', '.join(missing)}" if missing else "")))
+    else:
+        rows.append(("_cpu", f"missing: {_native.reasons['cpu']}"))
+    rows.append(("_cuda", "loaded" if _native.cuda is not None else f"missing: {_native.reasons['cuda']}"))
+    rows.append(("CUDA", _cuda_state(torch)))
+    rows.append(("Triton", _triton_state()))
+    for op, statuses in fastlm.backends().items():
+        listed = (s.backend if s.usable else f"{s.backend} not usable ({s.reason})" for s in statuses)
+        rows.append((op, ", ".join(listed)))
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+def _cuda_state(torch: Any) -> str:
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without it"
+    if not torch.cuda.is_available():
+        return f"torch is built for {torch.version.cuda} and sees no GPU"
+    names = (torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return f"torch is built for {torch.version.cuda}: {', '.join(names)}"
+
+
+def _triton_state() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        return f"missing: {error}"
+    return triton.__version__
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train,
+    "resume": resume,
+    "sample": sample,
+    "eval": evaluate,
+    "bench": bench,
+    "info": info,
+}
+
+
+def _usage() -> str:
+    rows = [f"  {name:<8}{(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: fastlm COMMAND [options]", "", *rows, "", "fastlm COMMAND --help lists the options."])
+
+
+def _parse(options: type, command: str, arguments: list[str], **keywords: Any) -> Any:
+    """The options as their dataclass. tyro explains a mistake on stderr and leaves with exit code 2."""
+    import tyro
+
+    return tyro.cli(
+        options,
+        prog=f"fastlm {command}",
+        description=COMMANDS[command].__doc__,
+        args=arguments,
+        **keywords,
+    )
+
+
+def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The value of `option`, read before the others since it decides their defaults."""
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(option + "="):
+            return argument.removeprefix(option + "=")
+    return None
+
+
+def _progress() -> Any:
+    from fastlm.train import ConsoleProgress
+
+    return ConsoleProgress()
+
+
+def _peak(config: Any) -> float:
+    """What the machine can do in the run's precision, FLOP/s."""
+    import torch
+    from fastlm.benchmarks.limits import measure_peak
+
+    from fastlm.train.config import prepare_machine
+
+    precision = prepare_machine(config).precision
+    return measure_peak({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+
+
+def _dry_run(config: Any) -> int:
+    from fastlm.train.config import prepare_machine
+    from fastlm.train.plan import estimate
+    from fastlm.train.step import padded_vocab_size
+
+    resolved = prepare_machine(config)
+    vocab_size = padded_vocab_size(resolved.vocab_size if resolved.tokenizer == "bpe" else 257)
+    cost = estimate(resolved, vocab_size)
+    width = max(len(field.name) for field in dataclasses.fields(resolved))
+    for field in dataclasses.fields(resolved):
+        value, given = getattr(resolved, field.name), getattr(config, field.name)
+        print(f"{field.name:<{width}}  {value}" + (f"  (from {given})" if value != given else ""))
+    steps = f"{resolved.steps:,} steps"
+    if resolved.minutes is not None:
+        steps = f"as many steps as fit into {resolved.minutes:g} minutes"
+    print()
+    print(f"parameters  {cost.parameters:,}")
+    print(f"work        {cost.flops_per_token:,} FLOPs per token, {cost.flops_per_step:.4g} per step")
+    print(f"length      {steps} of {resolved.tokens_per_step:,} tokens")
+    print(f"memory      {cost.memory / 2**20:,.0f} MiB beyond the program and the text")
+    return 0
+
+
+def _report(result: Any) -> int:
+    if result.stopped_by is not None:
+        return 128 + signal.Signals[result.stopped_by]
+    ngram = result.ngram_bits_per_byte
+    if result.sample is not None:
+        print(f"\n{result.sample}\n")
+    beside = "" if ngram is None else f"; a 5-gram: {ngram:.3f}"
+    print(f"held out    {result.evaluation.bits_per_byte:.3f} bits per byte{beside}")
+    print(f"run         {result.out}: loss.png, metrics.jsonl, sample.txt, checkpoints")
+    return 0
+
+
+def _fail(code: int, message: object) -> int:
+    print(f"fastlm: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,37 @@
+"""metrics.jsonl: one JSON object a line, one line for each step and one more for each evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+from fastlm.data.files import write_atomically
+
+
+class Metrics:
+    """Appends to a metrics file. What it held of steps after `keep_steps` goes, for they will be done again."""
+
+    def __init__(self, path: Path, keep_steps: int):
+        kept = [row for row in read(path) if row["step"] <= keep_steps]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._file = path.open("a", encoding="utf-8", buffering=1)  # line by line, so that it can be watched
+
+    def write(self, **row: float) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a metrics file; of none, if there is no file. A last line cut off by a kill is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                rows.append(json.loads(line))
+    return rows

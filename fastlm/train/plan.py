@@ -1,0 +1,108 @@
+"""Before a run: how many steps fit into a time, and what a configuration costs."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from dataclasses import dataclass
+
+import torch
+from fastlm.data import Dataset
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from fastlm.models import GPT
+from fastlm.train.config import TrainConfig
+from fastlm.train.evaluation import autocast, evaluate
+from fastlm.train.step import build_model, build_optimizer, training_step
+
+_TIMED_SECONDS = 5.0  # of steps
+_DISK_BYTES_PER_SECOND = 200e6  # of a checkpoint with its checksum: a plain disk
+_REPORT_SECONDS = 4.0  # loading matplotlib, the picture, the process's end
+_SAMPLE_TOKENS_PER_SECOND = 60
+
+
+def plan_steps(config: TrainConfig, dataset: Dataset, spent: float) -> TrainConfig:
+    """The configuration with as many steps as fit into `config.minutes`, of which `spent` seconds are over.
+
+    Times steps and evaluation on a model that is thrown away. The number of steps is decided here once, so the learning
+    rate runs its full course and the run can be repeated and resumed. Raises ValueError if no step fits.
+    """
+    began = time.perf_counter()
+    model = build_model(config, dataset)
+    optimizer = build_optimizer(model, config)
+    timed: list[float] = []
+    while len(timed) < 5 or (sum(timed) < _TIMED_SECONDS and len(timed) < 100):
+        start = time.perf_counter()
+        training_step(model, optimizer, config, dataset, len(timed), 0.0)
+        timed.append(time.perf_counter() - start)
+    timed = sorted(timed[2:])  # the first ones also take memory
+    step_seconds = sum(timed) / len(timed)
+    start = time.perf_counter()
+    evaluated = evaluate(model, config, dataset.val, dataset.val_bytes, 8 * config.batch_size * config.block_size)
+    token_seconds = (time.perf_counter() - start) / evaluated.tokens
+
+    subset = min(config.evaluation_tokens, len(dataset.val)) * token_seconds
+    checkpoint = 12 * model.num_parameters() / _DISK_BYTES_PER_SECOND
+    after = len(dataset.val) * token_seconds + config.sample_tokens / _SAMPLE_TOKENS_PER_SECOND + _REPORT_SECONDS
+    left = config.minutes * 60 - spent - (time.perf_counter() - began)
+    steps = int((left - config.evaluations * (subset + checkpoint) - after) / step_seconds)
+    if steps < 1:
+        raise ValueError(
+            f"--minutes {config.minutes:g} leaves no time for a step: preparing took"
+            f" {config.minutes * 60 - left:.0f} s, evaluations would take"
+            f" {config.evaluations * (subset + checkpoint) + after:.0f} s"
+        )
+    return config.replace(steps=steps)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a configuration costs."""
+
+    parameters: int
+    flops_per_token: int  # forward and backward
+    flops_per_step: int
+    memory: int  # bytes at the peak of a step: weights, gradients, moments, activations
+
+
+def estimate(config: TrainConfig, vocab_size: int) -> Estimate:
+    """Counts one training step on tensors without content: nothing of the model's size is allocated."""
+    with FakeTensorMode(), _LiveBytes() as live:
+        model = GPT(config.model_config(vocab_size))
+        idx = torch.zeros(config.batch_size, config.block_size, dtype=torch.int64)  # (B, T)
+        moments = [torch.empty_like(p) for p in model.parameters() for _ in range(2)]
+        with autocast(config.replace(device="cpu")):
+            loss = model(idx, idx)[1]
+        loss.backward()
+        del loss, moments
+        parameters, flops_per_token = model.num_parameters(), 3 * model.flops_per_token()
+    return Estimate(parameters, flops_per_token, flops_per_token * config.tokens_per_step, live.peak)
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages made under it that are alive; `peak` is the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, self._count, result)
+        return result
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            size = storage.nbytes()
+            self._known[key] = weakref.ref(storage, lambda _: self._free(key, size))
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+    def _free(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.live -= size

@@ -1,0 +1,53 @@
+"""Text from a model, as it is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from fastlm.data import Tokenizer
+
+from fastlm.models import GPT
+from fastlm.train.config import TrainConfig
+from fastlm.train.evaluation import autocast
+
+
+def stream_text(
+    model: GPT,
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    prompt: str,
+    tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    seed: int = 0,
+    use_cache: bool = True,
+) -> Iterator[str]:
+    """Yields the prompt and then the text of up to `tokens` tokens more, in pieces of whole characters.
+
+    The model sees the end-of-document token and then the prompt, as at the start of a document; drawing it again ends
+    the text. The same seed gives the same text.
+    """
+    ids = [tokenizer.eot, *tokenizer.encode(prompt).tolist()]
+    generator = torch.Generator(config.device).manual_seed(seed)
+    idx = torch.tensor([ids], device=config.device)  # (1, T)
+    # Tokens the tokenizer does not have only pad the head; they are never drawn once the model is trained.
+    held: list[int] = []
+    yield prompt
+    with autocast(config):
+        drawn = model.generate(
+            idx, tokens, temperature=temperature, top_k=top_k, generator=generator, use_cache=use_cache
+        )
+        for token in drawn:
+            if (number := token.item()) == tokenizer.eot:
+                break
+            if number >= tokenizer.vocab_size:
+                continue
+            held.append(number)
+            text = tokenizer.decode(held)
+            if not text.endswith("\ufffd") or len(held) > 4:  # not inside a character of several tokens
+                yield text
+                held.clear()
+    if held:
+        yield tokenizer.decode(held)
