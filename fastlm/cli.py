@@ -323,3 +323,7 @@ def _report(result: Any) -> int:
 def _fail(code: int, message: object) -> int:
     print(f"fastlm: {message}", file=sys.stderr)
     return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

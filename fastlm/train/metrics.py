@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 from fastlm.data.files import write_atomically
@@ -15,16 +16,16 @@ class Metrics:
     def __init__(self, path: Path, keep_steps: int):
         kept = [row for row in read(path) if row["step"] <= keep_steps]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file = path.open("a", encoding="utf-8", buffering=1)  # line by line, so that it can be watched
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, **row: float) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        os.write(self._descriptor, (json.dumps(row) + "\n").encode())  # unbuffered, so that it can be watched
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        os.close(self._descriptor)
 
 
 def read(path: Path) -> list[dict]:

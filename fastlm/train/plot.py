@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
+from fastlm.data.files import write_atomically
 from fastlm.train.metrics import read
 
 
@@ -55,14 +56,10 @@ def plot_losses(out: Path, final_bits: float | None, ngram_bits: float | None) -
     axes.grid(axis="y", color=grey, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    path = out / "loss.png"
-    temporary = out / f".tmp-loss-{os.getpid()}.png"
-    try:
-        figure.savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_atomically(out / "loss.png", picture.getvalue())
+    return out / "loss.png"
 
 
 def _smooth(values: tuple[float, ...], window: int) -> list[float]:
