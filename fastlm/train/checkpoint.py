@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from fastlm.data.files import sync_directory, write_atomically
 from torch import Tensor
+
+from fastlm.data.files import sync_directory, write_atomically
 
 _VERSION = 1
 

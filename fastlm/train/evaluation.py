@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fastlm.data import bits_per_byte, iterate_all
 
+from fastlm.data import bits_per_byte, iterate_all
 from fastlm.models import GPT
 from fastlm.train.config import TrainConfig
 

@@ -7,11 +7,11 @@ import weakref
 from dataclasses import dataclass
 
 import torch
-from fastlm.data import Dataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from fastlm.data import Dataset
 from fastlm.models import GPT
 from fastlm.train.config import TrainConfig
 from fastlm.train.evaluation import autocast, evaluate

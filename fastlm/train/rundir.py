@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from fastlm.data import Dataset, prepare
-from fastlm.data.files import write_atomically
 
 from fastlm._version import __version__
+from fastlm.data import Dataset, prepare
+from fastlm.data.files import write_atomically
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import checkpoint as checkpoints
 from fastlm.train.config import TrainConfig, prepare_machine

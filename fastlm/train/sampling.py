@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from fastlm.data import Tokenizer
 
+from fastlm.data import Tokenizer
 from fastlm.models import GPT
 from fastlm.train.config import TrainConfig
 from fastlm.train.evaluation import autocast

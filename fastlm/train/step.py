@@ -6,9 +6,9 @@ import hashlib
 import math
 
 import torch
-from fastlm.data import Dataset, get_batch
 from fastlm.optim import AdamW
 
+from fastlm.data import Dataset, get_batch
 from fastlm.models import GPT
 from fastlm.train.config import TrainConfig
 from fastlm.train.evaluation import autocast

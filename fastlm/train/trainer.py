@@ -18,7 +18,6 @@ from pathlib import Path
 
 from fastlm.data import Dataset
 from fastlm.data.files import write_atomically
-
 from fastlm.train import checkpoint as checkpoints
 from fastlm.train.config import TrainConfig, prepare_machine
 from fastlm.train.evaluation import Evaluation, evaluate
