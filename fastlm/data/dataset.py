@@ -132,7 +132,7 @@ def prepare(
     else:
         raise ValueError(f"fastlm.data.prepare: tokenizer must be 'bpe' or 'byte', got {tokenizer!r}")
     corpus = load_corpus(source)
-    key = hashlib.sha256(f"{_VERSION} {corpus.sha256} {tokenizer} {vocab_size}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{_VERSION} {corpus.sha256}".encode()).hexdigest()[:12]
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(source).stem) or "text"
     final = Path(out_dir) / f"{stem}-{tokenizer}{vocab_size}-{key}"
     with contextlib.suppress(ValueError, FileNotFoundError):

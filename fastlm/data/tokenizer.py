@@ -159,6 +159,8 @@ class BPETokenizer(_ByteLevel):
         """
         if not isinstance(vocab_size, int) or not 257 <= vocab_size <= 2**24:
             raise ValueError(f"fastlm.data.BPETokenizer: vocab_size must be an int in 257 .. 2**24, got {vocab_size!r}")
+        if isinstance(texts, str):
+            raise TypeError("fastlm.data.BPETokenizer: texts must be an iterable of str, got one str")
         tokenizers = _import_tokenizers()
         model = tokenizers.Tokenizer(tokenizers.models.BPE())
         model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(

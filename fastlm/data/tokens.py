@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +122,11 @@ def get_batch(
     tokens: (n,) ids, n > block_size. step: from 0. micro_step of micro_steps: the part of the step's
     micro_steps * batch_size windows, for gradient accumulation or data-parallel ranks.
     """
-    for name, value, low in (("step", step, 0), ("batch_size", batch_size, 1), ("block_size", block_size, 1)):
-        if value < low:
+    limits = (("seed", seed, None), ("step", step, 0), ("batch_size", batch_size, 1), ("block_size", block_size, 1))
+    for name, value, low in limits:
+        if not isinstance(value, Integral):
+            raise TypeError(f"fastlm.data.get_batch: {name} must be an integer, got {value!r}")
+        if low is not None and value < low:
             raise ValueError(f"fastlm.data.get_batch: {name} must be at least {low}, got {value}")
     if not 0 <= micro_step < micro_steps:
         raise ValueError(

@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastlm.data import CleaningReport, clean_text, load_corpus
@@ -46,6 +46,8 @@ def test_clean_text_counts_what_it_changes():
 
 
 @given(st.text())
+@example("\ufeff\ufeffa")
+@example("\x00\ufeffa\r\x01\n\n\u0344")
 def test_clean_text_is_idempotent_and_clean(text):
     once = clean_text(text)
     assert clean_text(once) == once
@@ -87,6 +89,15 @@ def test_split_follows_content_and_not_names_or_place(tmp_path):
     three = load_corpus(second)
     assert set(one.val) <= set(three.val), "a new file must not move the others"
     assert three.sha256 != one.sha256
+
+
+def test_split_and_hash_are_the_same_everywhere(tmp_path):
+    """Pinned: two machines, or two releases, must hold out the same text and agree on its hash."""
+    for i in range(60):
+        (tmp_path / f"{i:02}.txt").write_text(f"document {i}: {i * 7919 % 997}\n" * 9)
+    corpus = load_corpus(tmp_path)
+    assert [int(text.split()[1][:-1]) for text in corpus.val] == [15, 16, 18, 20, 34, 43, 45, 50, 54, 56, 59]
+    assert corpus.sha256 == "de9ca91465c78520627cd14646e48a7dc857b97a506053591822272d904ef25d"
 
 
 def test_a_single_file_holds_out_its_last_tenth_of_characters(tmp_path):

@@ -103,6 +103,8 @@ def test_text_that_cannot_be_utf8(tokenizer):
         tokenizer.encode(b"a")
     with pytest.raises(TypeError, match="texts must be a sequence of str, got one str"):
         tokenizer.encode_documents("abc")
+    with pytest.raises(TypeError, match="texts must be an iterable of str, got one str"):
+        BPETokenizer.train("abc", 300)
 
 
 @pytest.mark.parametrize("size", [256, 0, 4096.0, "4096"])

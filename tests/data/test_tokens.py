@@ -204,6 +204,13 @@ def test_bad_batches(change, message):
         get_batch(np.arange(100), **arguments)
 
 
+@pytest.mark.parametrize("name", ["seed", "step", "batch_size", "block_size"])
+def test_fractions_are_not_rounded(name):
+    arguments = {"seed": 0, "step": 0, "batch_size": 2, "block_size": 10, name: 2.5}
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got 2.5"):
+        get_batch(np.arange(100), **arguments)
+
+
 @pytest.mark.parametrize("tokens", [[1, 2, 3], np.zeros((2, 3), int), np.zeros(9), torch.arange(9)])
 def test_bad_streams(tokens):
     with pytest.raises(TypeError, match="1-d numpy array of integers"):
