@@ -2,8 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
+#include <unordered_set>
+#include <vector>
 
+#include "cpu/adam.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/relu.h"
@@ -87,6 +91,90 @@ void bias_act_backward(const TensorView& dy, const TensorView& saved, const Tens
   });
 }
 
+// False where every element surely has a place of its own: each dimension steps over all that the smaller ones span.
+bool overlaps_itself(const TensorView& t) {
+  if (t.numel() == 0) return false;
+  for (int i = 0; i < t.ndim; ++i) {
+    if (t.shape[i] == 1) continue;
+    int64_t span = 0;
+    for (int j = 0; j < t.ndim; ++j) {
+      if (j == i || t.shape[j] == 1) continue;
+      if (t.strides[j] == t.strides[i]) return true;
+      if (t.strides[j] < t.strides[i]) span += (t.shape[j] - 1) * t.strides[j];
+    }
+    if (t.strides[i] <= span) return true;
+  }
+  return false;
+}
+
+double read_step(const TensorView& t) {
+  return t.dtype == DType::kF64 ? *static_cast<double*>(t.data) : *static_cast<float*>(t.data);
+}
+void write_step(const TensorView& t, double step) {
+  if (t.dtype == DType::kF64) {
+    *static_cast<double*>(t.data) = step;
+  } else {
+    *static_cast<float*>(t.data) = static_cast<float>(step);
+  }
+}
+
+void adam_step(const std::vector<TensorView>& params, const std::vector<TensorView>& grads,
+               const std::vector<TensorView>& exp_avgs, const std::vector<TensorView>& exp_avg_sqs,
+               const std::vector<TensorView>& max_exp_avg_sqs, const std::vector<TensorView>& steps, double lr,
+               double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
+               int threads) {
+  const std::vector<TensorView>* lists[cpu::kAdamTensors] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs};
+  const char* names[cpu::kAdamTensors] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
+  int count = amsgrad ? cpu::kAdamTensors : cpu::kAdamTensors - 1;
+  for (int t = 0; t < count; ++t) {
+    FASTLM_CHECK(lists[t]->size() == params.size(), "adam_: ", names[t], " must hold ", params.size(), " tensors, got ",
+                 lists[t]->size());
+  }
+  FASTLM_CHECK(steps.size() == params.size(), "adam_: steps must hold ", params.size(), " tensors, got ", steps.size());
+
+  std::vector<cpu::AdamItem> items(params.size());
+  std::unordered_set<void*> written;
+  auto check_written = [&](const char* name, size_t i, const TensorView& tensor) {
+    FASTLM_CHECK(!overlaps_itself(tensor), "adam_: ", name, "[", i,
+                 "] is written, so no two of its elements may share memory, got ", tensor.describe());
+    FASTLM_CHECK(tensor.numel() == 0 || written.insert(tensor.data).second, "adam_: ", name, "[", i,
+                 "] shares its memory with another tensor that this call writes");
+  };
+  int64_t work = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const TensorView& param = params[i];
+    check_float("adam_", "params", param);
+    cpu::AdamItem& item = items[i];
+    item.dtype = param.dtype;
+    item.n = param.numel();
+    item.ndim = param.ndim;
+    std::copy_n(param.shape, param.ndim, item.shape);
+    item.flat = param.dense();
+    for (int t = 0; t < count; ++t) {
+      const TensorView& tensor = (*lists[t])[i];
+      FASTLM_CHECK(tensor.dtype == param.dtype && !tensor.cuda && tensor.ndim == param.ndim &&
+                       std::equal(param.shape, param.shape + param.ndim, tensor.shape),
+                   "adam_: ", names[t], "[", i, "] must have the dtype and sizes of params[", i, "], ", param.describe(),
+                   ", got ", tensor.describe());
+      if (t != cpu::kGrad) check_written(names[t], i, tensor);
+      item.data[t] = tensor.data;
+      std::copy_n(tensor.strides, param.ndim, item.strides[t]);
+      item.flat = item.flat && same_layout(tensor, param);
+    }
+    const TensorView& step = steps[i];
+    FASTLM_CHECK(step.numel() == 1 && !step.cuda && (step.dtype == DType::kF32 || step.dtype == DType::kF64), "adam_: steps[",
+                 i, "] must be one float32 or float64 on cpu, got ", step.describe());
+    check_written("steps", i, step);
+    item.step = read_step(step) + 1;
+    work += item.n;
+  }
+  // Nothing is written before every argument is known to be right.
+  for (size_t i = 0; i < items.size(); ++i) write_step(steps[i], items[i].step);
+  run_kernel(work, [&] {
+    cpu::adam_step(items, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize}, threads);
+  });
+}
+
 }  // namespace
 }  // namespace fastlm
 
@@ -101,6 +189,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_exchange", [](bool on) { return fastlm::TensorReader::instance().use_exchange(on); },
         "Read tensors through torch's DLPack exchange capsule (the default where there is one); returns whether it is in use.");
 
+  m.def("adam_step", &fastlm::adam_step);
   m.def("relu_forward", &fastlm::relu_forward);
   m.def("relu_backward", &fastlm::relu_backward);
   m.def("bias_act_forward", &fastlm::bias_act_forward);

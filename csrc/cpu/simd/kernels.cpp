@@ -1,6 +1,7 @@
 // Compiled once per instruction set, with FASTLM_ISA naming it. To add an op, include its -inl.h and name its table.
 #include "kernels.h"
 
+#include "adam-inl.h"
 #include "relu-inl.h"
 
 #define FASTLM_STRING_(x) #x
@@ -9,6 +10,6 @@
 namespace fastlm::cpu::FASTLM_ISA {
 
 extern const Kernels kTable;
-const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kReluKernels};
+const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kReluKernels, kAdamKernels};
 
 }  // namespace fastlm::cpu::FASTLM_ISA

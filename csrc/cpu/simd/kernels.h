@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../../dtype.h"
+#include "adam.h"
 #include "relu.h"
 
 namespace fastlm::cpu {
@@ -11,6 +12,7 @@ namespace fastlm::cpu {
 struct Kernels {
   const char* isa;
   ReluKernels relu;
+  AdamKernels adam;
 };
 
 }  // namespace fastlm::cpu

@@ -72,7 +72,6 @@ void bias_backward(const void* dy, const void* saved, const void* bias, void* dx
       static_cast<compute_t<T>*>(sums), rows, cols);
 }
 
-#define FASTLM_FOR_FLOATS(f) {f<float>, f<bf16>, f<f16>, f<double>}
 constexpr ReluKernels kReluKernels = {
     FASTLM_FOR_FLOATS(relu_forward),
     FASTLM_FOR_FLOATS(relu_backward),

@@ -213,5 +213,8 @@ template <class T> inline void store_count(T* p, vec_t<T> v, int count) {
   count == lanes_of<vec_t<T>> ? store(p, v) : store_n(p, v, count);
 }
 
+// A row of a kernel table: one function per DType.
+#define FASTLM_FOR_FLOATS(f) {f<float>, f<bf16>, f<f16>, f<double>}
+
 }  // namespace
 }  // namespace fastlm::cpu::FASTLM_ISA

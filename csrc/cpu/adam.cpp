@@ -1,0 +1,117 @@
+#include "adam.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace fastlm::cpu {
+namespace {
+
+// Below this many elements a thread costs more to wake than it saves: some 10 us against 5 us of work.
+constexpr int64_t kGrain = 1 << 14;
+// Elements of a strided tensor that are gathered, stepped and put back at a time: five buffers of 8-byte elements stay
+// in the first-level cache.
+constexpr int64_t kChunk = 512;
+
+int64_t size_of(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
+
+AdamScalars scalars_at(double step, const AdamOptions& o) {
+  return {o.maximize ? -1.0 : 1.0,
+          o.decoupled ? 0.0 : o.weight_decay,
+          o.decoupled ? 1 - o.lr * o.weight_decay : 1.0,
+          o.beta1,
+          o.beta2,
+          o.lr / (1 - std::pow(o.beta1, step)),
+          std::sqrt(1 - std::pow(o.beta2, step)),
+          o.eps};
+}
+
+// copy(offset, stride, i, count) for each run along the last dimension within [begin, begin + n) of the row-major order;
+// i counts from 0.
+template <class Copy>
+void for_each_run(const AdamItem& item, const int64_t* strides, int64_t begin, int64_t n, const Copy& copy) {
+  int last = item.ndim - 1;
+  for (int64_t i = 0; i < n;) {
+    int64_t rest = begin + i, offset = 0, column = last >= 0 ? rest % item.shape[last] : 0;
+    for (int d = last; d >= 0; --d) {
+      offset += rest % item.shape[d] * strides[d];
+      rest /= item.shape[d];
+    }
+    int64_t count = last >= 0 ? std::min(n - i, item.shape[last] - column) : 1;
+    copy(offset, last >= 0 ? strides[last] : 0, i, count);
+    i += count;
+  }
+}
+
+template <class Word> void gather_of(const AdamItem& item, int tensor, int64_t begin, int64_t n, void* buffer) {
+  auto from = static_cast<const Word*>(item.data[tensor]);
+  auto to = static_cast<Word*>(buffer);
+  for_each_run(item, item.strides[tensor], begin, n, [&](int64_t offset, int64_t stride, int64_t i, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) to[i + k] = from[offset + k * stride];
+  });
+}
+template <class Word> void scatter_of(const AdamItem& item, int tensor, int64_t begin, int64_t n, const void* buffer) {
+  auto from = static_cast<const Word*>(buffer);
+  auto to = static_cast<Word*>(item.data[tensor]);
+  for_each_run(item, item.strides[tensor], begin, n, [&](int64_t offset, int64_t stride, int64_t i, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) to[offset + k * stride] = from[i + k];
+  });
+}
+void gather(const AdamItem& item, int tensor, int64_t begin, int64_t n, void* buffer) {
+  int64_t size = size_of(item.dtype);
+  (size == 8 ? gather_of<uint64_t> : size == 4 ? gather_of<uint32_t> : gather_of<uint16_t>)(item, tensor, begin, n, buffer);
+}
+void scatter(const AdamItem& item, int tensor, int64_t begin, int64_t n, const void* buffer) {
+  int64_t size = size_of(item.dtype);
+  (size == 8 ? scatter_of<uint64_t> : size == 4 ? scatter_of<uint32_t> : scatter_of<uint16_t>)(item, tensor, begin, n, buffer);
+}
+
+void step_range(const AdamItem& item, int64_t begin, int64_t end, const AdamScalars& scalars) {
+  auto kernel = kernels_for(item.dtype).adam.step[static_cast<int>(item.dtype)];
+  if (item.flat) {
+    void* at[kAdamTensors] = {};
+    for (int t = 0; t < kAdamTensors; ++t) {
+      if (item.data[t] != nullptr) at[t] = static_cast<char*>(item.data[t]) + begin * size_of(item.dtype);
+    }
+    kernel(at[kParam], at[kGrad], at[kExpAvg], at[kExpAvgSq], at[kMaxExpAvgSq], end - begin, scalars);
+    return;
+  }
+  alignas(64) uint64_t buffers[kAdamTensors][kChunk];
+  void* top = item.data[kMaxExpAvgSq] != nullptr ? buffers[kMaxExpAvgSq] : nullptr;
+  for (; begin < end; begin += kChunk) {
+    int64_t n = std::min(kChunk, end - begin);
+    for (int t = 0; t < kAdamTensors; ++t) {
+      if (item.data[t] != nullptr) gather(item, t, begin, n, buffers[t]);
+    }
+    kernel(buffers[kParam], buffers[kGrad], buffers[kExpAvg], buffers[kExpAvgSq], top, n, scalars);
+    for (int t : {kParam, kExpAvg, kExpAvgSq, kMaxExpAvgSq}) {
+      if (item.data[t] != nullptr) scatter(item, t, begin, n, buffers[t]);
+    }
+  }
+}
+
+}  // namespace
+
+void adam_step(const std::vector<AdamItem>& items, const AdamOptions& options, int threads) {
+  std::vector<int64_t> starts;  // of each item in the row of all elements
+  std::vector<AdamScalars> scalars;
+  int64_t total = 0;
+  for (const AdamItem& item : items) {
+    starts.push_back(total);
+    scalars.push_back(scalars_at(item.step, options));
+    total += item.n;
+  }
+  parallel_for(threads, total, kGrain, [&](int64_t begin, int64_t end) {
+    // The last item that starts at or before `begin`: empty ones before it start there too.
+    size_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+    for (; i < items.size() && starts[i] < end; ++i) {
+      int64_t from = std::max<int64_t>(begin - starts[i], 0), to = std::min(end - starts[i], items[i].n);
+      if (from < to) step_range(items[i], from, to, scalars[i]);
+    }
+  });
+}
+
+}  // namespace fastlm::cpu

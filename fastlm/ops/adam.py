@@ -1,0 +1,190 @@
+"""adam_: one step of Adam or AdamW on a list of parameters, in place, in one pass over memory.
+
+Kingma and Ba 2015 (https://arxiv.org/abs/1412.6980), decoupled weight decay of Loshchilov and Hutter 2019
+(https://arxiv.org/abs/1711.05101), AMSGrad of Reddi et al. 2018 (https://openreview.net/forum?id=ryQu7f-RZ).
+Any sizes and strides; each parameter has one dtype with its gradient and state. 16-bit dtypes are computed in float32
+and rounded when stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlm._library import define_op
+
+
+def adam_reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    amsgrad: bool,
+    maximize: bool,
+) -> None:
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad)
+    for i, (param, grad, exp_avg, exp_avg_sq, step) in enumerate(
+        zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
+    ):
+        step += 1
+        t = step.item()
+        p, g, m, v = (_wide(x) for x in (param, grad, exp_avg, exp_avg_sq))
+        if maximize:
+            g = -g
+        if weight_decay != 0 and not decoupled:
+            g = g + weight_decay * p
+        if weight_decay != 0 and decoupled:
+            p = p * (1 - lr * weight_decay)
+        m = torch.lerp(m, g, 1 - beta1)
+        v = beta2 * v + (1 - beta2) * g * g
+        top = torch.maximum(_wide(max_exp_avg_sqs[i]), v) if amsgrad else v
+        denominator = top.sqrt() / (1 - beta2**t) ** 0.5 + eps
+        param.copy_(p - lr / (1 - beta1**t) * (m / denominator))
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+        if amsgrad:
+            max_exp_avg_sqs[i].copy_(top)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.element_size() < 4 else x
+
+
+def _check(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    amsgrad: bool,
+) -> None:
+    written = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if amsgrad:
+        written["max_exp_avg_sqs"] = max_exp_avg_sqs
+    elif max_exp_avg_sqs:
+        raise ValueError(
+            f"fastlm.adam_: max_exp_avg_sqs must be empty without amsgrad, got {len(max_exp_avg_sqs)} tensors"
+        )
+    for name, tensors in {**written, "grads": grads, "steps": steps}.items():
+        if len(tensors) != len(params):
+            raise ValueError(
+                f"fastlm.adam_: {name} must hold one tensor per parameter, {len(params)}, got {len(tensors)}"
+            )
+    if len({id(p) for p in params}) != len(params):
+        raise ValueError("fastlm.adam_: each parameter must be in params once, got one of them twice")
+    devices = {p.device for p in params}
+    if len(devices) > 1:
+        raise ValueError(f"fastlm.adam_: params must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    for name, tensors in {**written, "grads": grads}.items():
+        for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
+            if tensor.layout != torch.strided:
+                raise TypeError(f"fastlm.adam_: {name}[{i}] must be a dense tensor, got layout {tensor.layout}")
+            if tensor.dtype != param.dtype or not tensor.is_floating_point():
+                raise TypeError(
+                    f"fastlm.adam_: {name}[{i}] must be floating point and of the dtype of params[{i}], {param.dtype}, "
+                    f"got {tensor.dtype}"
+                )
+            if tensor.shape != param.shape:
+                raise ValueError(
+                    f"fastlm.adam_: {name}[{i}] must have the sizes of params[{i}], {tuple(param.shape)}, "
+                    f"got {tuple(tensor.shape)}"
+                )
+            if tensor.device != param.device:
+                raise ValueError(
+                    f"fastlm.adam_: {name}[{i}] must be on the device of params[{i}], {param.device}, "
+                    f"got {tensor.device}"
+                )
+            if name != "grads" and 0 in tensor.stride() and torch._debug_has_internal_overlap(tensor) == 1:
+                raise ValueError(
+                    f"fastlm.adam_: {name}[{i}] is written, so no two of its elements may share memory, got sizes "
+                    f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+                )
+    for i, step in enumerate(steps):
+        if step.numel() != 1 or step.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"fastlm.adam_: steps[{i}] must be one float32 or float64, got {step.dtype} {tuple(step.shape)}"
+            )
+
+
+def _samples(device: str) -> list[tuple]:
+    samples = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for decoupled, amsgrad in ((True, False), (False, True)):
+            x = torch.linspace(-2, 2, 1001, device=device, dtype=dtype)
+            params, grads, exp_avgs = ([x * scale, x[:7] * scale] for scale in (1, -0.5, 0.25))
+            exp_avg_sqs, tops = ([x.square() * scale, x[:7].square() * scale] for scale in (0.5, 1))
+            steps = [torch.tensor(3.0), torch.tensor(0.0)]
+            lists = (params, grads, exp_avgs, exp_avg_sqs, tops if amsgrad else [], steps)
+            samples.append((*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, decoupled, amsgrad, False))
+    return samples
+
+
+def _fake(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
+          amsgrad, maximize) -> None:  # fmt: skip
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad)
+
+
+_adam = define_op(
+    "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, bool decoupled, bool amsgrad, bool maximize) -> ()",
+    reference=adam_reference,
+    fake=_fake,
+    samples=_samples,
+)
+
+
+def adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    amsgrad: bool,
+    maximize: bool,
+) -> None:
+    """One step of Adam, in place on everything but the gradients. Call it under torch.no_grad().
+
+    With g the gradient (negated for maximize) and t the step, counting this one::
+
+        g += weight_decay * param                      unless decoupled
+        param *= 1 - lr * weight_decay                 if decoupled
+        exp_avg = beta1 * exp_avg + (1 - beta1) * g
+        exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g^2
+        max_exp_avg_sq = max(max_exp_avg_sq, exp_avg_sq)                      with amsgrad, in place of exp_avg_sq below
+        param -= lr / (1 - beta1^t) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^t)) + eps)
+
+    Args:
+        params: distinct tensors on one device, of any sizes, strides and floating-point dtypes.
+        grads, exp_avgs, exp_avg_sqs: one each per parameter, of its sizes, dtype and device, with any strides.
+        max_exp_avg_sqs: the same with amsgrad; empty without.
+        steps: per parameter the steps taken so far, one float32 or float64, on the CPU.
+
+    Raises:
+        ValueError: lists of different lengths, sizes or devices that do not fit, a parameter given twice, or a written
+            tensor whose elements share memory.
+        TypeError: dtypes that do not fit.
+    """
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad)
+    if params:  # an empty list names no device
+        _adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay,
+              decoupled, amsgrad, maximize)  # fmt: skip

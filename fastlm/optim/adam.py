@@ -1,0 +1,245 @@
+"""Adam and AdamW, drop-in for torch.optim's: the same arguments, param_groups and state_dict, one fused step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastlm.ops.adam import adam_
+
+
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980), all parameters of a device in one fused pass.
+
+    A drop-in for ``torch.optim.Adam``; a ``state_dict`` of either loads into the other. The state has the dtype of its
+    parameter, as torch's has; 16-bit dtypes are computed in float32 and rounded when stored. Parameters of any strides
+    are updated in place.
+
+    Args:
+        params: parameters, named parameters, or dicts that define groups; real and floating point.
+        lr: learning rate, a float or a tensor of one element (on a GPU, reading it waits for the GPU at every step).
+        betas: decay rates, in [0, 1), of the running averages of the gradient and of its square.
+        eps: added to the denominator.
+        weight_decay: L2 penalty, added to the gradient; with decoupled_weight_decay it shrinks the parameter instead.
+        amsgrad: divide by the largest average of squares so far (https://openreview.net/forum?id=ryQu7f-RZ).
+        foreach, fused: which of torch's implementations to use. There is one here, fused; both are checked as torch
+            does and kept in the groups, for the sake of code and state written for torch, and change nothing.
+        maximize: step along the gradient, not against it.
+        capturable, differentiable: not supported.
+        decoupled_weight_decay: AdamW's weight decay.
+
+    Raises:
+        ValueError: a value outside its range.
+        TypeError: a parameter that is not floating point.
+        NotImplementedError: capturable, differentiable, or a complex parameter.
+        RuntimeError: foreach and fused both True.
+
+    ``torch.amp.GradScaler`` unscales the gradients and skips steps itself; the step has no part in it.
+    """
+
+    _step_supports_amp_scaling = False  # read by GradScaler
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+    ):
+        defaults = {
+            "lr": lr,
+            "betas": tuple(float(beta) for beta in betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        name = f"fastlm.optim.{type(self).__name__}"
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError(
+                f"{name}: lr must be a number or a tensor of one element, got {group['lr'].numel()} elements"
+            )
+        for key in ("lr", "eps", "weight_decay"):
+            if not group[key] >= 0:
+                raise ValueError(f"{name}: {key} must be at least 0, got {group[key]}")
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"{name}: betas must be two numbers in [0, 1), got {betas}")
+        if group["foreach"] and group["fused"]:
+            raise RuntimeError(f"{name}: foreach and fused cannot both be True")
+        for key, why in (
+            ("capturable", "the step is counted on the host, which a CUDA graph would not replay"),
+            ("differentiable", "the step is done in place"),
+        ):
+            if group[key]:
+                raise NotImplementedError(f"{name}: {key}=True is not supported: {why}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        name = f"fastlm.optim.{type(self).__name__}"
+        try:
+            group = self.param_groups[-1]
+            self._check_group(group)
+            for i, p in enumerate(group["params"]):
+                if p.is_complex():
+                    raise NotImplementedError(
+                        f"{name}: complex parameters are not supported, got {p.dtype} at {i}; hold them as "
+                        "torch.view_as_real"
+                    )
+                if not p.is_floating_point():
+                    raise TypeError(f"{name}: parameters must be floating point, got {p.dtype} at {i}")
+        except Exception:
+            del self.param_groups[-1]
+            raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Reached by load_state_dict and by unpickling. Groups and states of older torch versions lack the newer keys.
+        for group in state["param_groups"]:
+            for key, value in (
+                ("amsgrad", False),
+                ("maximize", False),
+                ("foreach", None),
+                ("capturable", False),
+                ("differentiable", False),
+                ("fused", None),
+                ("decoupled_weight_decay", False),
+            ):
+                group.setdefault(key, value)
+            self._check_group(group)
+        super().__setstate__(state)
+        for p_state in self.state.values():
+            if "step" in p_state:  # a plain number in older states, on the device where torch's was fused
+                p_state["step"] = torch.as_tensor(p_state["step"], dtype=_step_dtype(), device="cpu")
+
+    def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=_step_dtype(), device="cpu")
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+            if group["amsgrad"]:
+                state["max_exp_avg_sq"] = torch.zeros_like(p)
+        elif group["amsgrad"] and "max_exp_avg_sq" not in state:
+            raise RuntimeError(
+                f"fastlm.optim.{type(self).__name__}: amsgrad was switched on after the first step of a parameter of "
+                f"sizes {tuple(p.shape)}, whose state has no max_exp_avg_sq"
+            )
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model anew, calls backward and returns the loss, which step returns.
+
+        Raises:
+            RuntimeError: a sparse gradient, a state that does not fit, or a CUDA graph being captured.
+        """
+        name = f"fastlm.optim.{type(self).__name__}"
+        # is_initialized first: asking about a capture would initialise CUDA.
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{name}.step counts steps on the host, so it cannot be captured in a CUDA graph")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            by_device: dict[torch.device, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided:
+                    raise RuntimeError(
+                        f"{name} does not support sparse gradients, got {p.grad.layout}; see torch.optim.SparseAdam"
+                    )
+                by_device.setdefault(p.device, []).append(p)
+            beta1, beta2 = group["betas"]
+            for params in by_device.values():
+                states = [self._state_of(p, group) for p in params]
+                adam_(
+                    params,
+                    [p.grad for p in params],
+                    [s["exp_avg"] for s in states],
+                    [s["exp_avg_sq"] for s in states],
+                    [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
+                    [s["step"] for s in states],
+                    lr=float(group["lr"]),
+                    beta1=float(beta1),
+                    beta2=float(beta2),
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    decoupled=group["decoupled_weight_decay"],
+                    amsgrad=group["amsgrad"],
+                    maximize=group["maximize"],
+                )
+        return loss
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101).
+
+    A drop-in for ``torch.optim.AdamW``. Arguments, limits and errors as in ``Adam``, with weight_decay 0.01.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ):
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            foreach=foreach,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+            decoupled_weight_decay=True,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True  # a state of Adam, or of a torch that did not write the key
+
+
+def _step_dtype() -> torch.dtype:
+    """As torch's: float32 counts exactly up to 2^24 steps."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

@@ -1,0 +1,445 @@
+"""adam_ against torch.optim, on every backend of the CPU and every instruction set."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastlm
+from fastlm import _native
+from fastlm.ops.adam import adam_
+
+BACKENDS = ["reference"] + (["native"] if _native.cpu is not None else [])
+ISAS = _native.cpu.usable_isas() if _native.cpu is not None else []
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FLAGS = {
+    "adam": {},
+    "l2": {"weight_decay": 0.1},
+    "decoupled": {"weight_decay": 0.1, "decoupled": True},
+    "amsgrad": {"amsgrad": True},
+    "maximize": {"maximize": True, "weight_decay": 0.1},
+    "everything": {"amsgrad": True, "maximize": True, "weight_decay": 0.1, "decoupled": True},
+    "no averages": {"beta1": 0.0, "beta2": 0.0, "eps": 1e-3},
+    "no eps": {"eps": 0.0},
+}
+SIZES = [(0,), (), (1,), (63,), (64,), (65,), (3, 0, 2), (17, 33), (257,)]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    active = _native.cpu.active_isa()
+    _native.cpu.select_isa(request.param)
+    yield request.param
+    _native.cpu.select_isa(active)
+
+
+@pytest.fixture(params=[*(f"native-{isa}" for isa in ISAS), "reference"])
+def backend(request):
+    """Each backend, the native one on each instruction set."""
+    name, _, isa = request.param.partition("-")
+    active = _native.cpu.active_isa() if _native.cpu is not None else None
+    if isa:
+        _native.cpu.select_isa(isa)
+        assert _native.cpu.active_isa() == isa
+    with fastlm.use_backend(name):
+        yield name
+    if isa:
+        _native.cpu.select_isa(active)
+
+
+def options(**changed):
+    return {
+        "lr": 0.05, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0, "decoupled": False,
+        "amsgrad": False, "maximize": False, **changed,
+    }  # fmt: skip
+
+
+def problem(dtype, sizes=SIZES, amsgrad=False, seed=0):
+    """Lists of params, grads and states as after a few steps, all different numbers."""
+    draw = torch.Generator().manual_seed(seed)
+    normal = [[torch.randn(s, generator=draw, dtype=torch.float64).to(dtype) for s in sizes] for _ in range(3)]
+    squares = [torch.rand(s, generator=draw, dtype=torch.float64).to(dtype) for s in sizes]
+    tops = [torch.rand(s, generator=draw, dtype=torch.float64).to(dtype) for s in sizes]
+    steps = [torch.tensor(float(i)) for i in range(len(sizes))]
+    return [*normal, squares, tops if amsgrad else [], steps]
+
+
+def torch_steps(lists, dtype, grads, *, lr, beta1, beta2, eps, weight_decay, decoupled, amsgrad, maximize):
+    """The same by torch.optim in `dtype`: one unfused optimizer per parameter, its state put in."""
+    out = []
+    for i, p in enumerate(lists[0]):
+        p = p.detach().to(dtype, copy=True).requires_grad_()
+        kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+        optimizer = kind([p], lr, (beta1, beta2), eps, weight_decay, amsgrad, maximize=maximize, foreach=False)
+        state = {"exp_avg": lists[2][i], "exp_avg_sq": lists[3][i]}
+        if amsgrad:
+            state["max_exp_avg_sq"] = lists[4][i]
+        optimizer.state[p] = {k: v.to(dtype, copy=True) for k, v in state.items()} | {"step": lists[5][i].clone()}
+        for grad in grads:
+            p.grad = grad[i].to(dtype, copy=True)
+            optimizer.step()
+        state = optimizer.state[p]
+        out.append([p.detach(), state["exp_avg"], state["exp_avg_sq"], state.get("max_exp_avg_sq"), state["step"]])
+    return [[row[k] for row in out if row[k] is not None] for k in range(5)]
+
+
+def written(lists):
+    return [lists[0], *lists[2:]]
+
+
+def assert_bits_equal(got, want):
+    for a, b in zip(got, want, strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values(backend, dtype, flags):
+    opts = options(**FLAGS[flags])
+    lists = problem(dtype, amsgrad=opts["amsgrad"])
+    grads = [problem(dtype, seed=seed)[1] for seed in range(1, 4)]
+    exact = torch_steps(lists, torch.float64, grads, **opts)
+    plain = torch_steps(lists, dtype, grads, **opts)
+    for g in grads:
+        before = [x.clone() for x in g]
+        adam_(lists[0], g, *lists[2:], **opts)
+        assert_bits_equal([g], [before])
+    for got, want, torchs in zip(written(lists), exact, plain, strict=True):
+        for a, e, t in zip(got, want, torchs, strict=True):
+            # Twice the error of plain torch in this dtype, where that is finite, plus a few units in the last place.
+            error = (t.double() - e.double()).abs()
+            allowed = 2 * torch.where(error.isfinite(), error, 0) + 4 * torch.finfo(dtype).eps * (1 + e.double().abs())
+            assert a.dtype == t.dtype
+            assert ((a.double() - e.double()).abs() <= allowed).all()
+
+
+def test_close_to_torch_fused(backend):
+    p, q = (torch.linspace(-3, 3, 10_001).requires_grad_() for _ in range(2))
+    ours = fastlm.optim.AdamW([p], 0.01, weight_decay=0.1)
+    theirs = torch.optim.AdamW([q], 0.01, weight_decay=0.1, fused=True)
+    for seed in range(50):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_nan_and_infinity_as_torch(backend, dtype, amsgrad, decoupled):
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, 1.0], dtype=torch.float64)
+    p, g = (x.flatten().to(dtype) for x in torch.meshgrid(special, special, indexing="ij"))
+    opts = options(amsgrad=amsgrad, decoupled=decoupled, weight_decay=0.1)
+    zeros = [torch.zeros_like(p) for _ in range(3)]
+    lists = [[p.clone()], [g], [zeros[0]], [zeros[1]], [zeros[2]] if amsgrad else [], [torch.tensor(0.0)]]
+    want = torch_steps(copy.deepcopy(lists), torch.float64, [[g], [g]], **opts)
+    for _ in range(2):
+        adam_(*lists, **opts)
+    for got, expected in zip(written(lists)[:4], want[:4], strict=True):
+        for a, e in zip(got, expected, strict=True):
+            assert torch.equal(a.isnan(), e.isnan())
+            assert torch.equal(a.double().isposinf(), e.isposinf()) and torch.equal(a.double().isneginf(), e.isneginf())
+
+
+def test_largest_half_gradient_does_not_overflow_on_the_way(backend):
+    """The square of 300 does not fit float16; only what is stored is rounded to it."""
+    lists = [[torch.zeros(3, dtype=torch.float16)] for _ in range(4)] + [[], [torch.tensor(0.0)]]
+    lists[1] = [torch.full((3,), 300.0, dtype=torch.float16)]
+    adam_(*lists, **options(beta2=0.999))
+    assert lists[0][0].tolist() == pytest.approx([-0.05] * 3, rel=1e-3)
+    assert lists[3][0].tolist() == pytest.approx([90.0] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("step_dtype", [torch.float32, torch.float64])
+def test_counts_each_step_by_itself(backend, step_dtype):
+    lists = problem(torch.float32, sizes=[(3,), (3,)])
+    lists[5] = [torch.tensor(7, dtype=step_dtype), torch.tensor([1000], dtype=step_dtype)]
+    adam_(*lists, **options())
+    assert [s.item() for s in lists[5]] == [8, 1001]
+    assert [s.dtype for s in lists[5]] == [step_dtype] * 2
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+LAYOUTS = {
+    "contiguous": lambda n: torch.zeros(4, 6, 10, n),
+    "transposed": lambda n: torch.zeros(n, 10, 6, 4).permute(3, 2, 1, 0),
+    "channels_last": lambda n: torch.zeros(4, 6, 10, n).to(memory_format=torch.channels_last),
+    "sliced": lambda n: torch.zeros(4, 12, 10, n + 5)[:, ::2, :, 2 : n + 2],
+    "column": lambda n: torch.zeros(4, 6, 10, n, 3)[..., 1],
+    "misaligned": lambda n: torch.zeros(4 * 6 * 10 * n + 1)[1:].view(4, 6, 10, n),
+}
+
+
+@pytest.mark.parametrize("param_layout", LAYOUTS)
+@pytest.mark.parametrize("other_layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_layouts(backend, dtype, param_layout, other_layout):
+    n = 7
+    opts = options(amsgrad=True, weight_decay=0.1)
+    dense = problem(dtype, sizes=[(4, 6, 10, n)], amsgrad=True)
+    layouts = [LAYOUTS[param_layout]] + [LAYOUTS[other_layout]] * 4
+    lists = [[_with_layout(layout, n, tensors[0])] for layout, tensors in zip(layouts, dense, strict=False)]
+    around = [_outside(x[0]) for x in lists]
+    lists.append([dense[5][0].clone()])
+    strides = [x[0].stride() for x in lists]
+    adam_(*dense, **opts)
+    adam_(*lists, **opts)
+    assert_bits_equal(lists, dense)
+    assert [x[0].stride() for x in lists] == strides
+    assert all(torch.equal(_outside(x[0]), a) for x, a in zip(lists[:5], around, strict=True))
+
+
+def _with_layout(layout, n, values):
+    shape = layout(n)
+    storage = torch.full((shape.untyped_storage().nbytes() // 4,), 9.0, dtype=values.dtype)
+    return storage.as_strided(shape.shape, shape.stride(), shape.storage_offset()).copy_(values)
+
+
+def _outside(x):
+    """The elements of x's memory that are not x's."""
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).clone()
+    storage.as_strided(x.shape, x.stride(), x.storage_offset()).zero_()
+    return storage
+
+
+def test_expanded_and_marked_gradients(backend):
+    complex_grad = torch.randn(5, 6, dtype=torch.complex64)
+    for grad in (torch.tensor(2.0).expand(5, 6), torch.randn(6).expand(5, 6), complex_grad.conj().imag):
+        a, b = (problem(torch.float32, sizes=[(5, 6)]) for _ in range(2))
+        adam_(a[0], [grad], *a[2:], **options())
+        adam_(b[0], [grad.resolve_neg().clone()], *b[2:], **options())
+        assert_bits_equal(written(a), written(b))
+
+
+def test_more_dimensions_than_the_kernel_takes():
+    sizes = [(2,) * 9]
+    a, b = (problem(torch.float32, sizes=sizes) for _ in range(2))
+    status = {
+        s.backend: s for s in fastlm.backends("adam_", **dict(zip(NAMES, [*a, *options().values()], strict=True)))
+    }
+    if "native" in BACKENDS:
+        assert (status["native"].usable, status["native"].reason) == (False, "does not take 9 dimensions")
+    adam_(*a, **options())
+    adam_(*[[t.reshape(-1) if t.dim() > 1 else t for t in tensors] for tensors in b], **options())
+    torch.testing.assert_close(a[0][0].reshape(-1), b[0][0].reshape(-1), rtol=1e-6, atol=1e-6)
+
+
+NAMES = [
+    "params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps", "lr", "beta1", "beta2", "eps",
+    "weight_decay", "decoupled", "amsgrad", "maximize",
+]  # fmt: skip
+
+
+# --- threads, sharing out ---------------------------------------------------------------------------------------------
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_result_does_not_depend_on_threads(isa, threads, dtype):
+    sizes = [(70_001,), (3,), (0,), (50, 1001), (16_384,), (), (90_000,)]
+    results = []
+    for count in (1, 2, 7):
+        threads(count)
+        lists = problem(dtype, sizes=sizes, amsgrad=True)
+        lists[0][3] = lists[0][3].t().contiguous().t()  # one that is not flat
+        adam_(*lists, **options(amsgrad=True, weight_decay=0.1))
+        results.append(written(lists))
+    assert_bits_equal(results[0], results[1])
+    assert_bits_equal(results[0], results[2])
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="compares the native kernel")
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 200), min_size=0, max_size=6),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=6, max_size=6),
+    seed=st.integers(0, 2**20),
+    flags=st.sampled_from(sorted(FLAGS)),
+)
+def test_any_list_equals_its_parts_and_the_reference(lengths, dtypes, seed, flags):
+    opts = options(**FLAGS[flags])
+    whole = [[] for _ in range(6)]
+    for i, (n, dtype) in enumerate(zip(lengths, dtypes, strict=False)):
+        for tensors, more in zip(whole, problem(dtype, [(n,)], opts["amsgrad"], seed + i), strict=True):
+            tensors += more
+    parts, reference = copy.deepcopy(whole), copy.deepcopy(whole)
+    with fastlm.use_backend("native"):
+        adam_(*whole, **opts)
+        for i in range(len(lengths)):
+            adam_(*([t[i]] if t else [] for t in parts), **opts)
+    with fastlm.use_backend("reference"):
+        adam_(*reference, **opts)
+    assert_bits_equal(whole, parts)
+    for got, want in zip(whole, reference, strict=True):
+        for a, e in zip(got, want, strict=True):
+            torch.testing.assert_close(a, e, rtol=8 * torch.finfo(a.dtype).eps, atol=8 * torch.finfo(a.dtype).eps)
+
+
+# --- torch's machinery ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("namespace", ["fastlm", *(f"fastlm_{b}" for b in BACKENDS)])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_opcheck(namespace, amsgrad):
+    args = (*problem(torch.float32, amsgrad=amsgrad), *options(amsgrad=amsgrad).values())
+    torch.library.opcheck(getattr(torch.ops, namespace).adam_.default, args)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiles_as_one_graph(compiler):
+    def run(lists):
+        torch.ops.fastlm.adam_(*lists, *options().values())
+        return lists[0][-1] * 2
+
+    a, b = problem(torch.float32), problem(torch.float32)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(run, fullgraph=True, backend=compiler)(a), run(b))
+    assert_bits_equal(a, b)
+
+
+def test_bumps_every_version_that_it_writes(backend):
+    lists = problem(torch.float32, amsgrad=True)
+    before = [[t._version for t in tensors] for tensors in lists]
+    adam_(*lists, **options(amsgrad=True))
+    for k, tensors in enumerate(lists):
+        for t, version in zip(tensors, before[k], strict=True):
+            assert t._version == version if k == 1 else t._version > version
+
+
+def test_backward_through_a_stale_parameter_raises(backend):
+    w, x = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
+    loss = (w * x).sum()
+    lists = problem(torch.float32, sizes=[(4,)])
+    with torch.no_grad():
+        adam_([w], *lists[1:], **options())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_refuses_to_change_what_autograd_records(backend):
+    lists = problem(torch.float32, sizes=[(4,)])
+    with pytest.raises(RuntimeError) as error:
+        adam_([lists[0][0].requires_grad_()], *lists[1:], **options())
+    assert str(error.value) == "fastlm.adam_ changes its arguments in place: call it under torch.no_grad()"
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+def _change(k, i, tensor):
+    def change(lists):
+        lists[k][i] = tensor
+
+    return change
+
+
+def _drop(k):
+    def change(lists):
+        del lists[k][-1]
+
+    return change
+
+
+def _repeat(lists):
+    lists[0][1] = lists[0][0]
+
+
+def _top(lists):
+    lists[4].append(torch.zeros(3))
+
+
+BAD = [
+    (_drop(1), ValueError, "grads must hold one tensor per parameter, 2, got 1"),
+    (_drop(5), ValueError, "steps must hold one tensor per parameter, 2, got 1"),
+    (_top, ValueError, "max_exp_avg_sqs must be empty without amsgrad, got 1 tensors"),
+    (_repeat, ValueError, "each parameter must be in params once, got one of them twice"),
+    (_change(1, 0, torch.zeros(4)), ValueError, "grads[0] must have the sizes of params[0], (3,), got (4,)"),
+    (
+        _change(2, 1, torch.zeros(3)[:, None]),
+        ValueError,
+        "exp_avgs[1] must have the sizes of params[1], (3,), got (3, 1)",
+    ),
+    (
+        _change(3, 1, torch.zeros(3, dtype=torch.bfloat16)),
+        TypeError,
+        "exp_avg_sqs[1] must be floating point and of the dtype of params[1], torch.float32, got torch.bfloat16",
+    ),
+    (
+        _change(0, 0, torch.zeros(3, dtype=torch.complex64)),
+        TypeError,
+        "params[0] must be floating point and of the dtype of params[0], torch.complex64, got torch.complex64",
+    ),
+    (
+        _change(1, 0, torch.zeros(3).to_sparse()),
+        TypeError,
+        "grads[0] must be a dense tensor, got layout torch.sparse_coo",
+    ),
+    (
+        _change(1, 1, torch.zeros(3, device="meta")),
+        ValueError,
+        "grads[1] must be on the device of params[1], cpu, got meta",
+    ),
+    (_change(0, 0, torch.zeros(3, device="meta")), ValueError, "params must be on one device, got cpu, meta"),
+    (
+        _change(0, 1, torch.zeros(1).expand(3)),
+        ValueError,
+        "params[1] is written, so no two of its elements may share memory, got sizes (3,) with strides (0,)",
+    ),
+    (_change(5, 0, torch.tensor(1)), TypeError, "steps[0] must be one float32 or float64, got torch.int64 ()"),
+    (_change(5, 1, torch.zeros(2)), TypeError, "steps[1] must be one float32 or float64, got torch.float32 (2,)"),
+]
+
+
+@pytest.mark.parametrize("change, kind, message", BAD, ids=[message[:30] for _, _, message in BAD])
+def test_bad_input_gets_a_sentence_and_changes_nothing(backend, change, kind, message):
+    lists = problem(torch.float32, sizes=[(3,), (3,)])
+    tensors = [lists[0][0], lists[0][1], *lists[5]]
+    before = [t.clone() for t in tensors]
+    change(lists)
+    with pytest.raises(kind) as error:
+        adam_(*lists, **options())
+    assert str(error.value) == f"fastlm.adam_: {message}"
+    assert_bits_equal([tensors], [before])
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="checks the binding")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_drop(1), "adam_: grads must hold 2 tensors, got 1"),
+        (_drop(5), "adam_: steps must hold 2 tensors, got 1"),
+        (
+            _change(1, 0, torch.zeros(4)),
+            "adam_: grads[0] must have the dtype and sizes of params[0], float32 (3) strides (1), "
+            "got float32 (4) strides (1)",
+        ),
+        (
+            _change(2, 0, torch.zeros(1).expand(3)),
+            "adam_: exp_avgs[0] is written, so no two of its elements may share memory, got float32 (3) strides (0)",
+        ),
+        (_repeat, "adam_: params[1] shares its memory with another tensor that this call writes"),
+        (
+            _change(5, 0, torch.tensor(1)),
+            "adam_: steps[0] must be one float32 or float64 on cpu, got int64 () strides ()",
+        ),
+    ],
+)
+def test_the_binding_checks_for_itself(change, message):
+    lists = problem(torch.float32, sizes=[(3,), (3,)])
+    change(lists)
+    steps = [s.clone() for s in lists[5]]
+    with pytest.raises(ValueError) as error:
+        _native.cpu.adam_step(*lists, *options().values(), 1)
+    assert str(error.value) == f"fastlm: {message}"
+    assert all(torch.equal(a, b) for a, b in zip(lists[5], steps, strict=True))
+
+
+def test_empty_lists_do_nothing(backend):
+    adam_([], [], [], [], [], [], **options())

@@ -1,0 +1,455 @@
+"""fastlm.optim.Adam and AdamW as drop-ins for torch.optim's."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastlm
+
+PAIRS = [(fastlm.optim.Adam, torch.optim.Adam), (fastlm.optim.AdamW, torch.optim.AdamW)]
+KINDS = [ours for ours, _ in PAIRS]
+both = pytest.mark.parametrize("ours, theirs", PAIRS, ids=["Adam", "AdamW"])
+each = pytest.mark.parametrize("kind", KINDS)
+
+
+def parameters(dtype=torch.float32):
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(7, 5), (5,), (), (0, 3), (33, 65)]
+    params = [torch.randn(s, generator=draw, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    params.append(torch.randn(6, 9, generator=draw).t().to(dtype).requires_grad_())
+    params.append(torch.randn(4, 3, 5, 6, generator=draw).to(dtype, memory_format=torch.channels_last).requires_grad_())
+    return params
+
+
+def run(optimizer, params, steps, start=0, grad_like=torch.empty_like):
+    """Steps with the gradients of steps start, start + 1, ..., laid out as their parameters.
+
+    torch's fused CPU kernel pairs elements by their place in memory: other strides give wrong numbers there.
+    """
+    for t in range(start, start + steps):
+        draw = torch.Generator().manual_seed(t)
+        for p in params:
+            p.grad = grad_like(p.detach()).copy_(torch.randn(p.shape, generator=draw, dtype=torch.float64))
+        optimizer.step()
+
+
+def assert_close(got, want, tolerance=1e-5):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def assert_same_state(got, want, tolerance=0.0):
+    assert list(got["state"]) == list(want["state"])
+    for key, entries in want["state"].items():
+        assert list(got["state"][key]) == list(entries)
+        for name, value in entries.items():
+            ours = got["state"][key][name]
+            assert (ours.dtype, ours.device, ours.stride()) == (value.dtype, value.device, value.stride()), name
+            torch.testing.assert_close(ours, value, rtol=tolerance, atol=tolerance)
+    assert got["param_groups"] == want["param_groups"]
+
+
+# --- the same as torch ------------------------------------------------------------------------------------------------
+@both
+def test_same_arguments_in_the_same_order(ours, theirs):
+    def listed(kind):
+        return [(p.name, p.default, p.kind) for p in inspect.signature(kind.__init__).parameters.values()]
+
+    known = listed(theirs)
+    if "decoupled_weight_decay" not in dict.fromkeys(name for name, _, _ in known):  # younger than the rest
+        assert listed(ours)[: len(known)] == known
+    else:
+        assert listed(ours) == known
+
+
+@both
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_steps_and_state(ours, theirs, weight_decay, amsgrad, maximize):
+    flags = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": weight_decay, "amsgrad": amsgrad, "maximize": maximize}
+    a, b = parameters(), parameters()
+    mine, torchs = ours(a, **flags), theirs(b, **flags)
+    run(mine, a, 10)
+    run(torchs, b, 10)
+    assert_close(a, b)
+    assert_same_state(mine.state_dict(), torchs.state_dict(), tolerance=1e-5)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(ours, theirs, dtype):
+    a, b = parameters(dtype), parameters(dtype)
+    run(ours(a, 0.01), a, 5)
+    run(theirs(b, 0.01, fused=True), b, 5)
+    assert_close(a, b, tolerance=1e-10 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps)
+
+
+@both
+def test_gradients_laid_out_unlike_their_parameters(ours, theirs):
+    a, b = parameters(), parameters()
+    flipped = {"grad_like": lambda p: torch.empty(p.shape[::-1]).permute(tuple(reversed(range(p.dim()))))}
+    run(ours(a, 0.01), a, 5, **flipped)
+    run(theirs(b, 0.01, foreach=False), b, 5, **flipped)
+    assert_close(a, b)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lr=st.floats(0, 1),
+    betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.9999)),
+    eps=st.floats(1e-10, 1),
+    weight_decay=st.floats(0, 1),
+    amsgrad=st.booleans(),
+    maximize=st.booleans(),
+    pair=st.sampled_from(PAIRS),
+)
+def test_any_options_in_double(lr, betas, eps, weight_decay, amsgrad, maximize, pair):
+    results = []
+    for kind in pair:
+        params = parameters(torch.float64)
+        run(kind(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize), params, 3)
+        results.append(params)
+    assert_close(*results, tolerance=1e-9)
+
+
+# --- state that changes hands -----------------------------------------------------------------------------------------
+@both
+@pytest.mark.parametrize("flags", [{}, {"amsgrad": True}, {"fused": True}, {"foreach": True}, {"maximize": True}])
+def test_torch_state_continues_here_and_back(ours, theirs, flags):
+    straight = parameters()
+    run(theirs(straight, 0.01, **flags), straight, 9)
+
+    params = parameters()
+    optimizer = theirs(params, 0.01, **flags)
+    run(optimizer, params, 3)
+    for t, kind in ((3, ours), (6, theirs)):
+        saved = io.BytesIO()
+        torch.save(optimizer.state_dict(), saved)
+        saved.seek(0)
+        before = optimizer.state_dict()
+        optimizer = kind(params, 1.0)  # the saved lr takes over
+        optimizer.load_state_dict(torch.load(saved, weights_only=True))
+        assert_same_state(optimizer.state_dict(), before)
+        run(optimizer, params, 3, start=t)
+    assert_close(params, straight)
+
+
+@each
+def test_own_state_continues_bit_for_bit(kind):
+    straight, params = parameters(), parameters()
+    run(kind(straight, 0.01, amsgrad=True), straight, 6)
+    first = kind(params, 0.01, amsgrad=True)
+    run(first, params, 3)
+    second = kind(params, 0.01, amsgrad=True)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(second, params, 3, start=3)
+    for a, b in zip(params, straight, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_loading_casts_state_to_the_parameter_and_leaves_steps():
+    wide, narrow = parameters(), parameters(torch.bfloat16)
+    first, second = fastlm.optim.AdamW(wide), fastlm.optim.AdamW(narrow)
+    run(first, wide, 2)
+    second.load_state_dict(first.state_dict())
+    for entries in second.state.values():
+        assert entries["exp_avg"].dtype == entries["exp_avg_sq"].dtype == torch.bfloat16
+        assert (entries["step"].dtype, entries["step"].item()) == (torch.float32, 2)
+    run(second, narrow, 1)
+
+
+def test_state_of_an_old_torch_loads():
+    """Before 1.12 the step was a number, and the groups lacked later keys."""
+    params = parameters()
+    optimizer = fastlm.optim.AdamW(params)
+    run(optimizer, params, 2)
+    old = copy.deepcopy(optimizer.state_dict())
+    for entries in old["state"].values():
+        entries["step"] = int(entries["step"])
+    for group in old["param_groups"]:
+        for key in ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+            del group[key]
+    loaded = fastlm.optim.AdamW(params)
+    loaded.load_state_dict(old)
+    assert_same_state(loaded.state_dict(), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("key", ["capturable", "differentiable"])
+def test_unsupported_state_is_refused_and_nothing_changes(key):
+    params = parameters()
+    optimizer = fastlm.optim.AdamW(params)
+    run(optimizer, params, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    bad = copy.deepcopy(before)
+    bad["param_groups"][0][key] = True
+    with pytest.raises(NotImplementedError, match=f"fastlm.optim.AdamW: {key}=True is not supported"):
+        optimizer.load_state_dict(bad)
+    assert_same_state(optimizer.state_dict(), before)
+
+
+@each
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_go_on_alone(kind, copied):
+    params = parameters()
+    optimizer = kind(params, 0.01)
+    run(optimizer, params, 2)
+    twin = copied(optimizer)
+    twins = twin.param_groups[0]["params"]
+    run(twin, twins, 2, start=2)
+    run(optimizer, params, 2, start=2)
+    for a, b in zip(params, twins, strict=True):
+        assert a is not b and torch.equal(a, b)
+
+
+# --- the rest of an optimizer -----------------------------------------------------------------------------------------
+@both
+def test_groups_with_their_own_options(ours, theirs):
+    results = []
+    for kind in (ours, theirs):
+        params = parameters()
+        optimizer = kind([{"params": params[:2], "lr": 0.1}, {"params": iter(params[2:4]), "weight_decay": 0.3}], 0.01)
+        optimizer.add_param_group({"params": params[4:], "betas": (0.5, 0.6), "amsgrad": True})
+        run(optimizer, params, 4)
+        results.append(params)
+    assert_close(*results)
+
+
+@both
+def test_schedulers_move_lr_and_betas(ours, theirs):
+    results = []
+    for kind in (ours, theirs):
+        params = parameters()
+        optimizer = kind(params, 0.1)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=12)
+        for t in range(6):
+            run(optimizer, params, 1, start=t)
+            scheduler.step()
+        results.append(params)
+    assert_close(*results)
+
+
+@both
+def test_tensor_learning_rate(ours, theirs):
+    results = []
+    for kind in (ours, theirs):
+        params = parameters()
+        optimizer = kind(params, torch.tensor(0.1))
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        for t in range(3):
+            run(optimizer, params, 1, start=t)
+            scheduler.step()
+        assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+        results.append(params)
+    assert_close(*results)
+
+
+@each
+def test_parameters_without_gradient_are_left_alone(kind):
+    params = parameters()
+    optimizer = kind(params, 0.1, weight_decay=0.1)
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    params[0].grad = torch.ones_like(params[0])
+    optimizer.step()
+    assert not torch.equal(params[0], before[0])
+    for p, b in zip(params[1:], before[1:], strict=True):
+        assert torch.equal(p, b)
+    assert list(optimizer.state) == [params[0]]
+
+
+@each
+def test_closure_zero_grad_and_hooks(kind):
+    w = torch.tensor([3.0], requires_grad=True)
+    optimizer = kind([w], 0.1)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(20)]
+    assert losses[0] == 9 and losses == sorted(losses, reverse=True)
+    assert seen == ["before", "after"] * 20
+    assert w.requires_grad and w.is_leaf
+    optimizer.zero_grad()
+    assert w.grad is None
+
+
+@each
+def test_gradient_scaler_unscales_and_skips(kind):
+    """The scaler does it outside the step: inf gradients skip it, finite ones arrive unscaled."""
+    results = []
+    for scaled in (True, False):
+        params = parameters()
+        optimizer = kind(params, 0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        for t in range(4):
+            draw = torch.Generator().manual_seed(t)
+            scale = 1024.0 if scaled else 1.0
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=draw) * scale
+            scaler.scale(torch.zeros(1))  # a scaler initialises itself at its first loss
+            if t == 2:
+                if not scaled:
+                    continue
+                params[0].grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            if scaled:
+                scaler.update(1024.0)
+        assert {s["step"].item() for s in optimizer.state.values()} == {3}
+        results.append(params)
+    assert_close(*results, tolerance=1e-6)
+
+
+@each
+def test_stale_graph_is_noticed(kind):
+    w = torch.ones(4, requires_grad=True)
+    optimizer = kind([w], 0.1)
+    loss = (w * w).sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@each
+def test_non_contiguous_parameters_are_updated_in_place(kind):
+    whole = torch.zeros(6, 8)
+    view = whole[::2, 1:7].requires_grad_()
+    optimizer = kind([view], 0.1)
+    view.grad = torch.ones(3, 6)
+    optimizer.step()
+    inside = torch.zeros(6, 8, dtype=torch.bool)
+    inside[::2, 1:7] = True
+    torch.testing.assert_close(whole, torch.where(inside, -0.1, 0.0), rtol=1e-5, atol=0)
+
+
+def test_default_dtype_double_counts_in_double():
+    torch.set_default_dtype(torch.float64)
+    try:
+        params = parameters(torch.float32)
+        optimizer = fastlm.optim.AdamW(params)
+        run(optimizer, params, 1)
+        assert {s["step"].dtype for s in optimizer.state.values()} == {torch.float64}
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["reference", "auto"])
+def test_runs_on_the_backend_in_use(name):
+    a, b = parameters(), parameters()
+    with fastlm.use_backend(name):
+        run(fastlm.optim.AdamW(a, 0.01), a, 3)
+    run(torch.optim.AdamW(b, 0.01), b, 3)
+    assert_close(a, b)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+@each
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"lr": -1.0}, ValueError, "lr must be at least 0, got -1.0"),
+        ({"lr": float("nan")}, ValueError, "lr must be at least 0, got nan"),
+        ({"lr": torch.ones(2)}, ValueError, "lr must be a number or a tensor of one element, got 2 elements"),
+        ({"eps": -1e-8}, ValueError, "eps must be at least 0, got -1e-08"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay must be at least 0, got -0.1"),
+        ({"betas": (1.0, 0.9)}, ValueError, "betas must be two numbers in [0, 1), got (1.0, 0.9)"),
+        ({"betas": (0.9, -0.1)}, ValueError, "betas must be two numbers in [0, 1), got (0.9, -0.1)"),
+        ({"betas": (0.9,)}, ValueError, "betas must be two numbers in [0, 1), got (0.9,)"),
+        ({"fused": True, "foreach": True}, RuntimeError, "foreach and fused cannot both be True"),
+        (
+            {"capturable": True},
+            NotImplementedError,
+            "capturable=True is not supported: the step is counted on the host, which a CUDA graph would not replay",
+        ),
+        (
+            {"differentiable": True},
+            NotImplementedError,
+            "differentiable=True is not supported: the step is done in place",
+        ),
+    ],
+)
+def test_bad_arguments(kind, arguments, error, message):
+    with pytest.raises(error) as raised:
+        kind(parameters(), **arguments)
+    assert str(raised.value) == f"fastlm.optim.{kind.__name__}: {message}"
+    optimizer = kind(parameters())
+    with pytest.raises(error):
+        optimizer.add_param_group({"params": [torch.zeros(1, requires_grad=True)], **arguments})
+    assert len(optimizer.param_groups) == 1
+
+
+@each
+@pytest.mark.parametrize(
+    "dtype, error, message",
+    [
+        (
+            torch.complex64,
+            NotImplementedError,
+            "complex parameters are not supported, got torch.complex64 at 1; hold them as torch.view_as_real",
+        ),
+        (torch.int32, TypeError, "parameters must be floating point, got torch.int32 at 1"),
+    ],
+)
+def test_parameters_that_are_not_real_floating_point(kind, dtype, error, message):
+    with pytest.raises(error) as raised:
+        kind([torch.zeros(2), torch.zeros(2, dtype=dtype)])
+    assert str(raised.value) == f"fastlm.optim.{kind.__name__}: {message}"
+
+
+@each
+def test_sparse_gradients(kind):
+    w = torch.zeros(3, requires_grad=True)
+    w.grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError) as raised:
+        kind([w]).step()
+    assert str(raised.value) == (
+        f"fastlm.optim.{kind.__name__} does not support sparse gradients, got torch.sparse_coo; "
+        "see torch.optim.SparseAdam"
+    )
+
+
+@each
+def test_expanded_parameter(kind):
+    w = torch.zeros(1).expand(3).requires_grad_()
+    w.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="no two of its elements may share memory"):
+        kind([w]).step()
+
+
+@each
+def test_state_that_no_longer_fits(kind):
+    w = torch.zeros(3, requires_grad=True)
+    optimizer = kind([w])
+    w.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(
+        RuntimeError, match=r"amsgrad was switched on after the first step of a parameter of sizes \(3,\)"
+    ):
+        optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = False
+    w.data = w.data.double()
+    w.grad = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"exp_avgs\[0\] must be floating point and of the dtype of params\[0\]"):
+        optimizer.step()
+
+
+def test_refuses_to_be_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="counts steps on the host, so it cannot be captured in a CUDA graph"):
+        fastlm.optim.AdamW(parameters()).step()
