@@ -29,13 +29,13 @@ void run_kernel(int64_t work, const Run& run) {
 }
 
 void check_float(const char* op, const char* name, const TensorView& t) {
-  FASTLM_CHECK(int(t.dtype) < kNumFloatDTypes, op, ": ", name, " must be a floating-point tensor, got ", t.describe());
+  if (int(t.dtype) >= kNumFloatDTypes) fail_type(op, ": ", name, " must be floating point, got ", t.describe());
   FASTLM_CHECK(!t.cuda, op, ": ", name, " must be on cpu, got cuda");
 }
 
 // All of one dtype, dense, with the same sizes and strides, so that one flat loop pairs their elements.
 void check_same_dense(const char* op, const TensorView& first, std::initializer_list<const TensorView*> others) {
-  check_float(op, "the first tensor", first);
+  check_float(op, "x", first);
   FASTLM_CHECK(first.dense(), op, ": tensors must be dense, got ", first.describe());
   for (const TensorView* other : others) {
     FASTLM_CHECK(other->dtype == first.dtype && !other->cuda && same_layout(*other, first), op,

@@ -277,8 +277,8 @@ def _progress() -> Any:
 def _peak(config: Any) -> float:
     """What the machine can do in the run's precision, FLOP/s."""
     import torch
-    from fastlm.benchmarks.limits import measure_peak
 
+    from fastlm.benchmarks.limits import measure_peak
     from fastlm.train.config import prepare_machine
 
     precision = prepare_machine(config).precision

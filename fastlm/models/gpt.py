@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from fastlm.ops.attention import attention
 from fastlm.ops.relu import relu, relu_squared
-from torch import Tensor, nn
 
 ACTIVATIONS = {"relu_squared": relu_squared, "relu": relu, "gelu": F.gelu}
 

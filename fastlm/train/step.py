@@ -6,10 +6,10 @@ import hashlib
 import math
 
 import torch
-from fastlm.optim import AdamW
 
 from fastlm.data import Dataset, get_batch
 from fastlm.models import GPT
+from fastlm.optim import AdamW
 from fastlm.train.config import TrainConfig
 from fastlm.train.evaluation import autocast
 

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from fastlm._library import kernel
 from torch import Tensor
+
+from fastlm._library import kernel
 
 FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 # Triton reads the variable when a kernel is decorated, so it holds for the whole process.

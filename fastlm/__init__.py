@@ -1,0 +1,13 @@
+"""fastlm: fused kernels for training language models in PyTorch, on the CPU and on CUDA GPUs."""
+
+import importlib
+
+from fastlm import _library, optim
+from fastlm._library import backends, use_backend
+from fastlm._version import __version__
+from fastlm.ops.bias_act import bias_act
+from fastlm.ops.relu import relu, relu_squared
+
+_library.load_kernels = lambda backend, family: importlib.import_module(f"fastlm.kernels.{backend}.{family}")
+
+__all__ = ["__version__", "backends", "bias_act", "optim", "relu", "relu_squared", "use_backend"]

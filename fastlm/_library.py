@@ -1,0 +1,535 @@
+"""How an op becomes a torch op: the only file that knows torch.library.
+
+``define_op`` puts one contract (schema, reference, fake, gradient) into four torch.ops namespaces:
+
+=====================  ================================================================================
+``fastlm``             the one users call: the best installed kernel that can do the arguments
+``fastlm_native``      C++ on the CPU, CUDA C++ on the GPU
+``fastlm_triton``      Triton
+``fastlm_reference``   the definition, in plain torch
+=====================  ================================================================================
+
+Choosing a backend is choosing a namespace. Kernels register themselves with ``kernel`` when their module is imported,
+which happens at the op's first call on a device: importing fastlm loads no Triton and initialises no CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+NAMESPACES = {"auto": "fastlm", "native": "fastlm_native", "triton": "fastlm_triton", "reference": "fastlm_reference"}
+_KERNEL_BACKENDS = ("native", "triton")  # in order of preference; the reference always comes last
+_DEVICES = ("cpu", "cuda")
+_libraries = {backend: torch.library.Library(namespace, "DEF") for backend, namespace in NAMESPACES.items()}
+_ops: dict[str, Op] = {}
+# What a backward formula calls: _entries[backend].relu_backward(...)
+_entries = {backend: SimpleNamespace() for backend in NAMESPACES}
+
+# Imports the kernels of one backend for one op family. Set by fastlm/__init__.py, which alone sees ops and kernels.
+load_kernels: Callable[[str, str], object]
+
+
+# --- the choice of backend --------------------------------------------------------------------------------------------
+def _checked_backend(name: str, origin: str) -> str:
+    if name not in NAMESPACES:
+        raise ValueError(f"{origin} must be one of {', '.join(NAMESPACES)}, got {name!r}")
+    return name
+
+
+class _State(threading.local):
+    """Per thread. A class attribute is each thread's default."""
+
+    backend = _checked_backend(os.environ.get("FASTLM_BACKEND") or "auto", "FASTLM_BACKEND")
+
+
+_state = _State()
+
+
+class use_backend:
+    """``with fastlm.use_backend("triton"):`` runs this thread's fastlm ops on one backend.
+
+    Args:
+        name: ``auto`` (the best that can), ``native``, ``triton`` or ``reference``. The last three refuse what they
+            cannot do with NotImplementedError instead of going to another.
+
+    The backward of an op runs on the backend that ran its forward.
+    """
+
+    def __init__(self, name: str):
+        self.name = _checked_backend(name, "fastlm.use_backend: name")
+
+    def __enter__(self) -> None:
+        self.previous = _state.backend
+        _state.backend = self.name
+
+    def __exit__(self, *exc: object) -> None:
+        _state.backend = self.previous
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+class Kernel(NamedTuple):
+    run: Callable[..., Any]
+    supports: Callable[..., str | None] | None  # the schema's arguments -> None, or why not
+
+    def refusal(self, args: Sequence[Any]) -> str | None:
+        return self.supports(*args) if self.supports is not None else None
+
+
+class BackendStatus(NamedTuple):
+    """One line of ``fastlm.backends``: whether `backend` can run the op, and where not, why."""
+
+    backend: str
+    usable: bool
+    reason: str
+
+
+_kernels: dict[tuple[str, str, str], Kernel] = {}
+_lock = threading.RLock()
+
+
+def kernel(op: str, *, backend: str, device: str, supports: Callable[..., str | None] | None = None):
+    """Register the decorated function as the kernel of `op` for a backend ("native", "triton") and a device type.
+
+    It gets the schema's arguments, positionally, and returns what the schema says, freshly allocated. `supports` gets
+    the same arguments and returns None or the reason why the kernel cannot do them; it looks at static properties only
+    (dtypes, sizes, flags), so that the choice holds under torch.compile.
+    """
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        _kernels[op, backend, device] = Kernel(run, supports)
+        return run
+
+    return register
+
+
+class Op:
+    """One op in its four namespaces. Calling it runs it on the backend that is in use."""
+
+    def __init__(
+        self,
+        schema: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        save: Callable[..., Sequence[Any]] | None,
+        backward: Callable[..., Sequence[Tensor | None] | None] | None,
+        samples: Callable[[str], Iterable[tuple]],
+        autocast: Callable[[torch.dtype, Sequence[Any]], Sequence[Any]] | None,
+        arguments: Callable[..., tuple] | None,
+    ):
+        parsed = torch._C.parse_schema(f"fastlm::{schema}")
+        self.name: str = parsed.name.split("::")[1]
+        # relu and relu_backward are one family: their kernels stand in one file.
+        self.family = reference.__module__.rpartition(".")[2]
+        self.parameters = parsed.arguments
+        self.arity = len(parsed.arguments)
+        self.defaults = tuple(a.default_value for a in parsed.arguments)
+        self.mutated = [i for i, a in enumerate(parsed.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        self.reference = reference
+        self.save = save
+        self.backward = backward
+        self.samples = samples
+        self.autocast = autocast
+        self.arguments = arguments
+        self._chosen: dict[tuple[str, str], tuple[list[tuple[str, Kernel]], list[BackendStatus]]] = {}
+        self.overloads: dict[str, Any] = {}
+        self.entries: dict[str, Callable[..., Any]] = {}
+        self._on_cpu: dict[str, Callable[..., Any]] = {}  # the kernel for plain CPU tensors, by backend
+        self._apply: dict[str, Callable[..., Any]] = {}  # the same with a graph; takes a dispatch key set first
+        for backend, library in _libraries.items():
+            library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+            self._implement(backend, library, fake)
+            self.overloads[backend] = getattr(getattr(torch.ops, NAMESPACES[backend]), self.name).default
+            self.entries[backend] = self._entry(backend)
+            setattr(_entries[backend], self.name, self.entries[backend])
+
+    def __call__(self, *args: Any) -> Any:
+        return self.entries[_state.backend](*args)
+
+    def pointwise(self, *args: Any) -> Any:
+        """The call for a pointwise op: while compiling it is its reference, which Inductor fuses with its neighbours."""
+        if _is_compiling() and _state.backend == "auto":
+            return self.reference(*args)
+        return self.entries[_state.backend](*args)
+
+    def unary(self, x: Tensor) -> Tensor:
+        """The same for an op of one tensor and no autocast rule, with every cost cut that a small tensor would feel."""
+        if (
+            (type(x) is Tensor or type(x) is Parameter)
+            and not _is_compiling()
+            and _undisturbed()
+            and x.is_cpu
+            and not x.is_neg()
+            and _state.backend == "auto"
+        ):
+            if x.requires_grad and _is_grad_enabled():
+                return self._apply["auto"](None, x)
+            return self._on_cpu["auto"](x)
+        return self.pointwise(x)
+
+    def _entry(self, backend: str) -> Callable[..., Any]:
+        """The front door: the CPU kernel by a plain call where the dispatcher has nothing to add, else the torch op."""
+        overload, on_cpu, apply = self.overloads[backend], self._on_cpu[backend], self._apply.get(backend)
+        has_autocast_rule = self.autocast is not None
+
+        def call(*args: Any) -> Any:
+            if (
+                not _is_compiling()
+                and _undisturbed()
+                and not (has_autocast_rule and torch._C._is_any_autocast_enabled())
+                and _all_plain_cpu(args)
+            ):
+                if not (_is_grad_enabled() and _any_requires_grad(args)):
+                    return on_cpu(*args)
+                if apply is not None:
+                    return apply(None, *args)
+            return overload(*args)
+
+        return call
+
+    # --- resolution ---------------------------------------------------------------------------------------------------
+    def choices(self, backend: str, device: str) -> tuple[list[tuple[str, Kernel]], list[BackendStatus]]:
+        """The installed kernels on a device, best first, and what became of each backend."""
+        found = self._chosen.get((backend, device))
+        if found is None:
+            with _lock:
+                found = self._chosen.get((backend, device)) or self._resolve(backend, device)
+                self._chosen[backend, device] = found
+        return found
+
+    def _resolve(self, backend: str, device: str) -> tuple[list[tuple[str, Kernel]], list[BackendStatus]]:
+        usable: list[tuple[str, Kernel]] = []
+        statuses: list[BackendStatus] = []
+        for candidate in _KERNEL_BACKENDS if backend == "auto" else (backend,):
+            if candidate == "reference":
+                continue
+            problem = self._problem(candidate, device)
+            if problem is None:
+                usable.append((candidate, _kernels[self.name, candidate, device]))
+            statuses.append(BackendStatus(candidate, problem is None, problem or ""))
+        if backend in ("auto", "reference"):
+            usable.append(("reference", Kernel(self._run_reference, None)))
+            statuses.append(BackendStatus("reference", True, ""))
+        return usable, statuses
+
+    def _problem(self, backend: str, device: str) -> str | None:
+        try:
+            load_kernels(backend, self.family)
+        except ImportError as error:
+            return str(error)
+        found = _kernels.get((self.name, backend, device))
+        if found is None:
+            return f"has no {self.name} kernel for {device}"
+        # The CPU kernels run in every test; no GPU architecture can be taken for granted.
+        return self._self_check(found, device) if device == "cuda" else None
+
+    def _self_check(self, found: Kernel, device: str) -> str | None:
+        """Compare the kernel with the reference on small inputs; the first use on this machine pays for it."""
+        for args in self.samples(device):
+            if found.refusal(args) is not None:
+                continue
+            try:
+                ours = [args[i] for i in self.mutated]
+                theirs_args = [_clone(a) for a in args]
+                theirs = [theirs_args[i] for i in self.mutated]
+                got, want = found.run(*args), self._run_reference(*theirs_args)
+                for a, b in zip(_tensors([got, ours]), _tensors([want, theirs]), strict=True):
+                    difference = (a.double() - b.double()).abs().max().item() if a.numel() else 0.0
+                    allowed = (
+                        64 * torch.finfo(a.dtype).eps * max(1.0, b.double().abs().max().item() if b.numel() else 0)
+                    )
+                    if not difference <= allowed:
+                        return f"failed its self-check on {torch.cuda.get_device_name()}: off by {difference:.3g}"
+            except Exception as error:
+                return f"failed its self-check on {torch.cuda.get_device_name()}: {error}"
+        return None
+
+    # --- registration -------------------------------------------------------------------------------------------------
+    def _implement(self, backend: str, library: torch.library.Library, fake: Callable) -> None:
+        qualified = f"{NAMESPACES[backend]}::{self.name}"
+        for device in _DEVICES:
+            chooser = self._chooser(backend, device)
+            library.impl(self.name, chooser, device.upper())
+            if device == "cpu":
+                self._on_cpu[backend] = chooser
+        library.impl(self.name, self._run_reference if backend in ("auto", "reference") else self._refuse_device(backend),
+                     "CompositeExplicitAutograd")  # fmt: skip
+        torch.library.register_fake(qualified, self._filled(fake), lib=library)
+        library.impl(self.name, self._autograd_kernel(backend), "Autograd", with_keyset=True)
+        if not self.mutated:
+            library.impl(self.name, self._run_reference, "FuncTorchBatched")
+        if self.autocast is not None:
+            for device in _DEVICES:
+                library.impl(self.name, self._autocast_kernel(backend, device), f"Autocast{device.upper()}")
+
+    def _fill(self, args: Sequence[Any]) -> Sequence[Any]:
+        # The dispatcher leaves out trailing arguments that equal their defaults.
+        return args if len(args) == self.arity else (*args, *self.defaults[len(args) :])
+
+    def _filled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: function(*self._fill(args))
+
+    def _run_reference(self, *args: Any) -> Any:
+        if torch._C._is_any_autocast_enabled():
+            with _no_autocast():
+                return self.reference(*self._fill(args))
+        return self.reference(*self._fill(args))
+
+    def _chooser(self, backend: str, device: str) -> Callable[..., Any]:
+        candidates: list[tuple[str, Kernel]] = []  # of the last resolution
+
+        def run_best(*args: Any) -> Any:
+            if len(args) != self.arity:
+                args = self._fill(args)
+            for _, (run, supports) in candidates:
+                if supports is None or supports(*args) is None:
+                    out = run(*args)
+                    if self.mutated:
+                        torch.autograd.graph.increment_version(_tensors([args[i] for i in self.mutated]))
+                    return out
+            usable, statuses = self.choices(backend, device)
+            if not candidates and usable:
+                candidates.extend(usable)
+                return run_best(*args)
+            refusals = [f"{name} {candidate.refusal(args)}" for name, candidate in usable]
+            refusals += [f"{s.backend} {s.reason}" for s in statuses if not s.usable]
+            raise NotImplementedError(f"fastlm.{self.name} on {device}: {'; '.join(refusals)}")
+
+        return run_best
+
+    def _refuse_device(self, backend: str) -> Callable[..., Any]:
+        def refuse(*args: Any) -> Any:
+            device = next(t.device for t in _tensors(args))
+            raise NotImplementedError(f"fastlm.{self.name} on {device.type}: {backend} has no kernel for this device")
+
+        return refuse
+
+    def _autocast_kernel(self, backend: str, device: str) -> Callable[..., Any]:
+        def cast(*args: Any) -> Any:
+            with _no_autocast():
+                return self.overloads[backend](*self.autocast(torch.get_autocast_dtype(device), self._fill(args)))
+
+        return cast
+
+    def _below_autograd(self, backend: str) -> Callable[..., Any]:
+        """Go on with the dispatch after Autograd; to a CPU kernel by a plain call, since a boxed one costs 2 us."""
+        after, on_cpu = torch._C._after_autograd_keyset, self._on_cpu[backend]
+
+        def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+            if _dispatch_modes() == 0 and _all_plain_cpu(args):
+                return on_cpu(*args)
+            return self.overloads[backend].redispatch(keyset & after, *args)
+
+        return run
+
+    def _autograd_kernel(self, backend: str) -> Callable[..., Any]:
+        below = self._below_autograd(backend)
+        apply = None
+        if not self.mutated:
+            apply = self._apply[backend] = self._function(backend, below).apply
+
+        def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+            needs_graph = _is_grad_enabled() and _any_requires_grad(args)
+            if apply is None:
+                if needs_graph:
+                    raise RuntimeError(
+                        f"fastlm.{self.name} changes its arguments in place: call it under torch.no_grad()"
+                    )
+            # torch's own ops know every transform; this is exact, only slower.
+            elif forward_ad._current_level >= 0 or _transforms() is not None:
+                return self._run_reference(*args)
+            elif needs_graph:
+                return apply(keyset, *args)
+            return below(keyset, *args)
+
+        return autograd
+
+    def _function(self, backend: str, below: Callable[..., Any]) -> type[torch.autograd.Function]:
+        op, entries = self, _entries[backend]
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, keyset, *args):
+                out = below(keyset, *args)
+                if len(args) != op.arity:
+                    args = op._fill(args)
+                saved = args if op.save is None else op.save(args, out)
+                ctx.plain = [None if isinstance(s, Tensor) else s for s in saved]
+                ctx.save_for_backward(*[s if isinstance(s, Tensor) else None for s in saved])
+                ctx.set_materialize_grads(False)
+                return out
+
+            @staticmethod
+            def backward(ctx, *grads):
+                saved = [p if t is None else t for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)]
+                wanted = ctx.needs_input_grad[1:]
+                found = None
+                if op.backward is not None:
+                    found = op.backward(entries, saved, wanted, *grads)
+                if found is None:
+                    found = _differentiate(op.reference, saved, wanted, grads)
+                return (None, *found, *[None] * (len(wanted) - len(found)))
+
+        Function.__name__ = Function.__qualname__ = f"{op.name}_{backend}"
+        return Function
+
+
+def define_op(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    samples: Callable[[str], Iterable[tuple]],
+    save: Callable[..., Sequence[Any]] | None = None,
+    backward: Callable[..., Sequence[Tensor | None] | None] | None = None,
+    autocast: Callable[[torch.dtype, Sequence[Any]], Sequence[Any]] | None = None,
+    arguments: Callable[..., tuple] | None = None,
+) -> Op:
+    """Define one op in all four namespaces.
+
+    Args:
+        schema: as in torch.library, without a namespace. Arguments are positional; the public function has the names.
+        reference: what the op means, in plain torch: differentiable, on any device, also in float64. Never returns its
+            input.
+        fake: outputs of the right sizes, strides and dtypes from fake tensors.
+        samples: device -> a few small argument tuples, for the self-check of kernels on a GPU.
+        save: (args, output) -> what the gradient needs, tensors or not; all arguments where not given.
+        backward: (the backend's ops, saved, wanted, *output gradients) -> input gradients. Calls registered ops only.
+            Not given, or where it returns None: the reference is differentiated at what was saved, exact in every order.
+        autocast: (dtype, args) -> args under torch.autocast; not given: the arguments stay as they are.
+        arguments: the public function's arguments -> the schema's, where they differ.
+    """
+    op = Op(schema, reference, fake, save, backward, samples, autocast, arguments)
+    _ops[op.name] = op
+    return op
+
+
+def backends(op: str | None = None, **example_args: Any) -> Any:
+    """Which backends can run an op, best first: a list of ``BackendStatus(backend, usable, reason)``.
+
+    Args:
+        op: an op's name, such as "attention"; None gives a dict over all ops.
+        example_args: the public function's arguments. With them the answer is for that call, on its tensors' device;
+            without, for the default device (CUDA where there is one).
+    """
+    if op is None:
+        return {name: backends(name) for name in _ops}
+    if op not in _ops:
+        raise ValueError(f"fastlm.backends: op must be one of {', '.join(_ops)}, got {op!r}")
+    found = _ops[op]
+    args = None
+    if example_args:
+        args = (
+            found.arguments(**example_args)
+            if found.arguments
+            else tuple(example_args[a.name] for a in found.parameters)
+        )
+    tensors = _tensors(args or ())
+    device = tensors[0].device.type if tensors else ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in _DEVICES:
+        return [BackendStatus("reference", True, "")]
+    usable, statuses = found.choices("auto", device)
+    refusals = {name: candidate.refusal(args) for name, candidate in usable} if args is not None else {}
+    return [s._replace(usable=False, reason=refusals[s.backend]) if refusals.get(s.backend) else s for s in statuses]
+
+
+# --- the front door ---------------------------------------------------------------------------------------------------
+# Bound once: each is looked up on every call of a small op.
+_is_compiling = torch.compiler.is_dynamo_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_mode = torch._C._is_torch_function_mode_enabled
+_transforms = torch._C._functorch.peek_interpreter_stack
+_is_tracing = torch._C._is_tracing
+
+
+def _undisturbed() -> bool:
+    """No mode, transform or trace of this thread wants to see the op. (Autocast is asked about where an op has a rule.)"""
+    return (
+        _dispatch_modes() == 0
+        and not _function_mode()
+        and _transforms() is None
+        and forward_ad._current_level < 0
+        and not _is_tracing()
+    )
+
+
+def _all_plain_cpu(args: Sequence[Any]) -> bool:
+    """Only ordinary CPU tensors."""
+    for a in args:
+        kind = type(a)
+        if kind is Tensor or kind is Parameter:
+            # z.conj().imag is of a real dtype and yet marked as negated.
+            if not a.is_cpu or a.is_neg() or a.is_conj():
+                return False
+        elif isinstance(a, Tensor) or (isinstance(a, (list, tuple)) and not _all_plain_cpu(a)):
+            return False
+    return True
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+def _no_autocast():
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+        torch._C.DispatchKey.AutocastCUDA
+    )
+    return torch._C._ExcludeDispatchKeyGuard(keys)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, (list, tuple)):
+        return [t for v in values for t in _tensors(v)]
+    return []
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return [_clone(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _any_requires_grad(args: Sequence[Any]) -> bool:
+    for a in args:
+        if isinstance(a, Tensor):
+            if a.requires_grad:
+                return True
+        elif isinstance(a, (list, tuple)) and _any_requires_grad(a):
+            return True
+    return False
+
+
+def _differentiate(
+    reference: Callable[..., Any], args: Sequence[Any], wanted: Sequence[bool], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of `reference` at `args`, differentiable again.
+
+    Each tensor is seen through a fresh view: differentiating at the saved tensor itself would also follow the path by
+    which one argument depends on another (wrong second derivative); at a detached copy, none (wrong third).
+    """
+    with torch.enable_grad():
+        views = [a.view_as(a) if isinstance(a, Tensor) else a for a in args]
+        outputs = reference(*views)
+    pairs = [(o, g) for o, g in zip(_tensors([outputs]), grads, strict=True) if g is not None and o.requires_grad]
+    at = [v for v, w in zip(views, wanted, strict=True) if w]
+    if pairs:
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs],
+                at,
+                [g for _, g in pairs],
+                create_graph=torch.is_grad_enabled(),
+                allow_unused=True,
+            )
+        )
+    else:
+        found = iter([None] * len(at))
+    return [next(found) if w else None for w in wanted]

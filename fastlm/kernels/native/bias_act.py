@@ -1,0 +1,41 @@
+"""bias + relu and bias + squared relu in C++: csrc/cpu/relu.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastlm import _native
+from fastlm._library import kernel
+from fastlm.kernels.native._common import unsupported_dtype
+
+
+def _unsupported(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
+    if dropout_p > 0:
+        return "does not do dropout"
+    return _unsupported_backward(x, x, bias, act)
+
+
+def _unsupported_backward(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> str | None:
+    if act not in ("relu", "relu_squared"):
+        return f"does not do act={act!r}"
+    return unsupported_dtype(saved)
+
+
+if _native.cpu is not None:
+    _forward, _backward = _native.cpu.bias_act_forward, _native.cpu.bias_act_backward
+
+    @kernel("bias_act", backend="native", device="cpu", supports=_unsupported)
+    def bias_act(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
+        x, bias = x.contiguous(), bias.contiguous()
+        y = torch.empty_like(x)
+        _forward(x, bias, y, act == "relu_squared", torch.get_num_threads())
+        return y
+
+    @kernel("bias_act_backward", backend="native", device="cpu", supports=_unsupported_backward)
+    def bias_act_backward(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
+        dy, saved, bias = dy.contiguous(), saved.contiguous(), bias.contiguous()
+        dx = torch.empty_like(saved)
+        sums = torch.empty_like(bias, dtype=torch.float64 if bias.dtype == torch.float64 else torch.float32)
+        _backward(dy, saved, bias, dx, sums, act == "relu_squared", torch.get_num_threads())
+        return dx, sums.to(bias.dtype)

@@ -1,0 +1,120 @@
+"""bias_act(x, bias) = dropout(act(x + bias)): x (..., N), bias (N,), floating point.
+
+relu without dropout saves its output, which the next layer keeps anyway; every other form its inputs, by reference.
+Under autocast the bias follows x, which comes from a product that autocast has already put into the lower precision.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm._dropout import draw_seed, keep_mask
+from fastlm._library import define_op
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "relu_squared": lambda x: torch.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def bias_act_reference(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
+    y = ACTIVATIONS[act](x + bias)
+    if dropout_p > 0:
+        y = torch.where(keep_mask(tuple(y.shape), dropout_p, seed), y / (1 - dropout_p), 0)
+    return y.contiguous()
+
+
+def bias_act_backward_reference(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
+    dx = torch.where(saved <= 0, 0, dy) if act == "relu" else dy * (2 * torch.relu(saved + bias))
+    return dx.contiguous(), dx.sum_to_size(bias.shape).contiguous()
+
+
+def _has_formula(act: str, dropout_p: float) -> bool:
+    return dropout_p == 0 and act in ("relu", "relu_squared")
+
+
+def _save(args, y):
+    x, bias, act, dropout_p, seed = args
+    return (y if act == "relu" and dropout_p == 0 else x, bias, act, dropout_p, seed)
+
+
+def _backward(ops, saved, wanted, dy):
+    at, bias, act, dropout_p, seed = saved
+    if not _has_formula(act, dropout_p):
+        return None
+    return ops.bias_act_backward(dy, at, bias, act)
+
+
+def _arguments(x: Tensor, bias: Tensor, act: str = "relu", dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple:
+    if act not in ACTIVATIONS:
+        raise ValueError(f"fastlm.bias_act: act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"fastlm.bias_act: dropout_p must be in [0, 1), got {dropout_p}")
+    if x.dim() < 1 or bias.shape != x.shape[-1:]:
+        raise ValueError(
+            f"fastlm.bias_act: bias must be (N,) for x (..., N) = {tuple(x.shape)}, got {tuple(bias.shape)}"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"fastlm.bias_act: x must be floating point, got {x.dtype}")
+    if bias.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"fastlm.bias_act: bias must have the dtype of x, {x.dtype}, got {bias.dtype}")
+    if bias.device != x.device:
+        raise ValueError(f"fastlm.bias_act: bias must be on the device of x, {x.device}, got {bias.device}")
+    if dropout_p > 0 and seed is None:
+        seed = draw_seed(x.device)
+    return x, bias, act, dropout_p, seed if dropout_p > 0 else None
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _samples(device: str) -> list[tuple]:
+    x = torch.linspace(-2, 2, 1001, device=device).view(7, 143)
+    return [(x, x[3].flip(0).contiguous(), act, 0.0, None) for act in ("relu", "relu_squared")]
+
+
+define_op(
+    "bias_act_backward(Tensor dy, Tensor saved, Tensor bias, str act) -> (Tensor dx, Tensor dbias)",
+    reference=bias_act_backward_reference,
+    fake=lambda dy, saved, bias, act: (_contiguous_like(saved), _contiguous_like(bias)),
+    samples=lambda device: [(x.flip(0), x, bias, act) for x, bias, act, _, _ in _samples(device)],
+)
+_bias_act = define_op(
+    "bias_act(Tensor x, Tensor bias, str act='relu', float dropout_p=0.0, Tensor? seed=None) -> Tensor",
+    reference=bias_act_reference,
+    fake=lambda x, bias, act, dropout_p, seed: _contiguous_like(x),
+    samples=_samples,
+    save=_save,
+    backward=_backward,
+    autocast=lambda dtype, args: (args[0], args[1].to(args[0].dtype), *args[2:]),
+    arguments=_arguments,
+)
+
+
+def bias_act(x: Tensor, bias: Tensor, act: str = "relu", dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """act(x + bias), then dropout, in one pass over memory.
+
+    Args:
+        x: (..., N), floating point.
+        bias: (N,), of x's dtype and device.
+        act: none, relu, relu_squared, gelu, gelu_tanh, silu, sigmoid or tanh.
+        dropout_p: probability in [0, 1) of setting an element to 0; the others are divided by 1 - dropout_p.
+        seed: 0-d int64 tensor that decides the mask; drawn from torch's generator where not given.
+
+    Returns:
+        A contiguous tensor of x's shape and dtype.
+
+    Raises:
+        ValueError: an unknown act, a dropout_p outside [0, 1), sizes or devices that do not fit.
+        TypeError: dtypes that do not fit.
+    """
+    return _bias_act.pointwise(*_arguments(x, bias, act, dropout_p, seed))
