@@ -4,11 +4,23 @@
 
 #include <algorithm>
 #include <cstdint>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace fastlm::cpu {
 
 // False in a child made by os.fork after a parallel region: libgomp would wait for ever for threads the child lacks.
 bool threads_usable();
+
+// The calling thread's number within the team of the region it runs in.
+inline int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
 
 // body(begin, end) over [0, n) in one piece per thread, cut at multiples of `grain`.
 template <class Body>

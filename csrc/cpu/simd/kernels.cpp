@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include "adam-inl.h"
+#include "attention-inl.h"
 #include "relu-inl.h"
 
 #define FASTLM_STRING_(x) #x
@@ -10,6 +11,6 @@
 namespace fastlm::cpu::FASTLM_ISA {
 
 extern const Kernels kTable;
-const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kReluKernels, kAdamKernels};
+const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kReluKernels, kAdamKernels, kAttentionKernels};
 
 }  // namespace fastlm::cpu::FASTLM_ISA

@@ -5,6 +5,7 @@
 
 #include "../../dtype.h"
 #include "adam.h"
+#include "attention.h"
 #include "relu.h"
 
 namespace fastlm::cpu {
@@ -13,6 +14,7 @@ struct Kernels {
   const char* isa;
   ReluKernels relu;
   AdamKernels adam;
+  AttentionKernels attention;
 };
 
 }  // namespace fastlm::cpu

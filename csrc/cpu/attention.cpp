@@ -1,0 +1,127 @@
+#include "attention.h"
+
+#include <memory>
+#include <new>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace fastlm::cpu {
+namespace {
+
+// With fewer groups of heads than this, the backward splits the keys of each into parts that sum their own dq. The
+// number depends on the shape alone, so that the result does not depend on the number of threads, and it bounds the
+// memory: kMaxParts float copies of dq.
+constexpr int64_t kEnoughTasks = 8, kMaxParts = 4;
+constexpr int64_t kLeastKeys = 256;  // of a part
+
+int64_t size_of(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
+int64_t size_of_sum(DType dtype) { return dtype == DType::kF64 ? 8 : 4; }
+
+const char* at(const void* base, int64_t offset, int64_t size) { return static_cast<const char*>(base) + offset * size; }
+char* at(void* base, int64_t offset, int64_t size) { return static_cast<char*>(base) + offset * size; }
+
+// Uninitialised memory on cache lines, `count` pieces of `bytes`.
+class Workspace {
+ public:
+  Workspace(int64_t count, size_t bytes)
+      : stride_((bytes + kLine - 1) / kLine * kLine),
+        memory_(static_cast<char*>(::operator new(count * stride_, std::align_val_t{kLine}))) {}
+  ~Workspace() { ::operator delete(memory_, std::align_val_t{kLine}); }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  void* piece(int64_t i) const { return memory_ + i * stride_; }
+
+ private:
+  static constexpr size_t kLine = 64;
+  size_t stride_;
+  char* memory_;
+};
+
+int64_t min_threads(int threads, int64_t tasks) { return std::max<int64_t>(1, std::min<int64_t>(threads, tasks)); }
+
+// Where part `i` of `parts` starts, so that each has about as many visible (query, key) pairs, on whole tiles of keys.
+int64_t part_begin(const AttentionShape& s, int64_t i, int64_t parts) {
+  if (i == 0) return 0;
+  if (i == parts) return s.k_len;
+  auto seen = [&](int64_t key) { return std::max<int64_t>(0, s.q_len - std::max<int64_t>(0, key - s.diagonal)); };
+  constexpr int64_t kTile = 64;
+  double total = 0, sum = 0;
+  for (int64_t j = 0; j < s.k_len; j += kTile) total += seen(j);
+  int64_t j = 0;
+  for (; j < s.k_len && sum < total * i / parts; j += kTile) sum += seen(j);
+  return std::min(j, s.k_len);
+}
+
+}  // namespace
+
+void attention_forward(DType dtype, const AttentionBatch& b, const void* q, const void* k, const void* v, void* o,
+                       void* lse, int threads) {
+  const AttentionShape& s = b.shape;
+  const int type = static_cast<int>(dtype);
+  const AttentionKernels& kernel = kernels_for(dtype).attention;
+  const int64_t size = size_of(dtype), group = b.q_heads / std::max<int64_t>(1, b.k_heads);
+  const int64_t blocks = (s.q_len + kQueryBlock - 1) / kQueryBlock, tasks = b.batch * b.q_heads * blocks;
+  if (tasks == 0) return;
+  Workspace work(min_threads(threads, tasks), kernel.forward_bytes[type](s));
+  parallel_tasks(threads, tasks, [&](int64_t task) {
+    // Heads one after the other, since their queries share keys; within a head the longest block first.
+    int64_t block = blocks - 1 - task % blocks, head = task / blocks % b.q_heads, n = task / blocks / b.q_heads;
+    int64_t k_head = head / group, begin = block * kQueryBlock;
+    kernel.forward[type](s, at(q, n * b.q.batch + head * b.q.head, size), at(k, n * b.k.batch + k_head * b.k.head, size),
+                         at(v, n * b.v.batch + k_head * b.v.head, size), at(o, n * b.o.batch + head * b.o.head, size),
+                         at(lse, (n * b.q_heads + head) * s.q_len, size_of_sum(dtype)), begin,
+                         std::min(s.q_len, begin + kQueryBlock), work.piece(thread_index()));
+  });
+}
+
+void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, const void* dlse, const void* q,
+                        const void* k, const void* v, const void* o, const void* lse, void* dq, void* dk, void* dv,
+                        int threads) {
+  const AttentionShape& s = b.shape;
+  const int type = static_cast<int>(dtype);
+  const AttentionKernels& kernel = kernels_for(dtype).attention;
+  const int64_t size = size_of(dtype), sum_size = size_of_sum(dtype);
+  const int64_t groups = b.batch * b.k_heads;
+  if (groups == 0) return;
+  const int64_t heads = b.q_heads / b.k_heads;
+  const int64_t wanted = std::min((kEnoughTasks + groups - 1) / groups, kMaxParts);
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, s.k_len / kLeastKeys));
+  const int64_t tasks = groups * parts, team = min_threads(threads, tasks);
+  const size_t sums_bytes = kernel.dq_sums_count[type](s, heads) * sum_size;
+
+  auto group_of = [&](int64_t index) {
+    int64_t n = index / b.k_heads, k_head = index % b.k_heads, head = k_head * heads;
+    AttentionGroup g{};
+    g.heads = heads;
+    g.q = at(q, n * b.q.batch + head * b.q.head, size);
+    g.k = at(k, n * b.k.batch + k_head * b.k.head, size);
+    g.v = at(v, n * b.v.batch + k_head * b.v.head, size);
+    g.o = at(o, n * b.o.batch + head * b.o.head, size);
+    g.dout = at(dout, n * b.dout.batch + head * b.dout.head, size);
+    g.lse = at(lse, (n * b.q_heads + head) * s.q_len, sum_size);
+    g.dlse = dlse == nullptr ? nullptr : at(dlse, (n * b.q_heads + head) * s.q_len, sum_size);
+    g.dq = at(dq, n * b.dq.batch + head * b.dq.head, size);
+    g.dk = at(dk, n * b.dk.batch + k_head * b.dk.head, size);
+    g.dv = at(dv, n * b.dv.batch + k_head * b.dv.head, size);
+    g.q_head = b.q.head, g.o_head = b.o.head, g.do_head = b.dout.head, g.dq_head = b.dq.head, g.lse_head = s.q_len;
+    return g;
+  };
+
+  Workspace work(team, kernel.backward_bytes[type](s, heads));
+  // One part: a thread's sums are finished before it takes the next group. More: all are kept until the end.
+  Workspace sums(parts == 1 ? team : groups, parts * sums_bytes);
+  parallel_tasks(threads, tasks, [&](int64_t task) {
+    int64_t index = task / parts, part = task % parts;
+    AttentionGroup g = group_of(index);
+    void* dq_sums = at(sums.piece(parts == 1 ? thread_index() : index), part, sums_bytes);
+    kernel.backward[type](s, g, part_begin(s, part, parts), part_begin(s, part + 1, parts), dq_sums,
+                          work.piece(thread_index()));
+    if (parts == 1) kernel.finish_dq[type](s, g, dq_sums, 1);
+  });
+  if (parts > 1) {
+    parallel_tasks(threads, groups, [&](int64_t index) { kernel.finish_dq[type](s, group_of(index), sums.piece(index), parts); });
+  }
+}
+
+}  // namespace fastlm::cpu

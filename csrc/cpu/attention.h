@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype.h"
+#include "simd/attention.h"
+
+namespace fastlm::cpu {
+
+// Batches and heads around the shape of one head. Distances in elements; q_heads is a multiple of k_heads, and query
+// head h reads key head h / (q_heads / k_heads). lse and dlse are dense (B, q_heads, Tq).
+struct AttentionBatch {
+  int64_t batch, q_heads, k_heads;
+  AttentionShape shape;
+  struct Distance {
+    int64_t batch, head;
+  };
+  Distance q, k, v, o, dout, dq, dk, dv;
+};
+
+void attention_forward(DType dtype, const AttentionBatch& batch, const void* q, const void* k, const void* v, void* o,
+                       void* lse, int threads);
+// dlse may be null: zero.
+void attention_backward(DType dtype, const AttentionBatch& batch, const void* dout, const void* dlse, const void* q,
+                        const void* k, const void* v, const void* o, const void* lse, void* dq, void* dk, void* dv,
+                        int threads);
+
+}  // namespace fastlm::cpu

@@ -1,0 +1,490 @@
+// Attention over tiles: o = softmax(scale q k^T) v row by row with a running maximum and sum (Milakov and Gimelshein,
+// arXiv:1805.02867; Dao et al., arXiv:2205.14135), and its gradient from the saved lse. Nothing of size Tq x Tk exists.
+//
+// Forward: a block of queries against tiles of keys. Scores are computed transposed, (keys, queries), so that lanes run
+// along queries: the softmax then needs no sum across lanes, and the probabilities lie as the second product reads them.
+// Backward: a tile of keys against tiles of queries, scores as (queries, keys). dk and dv of the tile stay in the cache;
+// dq is summed in memory, tile after tile, in the same order whatever the number of threads.
+//
+// Exponentials are to base 2: scores come out of the product times scale * log2(e).
+//
+// Positions that a query does not see contribute nothing, be they NaN or inf: their scores are replaced, not multiplied,
+// and where a tile is partly hidden and holds something that is not finite, the product is taken pair by pair
+// (product_of_some).
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+
+#include "attention.h"
+#include "gemm-inl.h"
+#include "vec.h"
+
+namespace fastlm::cpu::FASTLM_ISA {
+namespace {
+
+constexpr int64_t kKeyTile = 64;    // keys in the cache at a time
+constexpr int64_t kQueryTile = 64;  // queries in the cache at a time, in the backward
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+// Cuts memory into arrays on cache lines; starting from null it measures.
+struct Arena {
+  char* next;
+  template <class X> X* take(int64_t count) {
+    X* array = reinterpret_cast<X*>(next);
+    next += round_up(count * static_cast<int64_t>(sizeof(X)), 64);
+    return array;
+  }
+};
+
+template <class V> inline V lane_numbers() {
+  V v{};
+  for (int i = 0; i < lanes_of<V>; ++i) v[i] = i;
+  return v;
+}
+
+// --- scores to words --------------------------------------------------------------------------------------------------
+// A vector from each of `terms` consecutive rows, to one vector of words that span the rows.
+template <class W> inline word_vec<W> span_rows(const sum_vec<W> (&rows)[1]) { return rows[0]; }
+// `terms` consecutive vectors of a row, to one vector of words that span columns.
+template <class W> inline word_vec<W> span_cols(const sum_vec<W> (&vectors)[1]) { return vectors[0]; }
+#if defined(__AVX512BF16__)
+template <class W> inline u32v span_cols(const f32v (&vectors)[2]) {
+  return (u32v)_mm512_cvtne2ps_pbh((__m512)vectors[1], (__m512)vectors[0]);
+}
+template <class W> inline u32v span_rows(const f32v (&rows)[2]) {
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                                              6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (u32v)_mm512_permutexvar_epi16(interleave, (__m512i)span_cols<W>(rows));
+}
+#endif
+template <class W> inline void store_words(W* p, word_vec<W> v) { std::memcpy(p, &v, sizeof v); }
+
+// --- forward ----------------------------------------------------------------------------------------------------------
+template <class T> struct ForwardTiles {
+  using W = word_t<T>;
+  using S = sum_t<W>;
+  static constexpr int kL = word_lanes<W>, kTerms = terms_of<W>;
+  static constexpr int64_t kPanel = kBlockVectors * kL;  // queries whose scores are worked on at a time
+  static constexpr int64_t kPanels = (kQueryBlock + kPanel - 1) / kPanel;
+
+  int64_t q_words, k_ld, v_ld;
+  W *q, *k, *v, *p;    // (panels, words of D, panel), (keys, words of D), (words of keys, Dv), (words of keys, panel)
+  S *scores;           // (keys, panel)
+  S *o, *top, *total;  // (queries, Dv); largest score and sum of 2^(score - top) so far, (queries)
+  S *shrink;           // what the panel's earlier sums are multiplied by, (panel)
+  size_t bytes;
+
+  ForwardTiles(const AttentionShape& s, char* work) {
+    q_words = (s.dim + kTerms - 1) / kTerms;
+    k_ld = round_up(q_words, kL);
+    v_ld = round_up(s.v_dim, kL);
+    Arena arena{work};
+    q = arena.take<W>(kPanels * q_words * kPanel);
+    k = arena.take<W>(kKeyTile * k_ld);
+    v = arena.take<W>(kKeyTile / kTerms * v_ld);
+    scores = arena.take<S>(kKeyTile * kPanel);
+    if constexpr (kTerms == 1) {
+      p = scores;
+    } else {
+      p = arena.take<W>(kKeyTile / kTerms * kPanel);
+    }
+    o = arena.take<S>(kPanels * kPanel * v_ld);
+    top = arena.take<S>(kPanels * kPanel);
+    total = arena.take<S>(kPanels * kPanel);
+    shrink = arena.take<S>(kPanel);
+    bytes = arena.next - work;
+  }
+};
+
+// Scores (keys, panel) to probabilities relative to the running maximum, which moves; returns whether any moved.
+template <class W>
+inline bool softmax_step(int64_t keys, int64_t lanes, int64_t ld, const sum_t<W>* scores, W* p, sum_t<W>* top,
+                         sum_t<W>* total, sum_t<W>* shrink) {
+  using V = sum_vec<W>;
+  constexpr int kTerms = terms_of<W>;
+  constexpr int kChains = 4;  // maxima taken side by side, to hide the latency of one
+  const V none = splat<V>(-INFINITY);
+  bool moved = false;
+  for (int64_t n = 0; n < lanes; n += word_lanes<W>) {
+    const V before = load(top + n);
+    V chain[kChains] = {before, before, before, before};
+    int64_t j = 0;
+    for (; j + kChains <= keys; j += kChains) {
+      for (int c = 0; c < kChains; ++c) chain[c] = max(load(scores + (j + c) * ld + n), chain[c]);
+    }
+    for (; j < keys; ++j) chain[0] = max(load(scores + j * ld + n), chain[0]);
+    const V now = max(max(chain[0], chain[1]), max(chain[2], chain[3]));
+    // Where nothing is visible yet, -inf - 0 makes every exponential 0; -inf - -inf would make it NaN.
+    const V base = now == none ? V{} : now;
+    const V factor = exp2(before - base);
+    V sum{};
+    for (j = 0; j < keys; j += kTerms) {
+      V rows[kTerms];
+      for (int t = 0; t < kTerms; ++t) {
+        rows[t] = j + t < keys ? exp2(load(scores + (j + t) * ld + n) - base) : V{};
+        sum += rows[t];
+      }
+      store_words(p + j / kTerms * ld + n, span_rows<W>(rows));
+    }
+    store(top + n, now);
+    store(total + n, load(total + n) * factor + sum);
+    store(shrink + n, factor);
+    moved = moved || any(factor != splat<V>(1));
+  }
+  return moved;
+}
+
+// Panels of queries against one packed tile of `keys` keys that starts at j0.
+template <class T>
+inline void forward_panel(const AttentionShape& s, const ForwardTiles<T>& t, int64_t panel, int64_t rows, int64_t shift,
+                          int64_t tile_keys, bool v_finite) {
+  using W = word_t<T>;
+  using V = sum_vec<W>;
+  using Tiles = ForwardTiles<T>;
+  constexpr int kL = Tiles::kL;
+  constexpr int64_t kPanel = Tiles::kPanel;
+  // Query i sees key j iff j <= i + shift, both counted from the start of the panel and the tile.
+  const int64_t keys = smaller(tile_keys, rows + shift), lanes = round_up(rows, kL);
+  if (keys <= 0) return;
+  product<W, Left::kByRows, Into::kStore>(
+      round_up(keys, kBlockRows), lanes, t.k, t.k_ld, t.q + panel * t.q_words * kPanel, kPanel, t.scores, kPanel,
+      static_cast<sum_t<W>>(s.scale * kLog2E), [&](int64_t j, int64_t, int64_t i, int64_t count) {
+        return Depth{0, j <= i + count - 1 + shift ? s.dim : 0};
+      });
+  const bool partial = keys - 1 > shift;
+  if (partial) {
+    for (int64_t j = larger(0, shift + 1); j < keys; ++j) {
+      for (int64_t n = 0; n < lanes; n += kL) {
+        sum_t<W>* at = t.scores + j * kPanel + n;
+        store(at, lane_numbers<V>() >= splat<V>(j - shift - n) ? load(at) : splat<V>(-INFINITY));
+      }
+    }
+  }
+  sum_t<W>* o = t.o + panel * kPanel * t.v_ld;
+  if (softmax_step<W>(keys, lanes, kPanel, t.scores, t.p, t.top + panel * kPanel, t.total + panel * kPanel, t.shrink)) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t d = 0; d < t.v_ld; d += kL) {
+        store(o + i * t.v_ld + d, load(o + i * t.v_ld + d) * splat<V>(t.shrink[i]));
+      }
+    }
+  }
+  if (partial && !v_finite) {
+    product_of_some<W, Left::kByDepth>(rows, t.v_ld, keys, t.p, kPanel, t.v, t.v_ld, o, t.v_ld,
+                                       [&](int64_t i, int64_t j) { return j <= i + shift; });
+  } else {
+    product<W, Left::kByDepth, Into::kAdd>(
+        round_up(rows, kBlockRows), t.v_ld, t.p, kPanel, t.v, t.v_ld, o, t.v_ld, 1,
+        [&](int64_t i, int64_t count, int64_t, int64_t) { return Depth{0, smaller(keys, i + count + shift)}; });
+  }
+}
+
+template <class T>
+void attention_forward_of(const AttentionShape& s, const T* q, const T* k, const T* v, T* o, compute_t<T>* lse,
+                          int64_t begin, int64_t end, char* work) {
+  using W = word_t<T>;
+  using V = sum_vec<W>;
+  using Tiles = ForwardTiles<T>;
+  constexpr int kTerms = Tiles::kTerms, kL = Tiles::kL;
+  constexpr int64_t kPanel = Tiles::kPanel;
+  const Tiles t(s, work);
+  const int64_t panels = (end - begin + kPanel - 1) / kPanel;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    int64_t i = begin + panel * kPanel;
+    pack_transposed(q + i * s.q_row, s.q_row, smaller(kPanel, end - i), s.dim, t.q + panel * t.q_words * kPanel, kPanel,
+                    kPanel);
+  }
+  for (int64_t i = 0; i < panels * kPanel; ++i) {
+    t.top[i] = -INFINITY;
+    t.total[i] = 0;
+  }
+  std::memset(t.o, 0, panels * kPanel * t.v_ld * sizeof(*t.o));
+
+  const int64_t visible = smaller(s.k_len, end + s.diagonal);  // keys that the last query sees
+  for (int64_t j = 0; j < visible; j += kKeyTile) {
+    int64_t keys = smaller(kKeyTile, visible - j);
+    pack_rows(k + j * s.k_row, s.k_row, keys, s.dim, t.k, t.k_ld, round_up(keys, kBlockRows));
+    bool v_finite = pack_depth(v + j * s.v_row, s.v_row, keys, s.v_dim, t.v, t.v_ld, round_up(keys, kTerms));
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      int64_t i = begin + panel * kPanel;
+      forward_panel<T>(s, t, panel, smaller(kPanel, end - i), i + s.diagonal - j, keys, v_finite);
+    }
+  }
+
+  for (int64_t i = 0; i < end - begin; ++i) {
+    compute_t<T> total = t.total[i];
+    V inverse = splat<V>(total == 0 ? 0 : 1 / total);  // a query that sees nothing has o = 0 and lse = -inf
+    T* row = o + (begin + i) * s.o_row;
+    for (int64_t d = 0; d < s.v_dim; d += kL) {
+      store_count(row + d, load(t.o + i * t.v_ld + d) * inverse, static_cast<int>(smaller(kL, s.v_dim - d)));
+    }
+    lse[begin + i] = total == 0 ? -INFINITY
+                                : static_cast<compute_t<T>>((static_cast<double>(t.top[i]) +
+                                                             std::log2(static_cast<double>(total))) * kLn2);
+  }
+}
+
+// --- backward ---------------------------------------------------------------------------------------------------------
+template <class T> struct BackwardTiles {
+  using W = word_t<T>;
+  using S = sum_t<W>;
+  static constexpr int kL = word_lanes<W>, kTerms = terms_of<W>;
+
+  int64_t rows_padded;             // of the arrays over queries
+  int64_t d_words, v_words;        // row lengths of what lies by rows: words of D and of Dv
+  int64_t d_ld, v_ld;              // row lengths of what lies by depth
+  S *lse, *delta;                  // (heads, queries): lse / ln 2; sum of do * o over Dv, less dlse
+  W *k_turned, *v_turned, *k;      // (words of D, keys), (words of Dv, keys), (words of keys, D)
+  W *q, *dout;                     // (queries, words of D), (queries, words of Dv)
+  W *q_deep, *dout_deep;           // (words of queries, D), (words of queries, Dv): the same where a word is one term
+  S *scores, *ds;                  // (queries, keys)
+  W *p_deep, *ds_deep, *ds_words;  // (words of queries, keys) twice, (queries, words of keys): likewise
+  S *dk, *dv;                      // (keys, D), (keys, Dv)
+  size_t bytes;
+
+  BackwardTiles(const AttentionShape& s, int64_t heads, char* work) {
+    rows_padded = round_up(s.q_len, kQueryTile) + kQueryTile;
+    d_words = round_up((s.dim + kTerms - 1) / kTerms, kL);
+    v_words = round_up((s.v_dim + kTerms - 1) / kTerms, kL);
+    d_ld = round_up(s.dim, kL);
+    v_ld = round_up(s.v_dim, kL);
+    Arena arena{work};
+    lse = arena.take<S>(heads * rows_padded);
+    delta = arena.take<S>(heads * rows_padded);
+    k_turned = arena.take<W>(d_words * kKeyTile);
+    v_turned = arena.take<W>(v_words * kKeyTile);
+    k = arena.take<W>(kKeyTile / kTerms * d_ld);
+    q = arena.take<W>(kQueryTile * d_words);
+    dout = arena.take<W>(kQueryTile * v_words);
+    scores = arena.take<S>(kQueryTile * kKeyTile);
+    ds = arena.take<S>(kQueryTile * kKeyTile);
+    if constexpr (kTerms == 1) {
+      q_deep = q, dout_deep = dout, p_deep = scores, ds_deep = ds_words = ds;
+    } else {
+      q_deep = arena.take<W>(kQueryTile / kTerms * d_ld);
+      dout_deep = arena.take<W>(kQueryTile / kTerms * v_ld);
+      p_deep = arena.take<W>(kQueryTile / kTerms * kKeyTile);
+      ds_deep = arena.take<W>(kQueryTile / kTerms * kKeyTile);
+      ds_words = arena.take<W>(kQueryTile * kKeyTile / kTerms);
+    }
+    dk = arena.take<S>(kKeyTile * d_ld);
+    dv = arena.take<S>(kKeyTile * v_ld);
+    bytes = arena.next - work;
+  }
+};
+
+// p = 2^(scores - lse) and ds = p (dp - delta), from scores and dp (in `ds`), to words; 0 where query i does not see
+// key j: j > i + shift or j >= keys.
+template <class T>
+inline void score_gradients(const BackwardTiles<T>& t, int64_t rows, int64_t lanes, const compute_t<T>* lse,
+                            const compute_t<T>* delta, bool partial, int64_t shift, int64_t keys) {
+  using W = word_t<T>;
+  using V = sum_vec<W>;
+  constexpr int kTerms = terms_of<W>, kL = word_lanes<W>;
+  for (int64_t i = 0; i < rows; i += kTerms) {
+    for (int64_t n = 0; n < lanes; n += kL * kTerms) {
+      V p_of[kTerms][kTerms], ds_of[kTerms][kTerms];  // by column, then row
+      V ds_row[kTerms][kTerms];                       // by row, then column
+      for (int r = 0; r < kTerms; ++r) {
+        const V row_lse = splat<V>(lse[i + r]), row_delta = splat<V>(delta[i + r]);
+        for (int c = 0; c < kTerms; ++c) {
+          int64_t at = (i + r) * kKeyTile + n + c * kL;
+          V p = exp2(load(t.scores + at) - row_lse);
+          V ds = p * (load(t.ds + at) - row_delta);
+          if (partial) {
+            auto visible = lane_numbers<V>() <= splat<V>(smaller(i + r + shift, keys - 1) - n - c * kL);
+            p = visible ? p : V{};
+            ds = visible ? ds : V{};
+          }
+          p_of[c][r] = p;
+          ds_of[c][r] = ds_row[r][c] = ds;
+        }
+      }
+      for (int c = 0; c < kTerms; ++c) {
+        int64_t at = i / kTerms * kKeyTile + n + c * kL;
+        store_words(t.p_deep + at, span_rows<W>(p_of[c]));
+        store_words(t.ds_deep + at, span_rows<W>(ds_of[c]));
+      }
+      if constexpr (kTerms > 1) {
+        for (int r = 0; r < kTerms; ++r) {
+          store_words(t.ds_words + (i + r) * (kKeyTile / kTerms) + n / kTerms, span_cols<W>(ds_row[r]));
+        }
+      }
+    }
+  }
+}
+
+// One tile of queries, the first at i0, against the packed tile of `keys` keys.
+template <class T>
+inline void backward_tile(const AttentionShape& s, const BackwardTiles<T>& t, const T* q, const T* dout, int64_t rows,
+                          int64_t shift, int64_t keys, bool k_finite, const compute_t<T>* lse,
+                          const compute_t<T>* delta, compute_t<T>* dq) {
+  using W = word_t<T>;
+  constexpr int kTerms = terms_of<W>, kL = word_lanes<W>;
+  const int64_t padded = round_up(rows, kBlockRows), lanes = round_up(keys, kL * kTerms);
+  const int64_t key_rows = round_up(keys, kBlockRows);
+  const bool partial = keys < lanes || keys - 1 > shift;
+
+  bool q_finite = pack_rows(q, s.q_row, rows, s.dim, t.q, t.d_words, padded);
+  bool do_finite = pack_rows(dout, s.do_row, rows, s.v_dim, t.dout, t.v_words, padded);
+  if constexpr (kTerms > 1) {
+    pack_depth(q, s.q_row, rows, s.dim, t.q_deep, t.d_ld, padded);
+    pack_depth(dout, s.do_row, rows, s.v_dim, t.dout_deep, t.v_ld, padded);
+  }
+
+  // (queries, keys): a block whose last query does not see its first key is not needed
+  auto if_seen = [&](int64_t dim) {
+    return [=](int64_t i, int64_t count, int64_t j, int64_t) { return Depth{0, j <= i + count - 1 + shift ? dim : 0}; };
+  };
+  product<W, Left::kByRows, Into::kStore>(padded, lanes, t.q, t.d_words, t.k_turned, kKeyTile, t.scores, kKeyTile,
+                                          static_cast<sum_t<W>>(s.scale * kLog2E), if_seen(s.dim));
+  product<W, Left::kByRows, Into::kStore>(padded, lanes, t.dout, t.v_words, t.v_turned, kKeyTile, t.ds, kKeyTile, 1,
+                                          if_seen(s.v_dim));
+  score_gradients(t, padded, lanes, lse, delta, partial, shift, keys);
+
+  // (keys, D) and (keys, Dv), sums over the queries that see the key
+  auto by_key = [&](const W* left, const W* right, int64_t ld, sum_t<W>* into, bool finite) {
+    if (partial && !finite) {
+      product_of_some<W, Left::kByDepth>(keys, ld, rows, left, kKeyTile, right, ld, into, ld,
+                                         [&](int64_t j, int64_t i) { return j <= i + shift; });
+    } else {
+      product<W, Left::kByDepth, Into::kAdd>(
+          key_rows, ld, left, kKeyTile, right, ld, into, ld, 1,
+          [&](int64_t j, int64_t, int64_t, int64_t) { return Depth{larger(0, j - shift), rows}; });
+    }
+  };
+  by_key(t.p_deep, t.dout_deep, t.v_ld, t.dv, do_finite);
+  by_key(t.ds_deep, t.q_deep, t.d_ld, t.dk, q_finite);
+
+  // (queries, D), sums over the keys that the query sees
+  if (partial && !k_finite) {
+    product_of_some<W, Left::kByRows>(rows, t.d_ld, keys, t.ds_words, kKeyTile / kTerms, t.k, t.d_ld, dq, t.d_ld,
+                                      [&](int64_t i, int64_t j) { return j <= i + shift; });
+  } else {
+    product<W, Left::kByRows, Into::kAdd>(
+        padded, t.d_ld, t.ds_words, kKeyTile / kTerms, t.k, t.d_ld, dq, t.d_ld, 1,
+        [&](int64_t i, int64_t count, int64_t, int64_t) { return Depth{0, smaller(keys, i + count + shift)}; });
+  }
+}
+
+// lse in base 2 and delta, for the queries of one head; what pads them makes p = 0.
+template <class T>
+inline void prepare_rows(const AttentionShape& s, const T* o, const T* dout, const compute_t<T>* lse,
+                         const compute_t<T>* dlse, int64_t padded, compute_t<T>* lse2, compute_t<T>* delta) {
+  for (int64_t i = 0; i < padded; ++i) {
+    // A query that sees nothing: 2^(score - inf) = 0.
+    bool empty = i >= s.q_len || lse[i] == -INFINITY;
+    lse2[i] = empty ? INFINITY : static_cast<compute_t<T>>(lse[i] * kLog2E);
+    delta[i] = 0;
+    if (i >= s.q_len) continue;
+    vec_t<T> sum{};
+    for_each_vector<vec_t<T>>(s.v_dim, [&](int64_t d, int count) {
+      sum = fma(load_count(dout + i * s.do_row + d, count), load_count(o + i * s.o_row + d, count), sum);
+    });
+    delta[i] = reduce_add(sum) - (dlse != nullptr ? dlse[i] : 0);
+  }
+}
+
+template <class T, class V>
+inline void store_scaled(const compute_t<T>* src, int64_t ld, int64_t rows, int64_t cols, T* dst, int64_t stride,
+                         V scale) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for_each_vector<V>(cols, [&](int64_t c, int n) { store_count(dst + r * stride + c, load(src + r * ld + c) * scale, n); });
+  }
+}
+
+template <class T>
+void attention_backward_of(const AttentionShape& s, const AttentionGroup& g, int64_t begin, int64_t end,
+                           compute_t<T>* dq_sums, char* work) {
+  using W = word_t<T>;
+  using V = sum_vec<W>;
+  const BackwardTiles<T> t(s, g.heads, work);
+  auto of_head = [](const auto* first, int64_t head, int64_t distance) { return first + head * distance; };
+  const T *q = static_cast<const T*>(g.q), *dout = static_cast<const T*>(g.dout), *o = static_cast<const T*>(g.o);
+  const T *k = static_cast<const T*>(g.k), *v = static_cast<const T*>(g.v);
+  const auto *lse = static_cast<const compute_t<T>*>(g.lse), *dlse = static_cast<const compute_t<T>*>(g.dlse);
+  for (int64_t h = 0; h < g.heads; ++h) {
+    prepare_rows<T>(s, of_head(o, h, g.o_head), of_head(dout, h, g.do_head), of_head(lse, h, g.lse_head),
+                    dlse != nullptr ? of_head(dlse, h, g.lse_head) : nullptr, t.rows_padded, t.lse + h * t.rows_padded,
+                    t.delta + h * t.rows_padded);
+  }
+  std::memset(dq_sums, 0, g.heads * t.rows_padded * t.d_ld * sizeof(*dq_sums));
+
+  for (int64_t j = begin; j < end; j += kKeyTile) {
+    const int64_t keys = smaller(kKeyTile, end - j);
+    pack_transposed(k + j * s.k_row, s.k_row, keys, s.dim, t.k_turned, kKeyTile, kKeyTile);
+    pack_transposed(v + j * s.v_row, s.v_row, keys, s.v_dim, t.v_turned, kKeyTile, kKeyTile);
+    const bool k_finite = pack_depth(k + j * s.k_row, s.k_row, keys, s.dim, t.k, t.d_ld, kKeyTile);
+    std::memset(t.dk, 0, kKeyTile * t.d_ld * sizeof(*t.dk));
+    std::memset(t.dv, 0, kKeyTile * t.v_ld * sizeof(*t.dv));
+    for (int64_t h = 0; h < g.heads; ++h) {
+      for (int64_t i = larger(0, j - s.diagonal); i < s.q_len; i += kQueryTile) {
+        const int64_t row = h * t.rows_padded + i;
+        backward_tile<T>(s, t, of_head(q, h, g.q_head) + i * s.q_row, of_head(dout, h, g.do_head) + i * s.do_row,
+                         smaller(kQueryTile, s.q_len - i), i + s.diagonal - j, keys, k_finite, t.lse + row,
+                         t.delta + row, dq_sums + row * t.d_ld);
+      }
+    }
+    store_scaled(t.dk, t.d_ld, keys, s.dim, static_cast<T*>(g.dk) + j * s.dk_row, s.dk_row,
+                 splat<V>(s.scale));
+    store_scaled(t.dv, t.v_ld, keys, s.v_dim, static_cast<T*>(g.dv) + j * s.dv_row, s.dv_row, splat<V>(1));
+  }
+}
+
+template <class T>
+void finish_dq_of(const AttentionShape& s, const AttentionGroup& g, const compute_t<T>* sums, int64_t parts) {
+  using V = vec_t<T>;
+  const BackwardTiles<T> t(s, g.heads, nullptr);
+  const int64_t part = g.heads * t.rows_padded * t.d_ld;
+  for (int64_t h = 0; h < g.heads; ++h) {
+    for (int64_t i = 0; i < s.q_len; ++i) {
+      const compute_t<T>* row = sums + (h * t.rows_padded + i) * t.d_ld;
+      T* dq = static_cast<T*>(g.dq) + h * g.dq_head + i * s.dq_row;
+      for_each_vector<V>(s.dim, [&](int64_t d, int n) {
+        V sum = load(row + d);
+        for (int64_t p = 1; p < parts; ++p) sum += load(row + p * part + d);
+        store_count(dq + d, sum * splat<V>(s.scale), n);
+      });
+    }
+  }
+}
+
+// --- table ------------------------------------------------------------------------------------------------------------
+template <class T>
+void attention_forward(const AttentionShape& s, const void* q, const void* k, const void* v, void* o, void* lse,
+                       int64_t begin, int64_t end, void* work) {
+  attention_forward_of<T>(s, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v),
+                          static_cast<T*>(o), static_cast<compute_t<T>*>(lse), begin, end, static_cast<char*>(work));
+}
+template <class T> size_t attention_forward_bytes(const AttentionShape& s) { return ForwardTiles<T>(s, nullptr).bytes; }
+
+template <class T>
+void attention_backward(const AttentionShape& s, const AttentionGroup& group, int64_t begin, int64_t end, void* dq_sums,
+                        void* work) {
+  attention_backward_of<T>(s, group, begin, end, static_cast<compute_t<T>*>(dq_sums), static_cast<char*>(work));
+}
+template <class T> size_t attention_backward_bytes(const AttentionShape& s, int64_t heads) {
+  return BackwardTiles<T>(s, heads, nullptr).bytes;
+}
+template <class T> int64_t attention_dq_sums_count(const AttentionShape& s, int64_t heads) {
+  const BackwardTiles<T> t(s, heads, nullptr);
+  return heads * t.rows_padded * t.d_ld;
+}
+template <class T>
+void attention_finish_dq(const AttentionShape& s, const AttentionGroup& group, const void* dq_sums, int64_t parts) {
+  finish_dq_of<T>(s, group, static_cast<const compute_t<T>*>(dq_sums), parts);
+}
+
+// float64 is there to prove the formulas, on the baseline alone.
+#if FASTLM_VECTOR_BYTES == 16
+#define FASTLM_ATTENTION(f) {f<float>, f<bf16>, f<f16>, f<double>}
+#else
+#define FASTLM_ATTENTION(f) {f<float>, f<bf16>, f<f16>, nullptr}
+#endif
+constexpr AttentionKernels kAttentionKernels = {
+    FASTLM_ATTENTION(attention_forward),      FASTLM_ATTENTION(attention_forward_bytes),
+    FASTLM_ATTENTION(attention_backward),     FASTLM_ATTENTION(attention_backward_bytes),
+    FASTLM_ATTENTION(attention_dq_sums_count), FASTLM_ATTENTION(attention_finish_dq),
+};
+
+}  // namespace
+}  // namespace fastlm::cpu::FASTLM_ISA

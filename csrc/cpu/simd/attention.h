@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../../dtype.h"
+
+namespace fastlm::cpu {
+
+// One query head and the key head that it reads. Rows are positions; elements of a row stand next to each other.
+struct AttentionShape {
+  int64_t q_len, k_len;    // Tq, Tk
+  int64_t dim, v_dim;      // D, Dv
+  int64_t diagonal;        // query i sees key j iff j <= i + diagonal; k_len: every key
+  double scale;
+  int64_t q_row, k_row, v_row, o_row;      // distance between rows, in elements
+  int64_t do_row, dq_row, dk_row, dv_row;  // of the gradients
+};
+
+// The query heads that read one key head: pointers to the first, and the distance between heads.
+struct AttentionGroup {
+  int64_t heads;
+  const void *q, *k, *v, *o, *dout;
+  const void *lse, *dlse;  // (heads, q_len), `lse_head` apart; dlse may be null
+  void *dq, *dk, *dv;
+  int64_t q_head, o_head, do_head, dq_head, lse_head;
+};
+
+// Queries of a forward call: enough that packing a tile of keys costs little beside the products with it.
+constexpr int64_t kQueryBlock = 96;
+
+// Sums, lse and statistics are float, or double for float64. Indexed by DType; `work` is uninitialised memory of the
+// stated size, aligned to 64 bytes.
+struct AttentionKernels {
+  // o and lse of queries [begin, end), at most kQueryBlock of them, of one head
+  void (*forward[kNumFloatDTypes])(const AttentionShape& shape, const void* q, const void* k, const void* v, void* o,
+                                   void* lse, int64_t begin, int64_t end, void* work);
+  size_t (*forward_bytes[kNumFloatDTypes])(const AttentionShape& shape);
+
+  // dk and dv of keys [begin, end) of one group, and what these keys add to its dq: into dq_sums, written by this call,
+  // still without the scale, of dq_sums_count() elements
+  void (*backward[kNumFloatDTypes])(const AttentionShape& shape, const AttentionGroup& group, int64_t begin, int64_t end,
+                                    void* dq_sums, void* work);
+  size_t (*backward_bytes[kNumFloatDTypes])(const AttentionShape& shape, int64_t heads);
+  int64_t (*dq_sums_count[kNumFloatDTypes])(const AttentionShape& shape, int64_t heads);
+
+  // dq = scale * the sum over `parts` arrays of dq_sums, in order
+  void (*finish_dq[kNumFloatDTypes])(const AttentionShape& shape, const AttentionGroup& group, const void* dq_sums,
+                                     int64_t parts);
+};
+
+}  // namespace fastlm::cpu
