@@ -129,28 +129,32 @@ inline void product(int64_t rows, int64_t cols, const W* a, int64_t lda, const W
   }
 }
 
-inline float term_of(float w, int) { return w; }
-inline double term_of(double w, int) { return w; }
-inline float term_of(bf16x2 w, int term) {
-  uint32_t bits = term == 0 ? w.bits << 16 : w.bits & 0xffff0000u;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+// Word k of a factor with the terms that do not count set to zero.
+template <class W, class Word, class Counts> inline Word counted_terms(Word word, int64_t k, const Counts& counts) {
+  if constexpr (terms_of<W> == 1) {
+    return counts(k) ? word : Word{};
+  } else {
+    return word & ((counts(2 * k) ? 0xffffu : 0) | (counts(2 * k + 1) ? 0xffff0000u : 0));
+  }
 }
 
 // C += A B over the pairs (m, k) that counts(m, k) names, and no other: 0 * NaN in a product would be NaN. Slow, and
-// meant for the tile that has both NaN or inf in B and pairs that must not see it.
+// meant for the tile that has both NaN or inf in B and pairs that must not see it. Gives the bits that product gives
+// where A is zero in the other pairs and B is finite.
 template <class W, Left kLeft, class Counts>
 __attribute__((noinline)) void product_of_some(int64_t rows, int64_t cols, int64_t depth, const W* a, int64_t lda,
                                                const W* b, int64_t ldb, sum_t<W>* c, int64_t ldc, const Counts& counts) {
-  constexpr int kTerms = terms_of<W>;
+  const int64_t words = (depth + terms_of<W> - 1) / terms_of<W>;
   for (int64_t m = 0; m < rows; ++m) {
-    for (int64_t k = 0; k < depth; ++k) {
-      if (!counts(m, k)) continue;
-      int64_t word = k / kTerms;
-      int term = static_cast<int>(k % kTerms);
-      sum_t<W> left = term_of(kLeft == Left::kByRows ? a[m * lda + word] : a[word * lda + m], term);
-      for (int64_t n = 0; n < cols; ++n) c[m * ldc + n] += left * term_of(b[word * ldb + n], term);
+    for (int64_t n = 0; n < cols; n += word_lanes<W>) {
+      sum_vec<W> sum{};
+      for (int64_t k = 0; k < words; ++k) {
+        auto row_counts = [&](int64_t element) { return element < depth && counts(m, element); };
+        word_vec<W> left = WordOf<W>::broadcast(kLeft == Left::kByRows ? a + m * lda + k : a + k * lda + m);
+        word_vec<W> right = load_raw<word_vec<W>>(b + k * ldb + n);
+        sum = WordOf<W>::dot(counted_terms<W>(left, k, row_counts), counted_terms<W>(right, k, row_counts), sum);
+      }
+      store(c + m * ldc + n, load(c + m * ldc + n) + sum);
     }
   }
 }
