@@ -173,7 +173,9 @@ void adam_step(const std::vector<TensorView>& params, const std::vector<TensorVi
   for (size_t i = 0; i < items.size(); ++i) write_step(steps[i], items[i].step);
   run_kernel(work, [&] {
     cpu::adam_step(items, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize}, threads);
-// --- attention --------------------------------------------------------------------------------------------------------
+  });
+}
+
 void check_attention_tensor(const char* op, const char* name, const TensorView& t, DType dtype, int64_t batch,
                             int64_t heads, int64_t length, int64_t dim) {
   FASTLM_CHECK(t.ndim == 4 && t.shape[0] == batch && t.shape[1] == heads && t.shape[2] == length && t.shape[3] == dim &&

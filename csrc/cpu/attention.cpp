@@ -64,14 +64,14 @@ void attention_forward(DType dtype, const AttentionBatch& b, const void* q, cons
   const int64_t blocks = (s.q_len + kQueryBlock - 1) / kQueryBlock, tasks = b.batch * b.q_heads * blocks;
   if (tasks == 0) return;
   Workspace work(min_threads(threads, tasks), kernel.forward_bytes[type](s));
-  parallel_tasks(threads, tasks, [&](int64_t task) {
+  parallel_tasks(threads, tasks, [&](int64_t task, int thread) {
     // Heads one after the other, since their queries share keys; within a head the longest block first.
     int64_t block = blocks - 1 - task % blocks, head = task / blocks % b.q_heads, n = task / blocks / b.q_heads;
     int64_t k_head = head / group, begin = block * kQueryBlock;
     kernel.forward[type](s, at(q, n * b.q.batch + head * b.q.head, size), at(k, n * b.k.batch + k_head * b.k.head, size),
                          at(v, n * b.v.batch + k_head * b.v.head, size), at(o, n * b.o.batch + head * b.o.head, size),
                          at(lse, (n * b.q_heads + head) * s.q_len, size_of_sum(dtype)), begin,
-                         std::min(s.q_len, begin + kQueryBlock), work.piece(thread_index()));
+                         std::min(s.q_len, begin + kQueryBlock), work.piece(thread));
   });
 }
 
@@ -111,16 +111,16 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
   Workspace work(team, kernel.backward_bytes[type](s, heads));
   // One part: a thread's sums are finished before it takes the next group. More: all are kept until the end.
   Workspace sums(parts == 1 ? team : groups, parts * sums_bytes);
-  parallel_tasks(threads, tasks, [&](int64_t task) {
+  parallel_tasks(threads, tasks, [&](int64_t task, int thread) {
     int64_t index = task / parts, part = task % parts;
     AttentionGroup g = group_of(index);
-    void* dq_sums = at(sums.piece(parts == 1 ? thread_index() : index), part, sums_bytes);
+    void* dq_sums = at(sums.piece(parts == 1 ? thread : index), part, sums_bytes);
     kernel.backward[type](s, g, part_begin(s, part, parts), part_begin(s, part + 1, parts), dq_sums,
-                          work.piece(thread_index()));
+                          work.piece(thread));
     if (parts == 1) kernel.finish_dq[type](s, g, dq_sums, 1);
   });
   if (parts > 1) {
-    parallel_tasks(threads, groups, [&](int64_t index) { kernel.finish_dq[type](s, group_of(index), sums.piece(index), parts); });
+    parallel_tasks(threads, groups, [&](int64_t index, int) { kernel.finish_dq[type](s, group_of(index), sums.piece(index), parts); });
   }
 }
 

@@ -13,15 +13,6 @@ namespace fastlm::cpu {
 // False in a child made by os.fork after a parallel region: libgomp would wait for ever for threads the child lacks.
 bool threads_usable();
 
-// The calling thread's number within the team of the region it runs in.
-inline int thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
 // body(begin, end) over [0, n) in one piece per thread, cut at multiples of `grain`.
 template <class Body>
 void parallel_for(int threads, int64_t n, int64_t grain, const Body& body) {
@@ -40,18 +31,19 @@ void parallel_for(int threads, int64_t n, int64_t grain, const Body& body) {
   }
 }
 
-// body(task) for every task in [0, n), each taken by the next free thread; for tasks of unequal size.
+// body(task, thread) for every task in [0, n), each taken by the next free thread; for tasks of unequal size. The
+// thread's number, below `threads`, picks a workspace.
 template <class Body>
 void parallel_tasks(int threads, int64_t n, const Body& body) {
   int team = threads_usable() ? static_cast<int>(std::min<int64_t>(threads, n)) : 1;
-  if (team <= 1) {
-    for (int64_t i = 0; i < n; ++i) body(i);
+#if defined(_OPENMP)
+  if (team > 1) {
+#pragma omp parallel for num_threads(team) schedule(dynamic, 1)
+    for (int64_t i = 0; i < n; ++i) body(i, omp_get_thread_num());
     return;
   }
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads(team) schedule(dynamic, 1)
 #endif
-  for (int64_t i = 0; i < n; ++i) body(i);
+  for (int64_t i = 0; i < n; ++i) body(i, 0);
 }
 
 }  // namespace fastlm::cpu
