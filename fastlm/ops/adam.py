@@ -69,43 +69,43 @@ def _check(
     steps: Sequence[Tensor],
     amsgrad: bool,
 ) -> None:
-    written = {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    names = ["params", "grads", "exp_avgs", "exp_avg_sqs"]
+    lists = [params, grads, exp_avgs, exp_avg_sqs]
     if amsgrad:
-        written["max_exp_avg_sqs"] = max_exp_avg_sqs
+        names.append("max_exp_avg_sqs")
+        lists.append(max_exp_avg_sqs)
     elif max_exp_avg_sqs:
         raise ValueError(
             f"fastlm.adam_: max_exp_avg_sqs must be empty without amsgrad, got {len(max_exp_avg_sqs)} tensors"
         )
-    for name, tensors in {**written, "grads": grads, "steps": steps}.items():
+    for name, tensors in zip([*names, "steps"], [*lists, steps], strict=True):
         if len(tensors) != len(params):
             raise ValueError(
                 f"fastlm.adam_: {name} must hold one tensor per parameter, {len(params)}, got {len(tensors)}"
             )
     if len({id(p) for p in params}) != len(params):
         raise ValueError("fastlm.adam_: each parameter must be in params once, got one of them twice")
-    devices = {p.device for p in params}
-    if len(devices) > 1:
-        raise ValueError(f"fastlm.adam_: params must be on one device, got {', '.join(sorted(map(str, devices)))}")
-    for name, tensors in {**written, "grads": grads}.items():
-        for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
-            if tensor.layout != torch.strided:
+    device = params[0].device if params else None
+    for i, tensors in enumerate(zip(*lists, strict=True)):
+        shape, dtype = params[i].shape, params[i].dtype
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor.layout is not torch.strided:
                 raise TypeError(f"fastlm.adam_: {name}[{i}] must be a dense tensor, got layout {tensor.layout}")
-            if tensor.dtype != param.dtype or not tensor.is_floating_point():
+            if tensor.dtype is not dtype or not dtype.is_floating_point:
                 raise TypeError(
-                    f"fastlm.adam_: {name}[{i}] must be floating point and of the dtype of params[{i}], {param.dtype}, "
+                    f"fastlm.adam_: {name}[{i}] must be floating point and of the dtype of params[{i}], {dtype}, "
                     f"got {tensor.dtype}"
                 )
-            if tensor.shape != param.shape:
+            if tensor.shape != shape:
                 raise ValueError(
-                    f"fastlm.adam_: {name}[{i}] must have the sizes of params[{i}], {tuple(param.shape)}, "
+                    f"fastlm.adam_: {name}[{i}] must have the sizes of params[{i}], {tuple(shape)}, "
                     f"got {tuple(tensor.shape)}"
                 )
-            if tensor.device != param.device:
+            if tensor.device != device:
                 raise ValueError(
-                    f"fastlm.adam_: {name}[{i}] must be on the device of params[{i}], {param.device}, "
-                    f"got {tensor.device}"
+                    f"fastlm.adam_: {name}[{i}] must be on the device of params[0], {device}, got {tensor.device}"
                 )
-            if name != "grads" and 0 in tensor.stride() and torch._debug_has_internal_overlap(tensor) == 1:
+            if not tensor.is_contiguous() and name != "grads" and torch._debug_has_internal_overlap(tensor) == 1:
                 raise ValueError(
                     f"fastlm.adam_: {name}[{i}] is written, so no two of its elements may share memory, got sizes "
                     f"{tuple(tensor.shape)} with strides {tensor.stride()}"

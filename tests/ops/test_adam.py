@@ -384,9 +384,13 @@ BAD = [
     (
         _change(1, 1, torch.zeros(3, device="meta")),
         ValueError,
-        "grads[1] must be on the device of params[1], cpu, got meta",
+        "grads[1] must be on the device of params[0], cpu, got meta",
     ),
-    (_change(0, 0, torch.zeros(3, device="meta")), ValueError, "params must be on one device, got cpu, meta"),
+    (
+        _change(0, 1, torch.zeros(3, device="meta")),
+        ValueError,
+        "params[1] must be on the device of params[0], cpu, got meta",
+    ),
     (
         _change(0, 1, torch.zeros(1).expand(3)),
         ValueError,

@@ -15,6 +15,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -172,8 +174,26 @@ inline void store_n(bf16* p, f32v v, int n) { store_u16_n(p, narrow_bf16(v), n);
 inline void store_n(f16* p, f32v v, int n) { store_u16_n(p, narrow_f16(v), n); }
 
 // --- arithmetic -------------------------------------------------------------------------------------------------------
-// a * b + c; the compiler contracts it to one instruction where the set has it.
-template <class V> inline V fma(V a, V b, V c) { return a * b + c; }
+// a * b + c in one instruction where the set has it. Spelt out: of a * b + c * d the compiler may fuse either product, and
+// chooses differently in a loop's body and its tail, so that a result would depend on where a thread's share ends.
+inline f32v fma(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (f32v)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+inline f64v fma(f64v a, f64v b, f64v c) {
+#if defined(__aarch64__)
+  return (f64v)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;  // compiled for the baseline alone, which has no such instruction
+#endif
+}
 template <class V> inline V select(decltype(V{} < V{}) mask, V a, V b) { return mask ? a : b; }
 // NaN in x stays NaN: the comparison is false for it.
 template <class V> inline V relu(V x) { return x <= V{} ? V{} : x; }
