@@ -35,7 +35,7 @@ _ops: dict[str, Op] = {}
 _entries = {backend: SimpleNamespace() for backend in NAMESPACES}
 
 # Imports the kernels of one backend for one op family. Set by fastlm/__init__.py, which alone sees ops and kernels.
-load_kernels: Callable[[str, str], object]
+load_kernels: Callable[[str, str], object] | None = None
 
 
 # --- the choice of backend --------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ class Op:
         return self.entries[_state.backend](*args)
 
     def pointwise(self, *args: Any) -> Any:
-        """The call for a pointwise op: while compiling it is its reference, which Inductor fuses with its neighbours."""
+        """The call for a pointwise op: while compiling, its reference, which Inductor fuses with its neighbours."""
         if _is_compiling() and _state.backend == "auto":
             return self.reference(*args)
         return self.entries[_state.backend](*args)
@@ -222,7 +222,8 @@ class Op:
 
     def _problem(self, backend: str, device: str) -> str | None:
         try:
-            load_kernels(backend, self.family)
+            if load_kernels is not None:
+                load_kernels(backend, self.family)
         except ImportError as error:
             return str(error)
         found = _kernels.get((self.name, backend, device))
@@ -260,8 +261,8 @@ class Op:
             library.impl(self.name, chooser, device.upper())
             if device == "cpu":
                 self._on_cpu[backend] = chooser
-        library.impl(self.name, self._run_reference if backend in ("auto", "reference") else self._refuse_device(backend),
-                     "CompositeExplicitAutograd")  # fmt: skip
+        elsewhere = self._run_reference if backend in ("auto", "reference") else self._refuse_device(backend)
+        library.impl(self.name, elsewhere, "CompositeExplicitAutograd")
         torch.library.register_fake(qualified, self._filled(fake), lib=library)
         library.impl(self.name, self._autograd_kernel(backend), "Autograd", with_keyset=True)
         if not self.mutated:
@@ -369,6 +370,8 @@ class Op:
 
             @staticmethod
             def backward(ctx, *grads):
+                if all(g is None for g in grads):
+                    return (None,) * len(ctx.needs_input_grad)
                 saved = [p if t is None else t for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)]
                 wanted = ctx.needs_input_grad[1:]
                 found = None
@@ -403,7 +406,7 @@ def define_op(
         samples: device -> a few small argument tuples, for the self-check of kernels on a GPU.
         save: (args, output) -> what the gradient needs, tensors or not; all arguments where not given.
         backward: (the backend's ops, saved, wanted, *output gradients) -> input gradients. Calls registered ops only.
-            Not given, or where it returns None: the reference is differentiated at what was saved, exact in every order.
+            Not given, or where it returns None: the reference is differentiated at what was saved, to every order.
         autocast: (dtype, args) -> args under torch.autocast; not given: the arguments stay as they are.
         arguments: the public function's arguments -> the schema's, where they differ.
     """
@@ -449,10 +452,11 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_mode = torch._C._is_torch_function_mode_enabled
 _transforms = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing
+_has_storage = torch._C._has_storage
 
 
 def _undisturbed() -> bool:
-    """No mode, transform or trace of this thread wants to see the op. (Autocast is asked about where an op has a rule.)"""
+    """No mode, transform or trace of this thread wants to see the op. Autocast: see where an op has a rule."""
     return (
         _dispatch_modes() == 0
         and not _function_mode()
@@ -467,8 +471,9 @@ def _all_plain_cpu(args: Sequence[Any]) -> bool:
     for a in args:
         kind = type(a)
         if kind is Tensor or kind is Parameter:
-            # z.conj().imag is of a real dtype and yet marked as negated.
-            if not a.is_cpu or a.is_neg() or a.is_conj():
+            # z.conj().imag is of a real dtype and yet marked as negated. torch's old vmap, which batched gradients
+            # still use, shows its tensors as plain ones without memory.
+            if not a.is_cpu or a.is_neg() or a.is_conj() or not _has_storage(a):
                 return False
         elif isinstance(a, Tensor) or (isinstance(a, (list, tuple)) and not _all_plain_cpu(a)):
             return False

@@ -47,7 +47,7 @@ def _save(args, y):
 
 
 def _backward(ops, saved, wanted, dy):
-    at, bias, act, dropout_p, seed = saved
+    at, bias, act, dropout_p, _ = saved
     if not _has_formula(act, dropout_p):
         return None
     return ops.bias_act_backward(dy, at, bias, act)
