@@ -71,6 +71,19 @@ def widen(b_x):
     return b_x
 
 
+if INTERPRETED:
+
+    def loop_bound(i_x):
+        """A scalar as an int: NumPy 2.4 no longer makes one of the interpreter's (triton-lang/triton#9171)."""
+        return i_x.handle.data.item() if isinstance(i_x, tl.tensor) else i_x
+
+else:
+
+    @triton.jit
+    def loop_bound(i_x):
+        return i_x
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability that configurations are chosen for; (0, 0) in the interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

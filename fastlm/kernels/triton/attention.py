@@ -1,0 +1,504 @@
+"""Attention in Triton: tiles of scores live on the chip only, with an online softmax (FlashAttention-2,
+https://arxiv.org/abs/2307.08691).
+
+Key j is visible to query i where lo <= j - i <= hi: every causal alignment and window is a choice of two diagonals. A
+tile of scores is skipped, full, or cut by a diagonal or by the end of a sequence; only cut tiles pay for masks. Scores
+are kept in units of log 2. The backward has one kernel for dk and dv, by tiles of keys, and one for dq, by tiles of
+queries: each sum has one owner and one order, so gradients are the same in every run.
+
+Masked positions must not contribute, yet in a product of tiles a weight of 0 turns a NaN or an infinity into NaN. So
+each program looks at its sums once, at the end; where they are not all finite it adds them up again, one position after
+the other under the mask: slow, rare, and free for everyone else.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlm.kernels.triton._common import capability, launch, loop_bound, triton_kernel
+
+_LOG2E = math.log2(math.e)
+# Bound for the diagonals, so that differences of positions and diagonals stay in 32 bits.
+_FAR = 2**30
+
+
+# --- device code ------------------------------------------------------------------------------------------------------
+@triton.jit
+def load_rows(p_x, stride, o_t, o_d, T, D):
+    """[BT, BD]: rows o_t of a (T, D) matrix, 0 outside."""
+    m_td = (o_t < T)[:, None] & (o_d < D)[None, :]
+    return tl.load(p_x + o_t.to(tl.int64)[:, None] * stride + o_d[None, :], mask=m_td, other=0.0)
+
+
+@triton.jit
+def store_rows(p_x, stride, o_t, o_d, T, D, b_x):
+    m_td = (o_t < T)[:, None] & (o_d < D)[None, :]
+    p_x += o_t.to(tl.int64)[:, None] * stride + o_d[None, :]
+    tl.store(p_x, b_x.to(p_x.dtype.element_ty), mask=m_td)
+
+
+@triton.jit
+def dot(b_a, b_b, b_acc):
+    """b_acc + b_a @ b_b; float32 in float32, never TF32."""
+    return tl.dot(b_a, b_b, b_acc, input_precision="ieee")
+
+
+@triton.jit
+def tile_ranges(i_first, i_last, N, lo, hi, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, BN: tl.constexpr):
+    """What rows i_first..i_last see of N columns, row i seeing i + lo to i + hi.
+
+    Tiles of BN columns begin at multiples of BN. Those in [begin, end) are seen by some row; those in
+    [full_begin, full_end) wholly by every row.
+    """
+    begin, full_begin, full_end, end = 0, 0, N, N
+    if HAS_LO:
+        begin = tl.maximum(i_first + lo, 0) // BN * BN
+        full_begin = tl.cdiv(tl.maximum(i_last + lo, 0), BN) * BN
+    if HAS_HI:
+        full_end = tl.minimum(tl.maximum(i_first + hi + 1, 0), N)
+        end = tl.minimum(tl.maximum(i_last + hi + 1, 0), N)
+    return begin, full_begin, full_end // BN * BN, end
+
+
+@triton.jit
+def visible(o_t, o_s, T, S, lo, hi, HAS_LO: tl.constexpr, HAS_HI: tl.constexpr):
+    """Which keys o_s are visible to which queries o_t; the two broadcast."""
+    m_ts = (o_t < T) & (o_s < S)
+    if HAS_LO:
+        m_ts &= o_s - o_t >= lo
+    if HAS_HI:
+        m_ts &= o_s - o_t <= hi
+    return m_ts
+
+
+@triton.jit
+def tanh(b_x):
+    """By its series near 0, where the quotient would cancel."""
+    b_square = b_x * b_x
+    b_series = 1 + b_square * (-1 / 3 + b_square * (2 / 15 + b_square * (-17 / 315 + b_square * (62 / 2835))))
+    b_e = tl.exp2(-2.8853900817779268 * tl.abs(b_x))  # exp(-2 |x|)
+    b_quotient = (1 - b_e) / (1 + b_e)
+    return tl.where(b_square < 0.0625, b_x * b_series, tl.where(b_x < 0, -b_quotient, b_quotient))
+
+
+@triton.jit
+def capped(b_s, scale, cap, SOFTCAP: tl.constexpr):
+    """Scores in units of log 2 from the products of queries and keys."""
+    b_s *= scale
+    if SOFTCAP:
+        b_s = tanh(b_s) * cap
+    return b_s
+
+
+@triton.jit
+def all_finite(b_x):
+    return tl.max(tl.max(tl.where(tl.abs(b_x) < float("inf"), 0, 1), axis=1), axis=0) == 0
+
+
+_SIZES = ["T", "S", "lo", "hi"]  # Triton would compile anew for 1 and for multiples of 16, and gain nothing
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attention_fwd_kernel(
+    p_q, p_k, p_v, p_o, p_lse,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, o_sb, o_sh, o_st,
+    H, G, T, S, lo, hi, scale, cap,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, EVEN_S: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    n_t = tl.cdiv(T, BT)
+    # The last queries see most under a causal mask: they go first, so that no long program starts late.
+    i_t = n_t - 1 - tl.program_id(0) % n_t
+    i_bh = (tl.program_id(0) // n_t).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    p_q += i_b * q_sb + i_h * q_sh
+    p_k += i_b * k_sb + i_h // G * k_sh
+    p_v += i_b * v_sb + i_h // G * v_sh
+    p_o += i_b * o_sb + i_h * o_sh
+    p_lse += i_bh * T
+
+    o_t, o_d, o_dv = i_t * BT + tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BDV)
+    # [BT, BD]
+    b_q = load_rows(p_q, q_st, o_t, o_d, T, D)
+    b_max = tl.full([BT], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([BT], dtype=tl.float32)
+    b_o = tl.zeros([BT, BDV], dtype=tl.float32)
+    i_last = tl.minimum(i_t * BT + BT, T) - 1
+    begin, full_begin, full_end, end = tile_ranges(i_t * BT, i_last, S, lo, hi, HAS_LO, HAS_HI, BS)
+    for PART in tl.static_range(3):  # cut tiles, full ones, cut ones
+        if (PART == 1) or ((PART == 0 and HAS_LO) or (PART == 2 and (HAS_HI or not EVEN_S))):
+            first = begin if PART == 0 else (full_begin if PART == 1 else tl.maximum(full_begin, full_end))
+            last = tl.minimum(full_begin, end) if PART == 0 else (full_end if PART == 1 else end)
+            for i_s in range(loop_bound(first), loop_bound(last), BS):
+                o_s = i_s + tl.arange(0, BS)
+                # [BS, BD]
+                b_k = load_rows(p_k, k_ss, o_s, o_d, S, D)
+                b_s = capped(dot(b_q, tl.trans(b_k), tl.zeros([BT, BS], dtype=tl.float32)), scale, cap, SOFTCAP)
+                if PART != 1:
+                    m_ts = visible(o_t[:, None], o_s[None, :], T, S, lo, hi, HAS_LO, HAS_HI)
+                    b_s = tl.where(m_ts, b_s, float("-inf"))
+                # A NaN score is dropped here, but not by exp2: its row becomes NaN.
+                b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
+                b_finite = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen so far: all weights are 0
+                b_p = tl.exp2(b_s - b_finite[:, None])
+                b_decay = tl.exp2(b_max - b_finite)
+                b_sum = b_sum * b_decay + tl.sum(b_p, axis=1)
+                b_o *= b_decay[:, None]
+                b_max = b_new
+                # [BS, BDV]
+                b_v = load_rows(p_v, v_ss, o_s, o_dv, S, DV)
+                b_o = dot(b_p.to(b_v.dtype), b_v, b_o)
+
+    # By position and not by sum: where a row sees keys whose weights all vanish, NaN is the right answer.
+    o_first, o_last = o_t * 0, o_t * 0 + S - 1
+    if HAS_LO:
+        o_first = tl.maximum(o_t + lo, 0)
+    if HAS_HI:
+        o_last = tl.minimum(o_t + hi, S - 1)
+    m_seen = o_first <= o_last
+    b_lse = tl.where(m_seen, (b_max + tl.log2(b_sum)) * 0.6931471805599453, float("-inf"))
+    tl.store(p_lse + o_t, b_lse, mask=o_t < T)
+    if all_finite(b_o):
+        store_rows(p_o, o_st, o_t, o_dv, T, DV, tl.where(m_seen[:, None], b_o / b_sum[:, None], 0.0))
+    else:
+        b_sums = tl.zeros([BT, BDV], dtype=tl.float32)
+        for i_s in range(loop_bound(begin), loop_bound(end)):
+            # [1, BD]
+            b_k1 = load_rows(p_k, k_ss, i_s + tl.arange(0, 1), o_d, S, D).to(tl.float32)
+            # [1, BDV]
+            b_v1 = load_rows(p_v, v_ss, i_s + tl.arange(0, 1), o_dv, S, DV).to(tl.float32)
+            b_s1 = capped(tl.sum(b_q.to(tl.float32) * b_k1, axis=1), scale, cap, SOFTCAP)
+            b_p1 = tl.exp2(b_s1 - b_max)
+            m_t = visible(o_t, i_s, T, S, lo, hi, HAS_LO, HAS_HI)
+            b_sums = tl.where(m_t[:, None], b_sums + b_p1[:, None] * b_v1, b_sums)
+        store_rows(p_o, o_st, o_t, o_dv, T, DV, tl.where(m_seen[:, None], b_sums / b_sum[:, None], 0.0))
+
+
+@triton.jit(do_not_specialize=["T"])
+def attention_delta_kernel(
+    p_do, p_o, p_dlse, p_delta, do_sb, do_sh, do_st, o_sb, o_sh, o_st, H, T,
+    DV: tl.constexpr, BDV: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """The term of the softmax's gradient that a whole row shares: the sum of do * o over the row, minus dlse."""
+    n_t = tl.cdiv(T, BT)
+    i_bh = (tl.program_id(0) // n_t).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    o_t, o_dv = tl.program_id(0) % n_t * BT + tl.arange(0, BT), tl.arange(0, BDV)
+    # [BT, BDV]
+    b_do = load_rows(p_do + i_b * do_sb + i_h * do_sh, do_st, o_t, o_dv, T, DV).to(tl.float32)
+    # [BT, BDV]
+    b_o = load_rows(p_o + i_b * o_sb + i_h * o_sh, o_st, o_t, o_dv, T, DV).to(tl.float32)
+    b_delta = tl.sum(b_do * b_o, axis=1)
+    if p_dlse is not None:
+        # [BT]
+        b_delta -= tl.load(p_dlse + i_bh * T + o_t, mask=o_t < T, other=0.0)
+    tl.store(p_delta + i_bh * T + o_t, b_delta, mask=o_t < T)
+
+
+@triton.jit
+def score_gradient(b_p, b_dp, b_delta, b_s, cap, SOFTCAP: tl.constexpr):
+    b_ds = b_p * (b_dp - b_delta)
+    if SOFTCAP:
+        b_tanh = b_s / cap
+        b_ds *= 1 - b_tanh * b_tanh
+    return b_ds
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attention_bwd_dkdv_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, do_sb, do_sh, do_st,
+    dk_sb, dk_sh, dk_ss, dv_sb, dv_sh, dv_ss,
+    H, G, T, S, lo, hi, scale, cap, dk_scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, EVEN_T: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """One program owns a tile of keys of one key head, and goes over the queries of all G query heads that read it.
+
+    Scores are computed transposed, [BS, BT], as both products over queries want them.
+    """
+    n_s = tl.cdiv(S, BS)
+    i_s = tl.program_id(0) % n_s
+    i_bk = (tl.program_id(0) // n_s).to(tl.int64)
+    i_b, i_hk = i_bk // (H // G), i_bk % (H // G)
+
+    o_s, o_d, o_dv = i_s * BS + tl.arange(0, BS), tl.arange(0, BD), tl.arange(0, BDV)
+    # [BS, BD]
+    b_k = load_rows(p_k + i_b * k_sb + i_hk * k_sh, k_ss, o_s, o_d, S, D)
+    # [BS, BDV]
+    b_v = load_rows(p_v + i_b * v_sb + i_hk * v_sh, v_ss, o_s, o_dv, S, DV)
+    b_dk = tl.zeros([BS, BD], dtype=tl.float32)
+    b_dv = tl.zeros([BS, BDV], dtype=tl.float32)
+    j_last = tl.minimum(i_s * BS + BS, S) - 1
+    begin, full_begin, full_end, end = tile_ranges(i_s * BS, j_last, T, -hi, -lo, HAS_HI, HAS_LO, BT)
+    for i_g in range(loop_bound(G)):
+        i_h = i_hk * G + i_g
+        p_qh = p_q + i_b * q_sb + i_h * q_sh
+        p_doh = p_do + i_b * do_sb + i_h * do_sh
+        p_lseh = p_lse + (i_b * H + i_h) * T
+        p_deltah = p_delta + (i_b * H + i_h) * T
+        for PART in tl.static_range(3):  # cut tiles, full ones, cut ones
+            if (PART == 1) or ((PART == 0 and HAS_HI) or (PART == 2 and (HAS_LO or not EVEN_T))):
+                first = begin if PART == 0 else (full_begin if PART == 1 else tl.maximum(full_begin, full_end))
+                last = tl.minimum(full_begin, end) if PART == 0 else (full_end if PART == 1 else end)
+                for i_t in range(loop_bound(first), loop_bound(last), BT):
+                    o_t = i_t + tl.arange(0, BT)
+                    # [BT, BD]
+                    b_q = load_rows(p_qh, q_st, o_t, o_d, T, D)
+                    # [BT]
+                    b_lse = tl.load(p_lseh + o_t, mask=o_t < T, other=0.0) * 1.4426950408889634
+                    b_s = dot(b_k, tl.trans(b_q), tl.zeros([BS, BT], dtype=tl.float32))
+                    b_s = capped(b_s, scale, cap, SOFTCAP)
+                    b_p = tl.exp2(b_s - b_lse[None, :])
+                    if PART != 1:
+                        m_st = visible(o_t[None, :], o_s[:, None], T, S, lo, hi, HAS_LO, HAS_HI)
+                        b_p = tl.where(m_st, b_p, 0.0)
+                    # [BT, BDV]
+                    b_do = load_rows(p_doh, do_st, o_t, o_dv, T, DV)
+                    b_dv = dot(b_p.to(b_do.dtype), b_do, b_dv)
+                    # [BT]
+                    b_delta = tl.load(p_deltah + o_t, mask=o_t < T, other=0.0)
+                    b_dp = dot(b_v, tl.trans(b_do), tl.zeros([BS, BT], dtype=tl.float32))
+                    b_ds = score_gradient(b_p, b_dp, b_delta[None, :], b_s, cap, SOFTCAP)
+                    if PART != 1:
+                        b_ds = tl.where(m_st, b_ds, 0.0)
+                    b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
+    p_dk += i_b * dk_sb + i_hk * dk_sh
+    p_dv += i_b * dv_sb + i_hk * dv_sh
+    if all_finite(b_dk) and all_finite(b_dv):
+        store_rows(p_dk, dk_ss, o_s, o_d, S, D, b_dk * dk_scale)
+        store_rows(p_dv, dv_ss, o_s, o_dv, S, DV, b_dv)
+    else:
+        b_dk_sums = tl.zeros([BS, BD], dtype=tl.float32)
+        b_dv_sums = tl.zeros([BS, BDV], dtype=tl.float32)
+        for i_g in range(loop_bound(G)):
+            i_h = i_hk * G + i_g
+            i_bh = i_b * H + i_h
+            for i_t in range(loop_bound(begin), loop_bound(end)):
+                o_1 = i_t + tl.arange(0, 1)
+                # [1, BD]
+                b_q1 = load_rows(p_q + i_b * q_sb + i_h * q_sh, q_st, o_1, o_d, T, D).to(tl.float32)
+                # [1, BDV]
+                b_do1 = load_rows(p_do + i_b * do_sb + i_h * do_sh, do_st, o_1, o_dv, T, DV).to(tl.float32)
+                b_lse1 = tl.load(p_lse + i_bh * T + i_t) * 1.4426950408889634
+                b_delta1 = tl.load(p_delta + i_bh * T + i_t)
+                b_s1 = capped(tl.sum(b_k.to(tl.float32) * b_q1, axis=1), scale, cap, SOFTCAP)
+                b_p1 = tl.exp2(b_s1 - b_lse1)
+                b_dp1 = tl.sum(b_v.to(tl.float32) * b_do1, axis=1)
+                b_ds1 = score_gradient(b_p1, b_dp1, b_delta1, b_s1, cap, SOFTCAP)
+                m_s = visible(i_t, o_s, T, S, lo, hi, HAS_LO, HAS_HI)
+                b_dv_sums = tl.where(m_s[:, None], b_dv_sums + b_p1[:, None] * b_do1, b_dv_sums)
+                b_dk_sums = tl.where(m_s[:, None], b_dk_sums + b_ds1[:, None] * b_q1, b_dk_sums)
+        store_rows(p_dk, dk_ss, o_s, o_d, S, D, b_dk_sums * dk_scale)
+        store_rows(p_dv, dv_ss, o_s, o_dv, S, DV, b_dv_sums)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def attention_bwd_dq_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq,
+    q_sb, q_sh, q_st, k_sb, k_sh, k_ss, v_sb, v_sh, v_ss, do_sb, do_sh, do_st, dq_sb, dq_sh, dq_st,
+    H, G, T, S, lo, hi, scale, cap, dq_scale,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    HAS_LO: tl.constexpr, HAS_HI: tl.constexpr, EVEN_S: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    n_t = tl.cdiv(T, BT)
+    i_t = n_t - 1 - tl.program_id(0) % n_t
+    i_bh = (tl.program_id(0) // n_t).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
+    p_k += i_b * k_sb + i_h // G * k_sh
+    p_v += i_b * v_sb + i_h // G * v_sh
+
+    o_t, o_d, o_dv = i_t * BT + tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BDV)
+    # [BT, BD]
+    b_q = load_rows(p_q + i_b * q_sb + i_h * q_sh, q_st, o_t, o_d, T, D)
+    # [BT, BDV]
+    b_do = load_rows(p_do + i_b * do_sb + i_h * do_sh, do_st, o_t, o_dv, T, DV)
+    # [BT]
+    b_lse = tl.load(p_lse + i_bh * T + o_t, mask=o_t < T, other=0.0) * 1.4426950408889634
+    # [BT]
+    b_delta = tl.load(p_delta + i_bh * T + o_t, mask=o_t < T, other=0.0)
+    b_dq = tl.zeros([BT, BD], dtype=tl.float32)
+    i_last = tl.minimum(i_t * BT + BT, T) - 1
+    begin, full_begin, full_end, end = tile_ranges(i_t * BT, i_last, S, lo, hi, HAS_LO, HAS_HI, BS)
+    for PART in tl.static_range(3):  # cut tiles, full ones, cut ones
+        if (PART == 1) or ((PART == 0 and HAS_LO) or (PART == 2 and (HAS_HI or not EVEN_S))):
+            first = begin if PART == 0 else (full_begin if PART == 1 else tl.maximum(full_begin, full_end))
+            last = tl.minimum(full_begin, end) if PART == 0 else (full_end if PART == 1 else end)
+            for i_s in range(loop_bound(first), loop_bound(last), BS):
+                o_s = i_s + tl.arange(0, BS)
+                # [BS, BD]
+                b_k = load_rows(p_k, k_ss, o_s, o_d, S, D)
+                # [BS, BDV]
+                b_v = load_rows(p_v, v_ss, o_s, o_dv, S, DV)
+                b_s = capped(dot(b_q, tl.trans(b_k), tl.zeros([BT, BS], dtype=tl.float32)), scale, cap, SOFTCAP)
+                b_p = tl.exp2(b_s - b_lse[:, None])
+                b_dp = dot(b_do, tl.trans(b_v), tl.zeros([BT, BS], dtype=tl.float32))
+                b_ds = score_gradient(b_p, b_dp, b_delta[:, None], b_s, cap, SOFTCAP)
+                if PART != 1:
+                    m_ts = visible(o_t[:, None], o_s[None, :], T, S, lo, hi, HAS_LO, HAS_HI)
+                    b_ds = tl.where(m_ts, b_ds, 0.0)
+                b_dq = dot(b_ds.to(b_k.dtype), b_k, b_dq)
+    p_dq += i_b * dq_sb + i_h * dq_sh
+    if all_finite(b_dq):
+        store_rows(p_dq, dq_st, o_t, o_d, T, D, b_dq * dq_scale)
+    else:
+        b_sums = tl.zeros([BT, BD], dtype=tl.float32)
+        for i_s in range(loop_bound(begin), loop_bound(end)):
+            # [1, BD]
+            b_k1 = load_rows(p_k, k_ss, i_s + tl.arange(0, 1), o_d, S, D).to(tl.float32)
+            # [1, BDV]
+            b_v1 = load_rows(p_v, v_ss, i_s + tl.arange(0, 1), o_dv, S, DV).to(tl.float32)
+            b_s1 = capped(tl.sum(b_q.to(tl.float32) * b_k1, axis=1), scale, cap, SOFTCAP)
+            b_dp1 = tl.sum(b_do.to(tl.float32) * b_v1, axis=1)
+            b_ds1 = score_gradient(tl.exp2(b_s1 - b_lse), b_dp1, b_delta, b_s1, cap, SOFTCAP)
+            m_t = visible(o_t, i_s, T, S, lo, hi, HAS_LO, HAS_HI)
+            b_sums = tl.where(m_t[:, None], b_sums + b_ds1[:, None] * b_k1, b_sums)
+        store_rows(p_dq, dq_st, o_t, o_d, T, D, b_sums * dq_scale)
+
+
+# --- launch -----------------------------------------------------------------------------------------------------------
+# (BT, BS, num_warps, num_stages) by kernel and head dim (the larger of the two, as a power of two). Written down, not
+# tuned at run time: a tuner needs a GPU, measures under load, and picks sums of another order in each run. Chosen by
+# what the compiler reports: 16-bit tiles up to a head dim of 128 spill no register, and all fit into the 99 KB of
+# shared memory that sm_86, sm_89 and sm_120 have. In float32 products unroll instead of going to tensor cores, so tiles
+# are small.
+_HALF_TILES = {
+    "fwd": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+    "dkdv": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
+    "dq": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+}
+_FLOAT_TILES = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
+_HOPPER_TILES = {("fwd", 128): (128, 64, 8, 2), ("dkdv", 128): (32, 64, 8, 2)}
+
+
+@functools.cache
+def configuration(kernel: str, capability: tuple[int, int], dtype: torch.dtype, D: int) -> dict[str, int]:
+    """Tiles, warps and pipeline stages of one kernel: "fwd", "dkdv" or "dq"."""
+    D = max(D, 64)
+    tiles = _FLOAT_TILES[D] if dtype == torch.float32 else _HALF_TILES[kernel][D]
+    if capability[0] == 9 and dtype != torch.float32:
+        tiles = _HOPPER_TILES.get((kernel, D), tiles)
+    return dict(zip(("BT", "BS", "num_warps", "num_stages"), tiles, strict=True))
+
+
+def _unsupported(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, alibi_slopes: Tensor | None,
+    sinks: Tensor | None, seed: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int, max_seqlen_k: int, causal: int, window_left: int, window_right: int,
+    scale: float, softcap: float, dropout_p: float, deterministic: bool,
+) -> str | None:  # fmt: skip
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"does not take {q.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > 256:
+        return f"does not do head dims above 256, got {max(q.shape[-1], v.shape[-1])}"
+    options = {"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks, "cu_seqlens": cu_seqlens_q}
+    for name, value in options.items():
+        if value is not None:
+            return f"does not do {name}"
+    return "does not do dropout" if dropout_p > 0 else None
+
+
+def _unsupported_backward(
+    do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *rest: object
+) -> str | None:
+    return _unsupported(q, k, v, *rest[:-1])  # the last says which gradients are wanted
+
+
+class _Problem:
+    """What the launches of one call share: sizes, diagonals and scales."""
+
+    def __init__(self, q, k, v, causal, window_left, window_right, scale, softcap):
+        self.B, self.H, self.T, self.D = q.shape
+        self.Hk, self.S, self.DV = k.shape[1], k.shape[2], v.shape[3]
+        self.dtype, self.capability = q.dtype, capability(q.device)
+        self.BD, self.BDV = (max(16, triton.next_power_of_2(d)) for d in (self.D, self.DV))
+        # Position i of the queries stands beside position i + offset of the keys.
+        offset = 0 if causal == 2 else self.S - self.T
+        right = 0 if causal and window_right < 0 else min(0, window_right) if causal else window_right
+        self.has_lo, self.has_hi = window_left >= 0, right >= 0
+        self.lo = max(-_FAR, min(_FAR, offset - window_left)) if self.has_lo else 0
+        self.hi = max(-_FAR, min(_FAR, offset + right)) if self.has_hi else 0
+        # Scores are tanh(qk * scale) * cap with a cap, else qk * scale, in units of log 2.
+        self.scale = scale / softcap if softcap > 0 else scale * _LOG2E
+        self.cap = softcap * _LOG2E
+
+    def configuration(self, kernel: str) -> dict:
+        chosen = configuration(kernel, self.capability, self.dtype, max(self.BD, self.BDV))
+        even = {"EVEN_T": self.T % chosen["BT"] == 0} if kernel == "dkdv" else {"EVEN_S": self.S % chosen["BS"] == 0}
+        sizes = {"D": self.D, "DV": self.DV, "BD": self.BD, "BDV": self.BDV}
+        return {**chosen, **even, **sizes, "HAS_LO": self.has_lo, "HAS_HI": self.has_hi, "SOFTCAP": self.cap > 0}
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t with contiguous rows: itself where they are."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for t in tensors for stride in t.stride()[:3]]
+
+
+@triton_kernel("attention", _unsupported)
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: None, bias: None, alibi_slopes: None, sinks: None, seed: Tensor | None,
+    cu_seqlens_q: None, cu_seqlens_k: None, max_seqlen_q: int, max_seqlen_k: int,
+    causal: int, window_left: int, window_right: int, scale: float, softcap: float, dropout_p: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    p = _Problem(q, k, v, causal, window_left, window_right, scale, softcap)
+    out = torch.empty_like(q) if p.DV == p.D else q.new_empty(p.B, p.H, p.T, p.DV)
+    lse = torch.empty(p.B, p.H, p.T, device=q.device, dtype=torch.float32)
+    q, k, v, o = _rows(q), _rows(k), _rows(v), _rows(out)
+    chosen = p.configuration("fwd")
+    launch(
+        attention_fwd_kernel, triton.cdiv(p.T, chosen["BT"]) * p.B * p.H, q, k, v, o, lse, *_strides(q, k, v, o),
+        p.H, p.H // p.Hk, p.T, p.S, p.lo, p.hi, p.scale, p.cap, **chosen,
+    )  # fmt: skip
+    return (out if o is out else out.copy_(o)), lse
+
+
+@triton_kernel("attention_backward", _unsupported_backward)
+def attention_backward(
+    do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor,
+    mask: None, bias: None, alibi_slopes: None, sinks: None, seed: Tensor | None,
+    cu_seqlens_q: None, cu_seqlens_k: None, max_seqlen_q: int, max_seqlen_k: int,
+    causal: int, window_left: int, window_right: int, scale: float, softcap: float, dropout_p: float,
+    deterministic: bool, wanted: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    p = _Problem(q, k, v, causal, window_left, window_right, scale, softcap)
+    none = q.new_empty(0)
+    dq, dk, dv = none, none, none
+    out = [torch.empty_like(t) for t in (q, k, v)]
+    do = torch.zeros_like(o) if do is None else do
+    dlse = dlse.contiguous() if dlse is not None else None
+    q, k, v, o, do, lse = _rows(q), _rows(k), _rows(v), _rows(o), _rows(do), lse.contiguous()
+    delta = torch.empty_like(lse)
+    launch(
+        attention_delta_kernel, triton.cdiv(p.T, 32) * p.B * p.H, do, o, dlse, delta, *_strides(do, o), p.H, p.T,
+        DV=p.DV, BDV=p.BDV, BT=32,
+    )  # fmt: skip
+    numbers = (p.H, p.H // p.Hk, p.T, p.S, p.lo, p.hi, p.scale, p.cap, scale)
+    if wanted[1] or wanted[2]:
+        dk, dv = _rows(out[1]), _rows(out[2])
+        chosen = p.configuration("dkdv")
+        launch(
+            attention_bwd_dkdv_kernel, triton.cdiv(p.S, chosen["BS"]) * p.B * p.Hk, q, k, v, do, lse, delta, dk, dv,
+            *_strides(q, k, v, do, dk, dv), *numbers, **chosen,
+        )  # fmt: skip
+        dk = (dk if dk is out[1] else out[1].copy_(dk)) if wanted[1] else none
+        dv = (dv if dv is out[2] else out[2].copy_(dv)) if wanted[2] else none
+    if wanted[0]:
+        dq = _rows(out[0])
+        chosen = p.configuration("dq")
+        launch(
+            attention_bwd_dq_kernel, triton.cdiv(p.T, chosen["BT"]) * p.B * p.H, q, k, v, do, lse, delta, dq,
+            *_strides(q, k, v, do, dq), *numbers, **chosen,
+        )  # fmt: skip
+        dq = dq if dq is out[0] else out[0].copy_(dq)
+    return dq, dk, dv, none, none, none

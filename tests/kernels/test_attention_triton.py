@@ -1,0 +1,282 @@
+"""The Triton attention kernels against the formula in float64, and against the same formula in plain torch."""
+
+import math
+
+import pytest
+import torch
+from triton_testing import DEVICE, HALVES, assert_close, compile_for_gpu, randn
+
+from fastlm.kernels.triton import attention as kernels
+
+# NumPy's, from the interpreter: what a GPU does without a word.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+ALL = [True, True, True, False, False, False]
+
+
+def options(causal=0, left=-1, right=-1, scale=0.3, softcap=0.0):
+    """The schema's arguments after q, k, v."""
+    return (*[None] * 7, 0, 0, causal, left, right, scale, softcap, 0.0, False)
+
+
+def visible(T, S, causal=0, left=-1, right=-1):
+    i = torch.arange(T)[:, None] + (0 if causal == 2 else S - T)
+    j = torch.arange(S)[None, :]
+    seen = torch.ones(T, S, dtype=torch.bool)
+    if causal:
+        seen &= j <= i
+    if left >= 0:
+        seen &= j >= i - left
+    if right >= 0:
+        seen &= j <= i + right
+    return seen.to(DEVICE)
+
+
+def formula(q, k, v, causal=0, left=-1, right=-1, scale=0.3, softcap=0.0):
+    """Attention by definition, in the dtype of its inputs."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    s = q @ k.mT * scale
+    s = softcap * torch.tanh(s / softcap) if softcap else s
+    seen = visible(q.shape[2], k.shape[2], causal, left, right)
+    some = seen.any(-1, keepdim=True)
+    s = s.masked_fill(~seen & some, -math.inf).masked_fill(~some, 0)
+    lse = s.logsumexp(-1)
+    p = torch.exp(s - lse[..., None]).masked_fill(~some, 0)
+    return p @ v, lse.masked_fill(~some[..., 0], -math.inf)
+
+
+def gradients(q, k, v, do, dlse, dtype, **kwargs):
+    """(o, lse, dq, dk, dv) by the definition, differentiated by torch."""
+    at = [t.to(dtype).detach().requires_grad_() for t in (q, k, v)]
+    o, lse = formula(*at, **kwargs)
+    total = (o * do.to(dtype)).sum() + (lse.masked_fill(lse == -math.inf, 0) * dlse.to(dtype)).sum()
+    return o.detach(), lse.detach(), *torch.autograd.grad(total, at)
+
+
+# B, H, Hk, T, S, D, DV
+CASES = [
+    ((1, 1, 1, 1, 1, 1, 1), {}),
+    ((2, 2, 1, 1, 63, 40, 24), {}),
+    ((1, 2, 2, 64, 64, 64, 64), {"causal": 1}),
+    ((1, 1, 1, 65, 65, 16, 16), {"causal": 1}),
+    ((1, 4, 2, 63, 97, 32, 48), {"causal": 1}),
+    ((1, 3, 1, 97, 63, 32, 16), {"causal": 1}),
+    ((2, 1, 1, 70, 100, 111, 111), {"causal": 2}),
+    ((1, 1, 1, 100, 70, 24, 24), {"causal": 2}),
+    ((1, 1, 1, 130, 130, 16, 16), {"causal": 1, "left": 33}),
+    ((1, 1, 1, 130, 97, 16, 16), {"left": 20, "right": 40, "softcap": 2.0}),
+    ((1, 1, 1, 40, 40, 16, 16), {"left": 0, "right": 0}),
+    ((1, 1, 1, 33, 200, 256, 20), {"causal": 1, "scale": -0.05}),
+    ((1, 1, 1, 200, 33, 16, 16), {"softcap": 30.0, "right": 2}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("sizes", "kwargs"), CASES)
+def test_values_and_gradients(sizes, kwargs, dtype):
+    B, H, Hk, T, S, D, DV = sizes
+    q, k, v = (randn(B, h, n, d, dtype=dtype) for h, n, d in ((H, T, D), (Hk, S, D), (Hk, S, DV)))
+    do, dlse = randn(B, H, T, DV, dtype=dtype), randn(B, H, T)
+    want = gradients(q, k, v, do, dlse, torch.float64, **kwargs)
+    stock = gradients(q, k, v, do, dlse, dtype, **kwargs)
+    o, lse = kernels.attention(q, k, v, *options(**kwargs))
+    assert (o.dtype, lse.dtype) == (dtype, torch.float32)
+    assert_close(o, want[0], stock=stock[0])
+    assert torch.equal(lse == -math.inf, want[1] == -math.inf)
+    assert_close(lse, want[1], ulps=16)
+    got = kernels.attention_backward(do, dlse, q, k, v, o, lse, *options(**kwargs), ALL)
+    for mine, exact, plain in zip(got[:3], want[2:], stock[2:], strict=True):
+        assert mine.dtype == dtype
+        assert_close(mine, exact, stock=plain, factor=3)
+    assert [t.numel() for t in got[3:]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("T", "S", "B"), [(0, 5, 1), (5, 0, 1), (5, 5, 0)])
+def test_nothing(T, S, B):
+    q, k, v = randn(B, 2, T, 8), randn(B, 2, S, 8), randn(B, 2, S, 8)
+    o, lse = kernels.attention(q, k, v, *options(causal=1))
+    assert o.shape == q.shape and not o.any()
+    assert torch.equal(lse, torch.full((B, 2, T), -math.inf, device=DEVICE))
+    gradients = kernels.attention_backward(o, lse, q, k, v, o, lse, *options(causal=1), ALL)
+    for got, like in zip(gradients, (q, k, v), strict=False):
+        assert got.shape == like.shape and not got.any()
+
+
+def test_rows_that_see_nothing():
+    q, k, v, do, dlse = (
+        randn(1, 1, 50, 16),
+        randn(1, 1, 8, 16),
+        randn(1, 1, 8, 16),
+        randn(1, 1, 50, 16),
+        randn(1, 1, 50),
+    )
+    o, lse = kernels.attention(q, k, v, *options(causal=1))
+    dq = kernels.attention_backward(do, dlse, q, k, v, o, lse, *options(causal=1), ALL)[0]
+    assert not o[:, :, :42].any() and not dq[:, :, :42].any()
+    assert torch.equal(lse[0, 0] == -math.inf, torch.arange(50, device=DEVICE) < 42)
+
+
+def test_strides():
+    T, S, D = 37, 45, 24
+    q = randn(2, T, 2, D).transpose(1, 2)
+    k = randn(2, 1, S, 2 * D)[..., D:].expand(2, 2, S, D)
+    v = randn(2, 2, D, S).transpose(2, 3)
+    do = torch.ones((), device=DEVICE).expand(2, 2, T, D)
+    dlse = randn(2, T, 2).transpose(1, 2)
+    want = gradients(q, k, v, do, dlse, torch.float64, causal=1)
+    o, lse = kernels.attention(q, k, v, *options(causal=1))
+    got = kernels.attention_backward(do, dlse, q, k, v, o, lse, *options(causal=1), ALL)
+    assert o.stride() == torch.empty_like(q).stride()
+    for mine, like in zip(got, (q, k, v), strict=False):
+        assert mine.stride() == torch.empty_like(like).stride()
+    for mine, exact in zip((o, lse, *got[:3]), want, strict=True):
+        assert_close(mine, exact, ulps=16)
+    # a query whose rows are not contiguous gives an output and a gradient of the same layout
+    q = q.transpose(2, 3).contiguous().transpose(2, 3)
+    o, _ = kernels.attention(q, k, v, *options(causal=1))
+    assert o.stride() == q.stride()
+    assert_close(o, want[0], ulps=16)
+    dq = kernels.attention_backward(do, dlse, q, k, v, o, lse, *options(causal=1), ALL)[0]
+    assert dq.stride() == q.stride()
+    assert_close(dq, want[2], ulps=16)
+
+
+def test_only_what_is_wanted():
+    q, k, v, do = (randn(1, 1, 20, 16) for _ in range(4))
+    dlse = randn(1, 1, 20)
+    o, lse = kernels.attention(q, k, v, *options())
+    every = kernels.attention_backward(do, dlse, q, k, v, o, lse, *options(), ALL)
+    for wanted in ([True, False, False], [False, True, False], [False, False, True], [False] * 3):
+        got = kernels.attention_backward(do, dlse, q, k, v, o, lse, *options(), wanted + [False] * 3)
+        for mine, whole, asked in zip(got, every, wanted, strict=False):
+            assert torch.equal(mine, whole) if asked else mine.numel() == 0
+
+
+def test_gradients_of_one_output():
+    q, k, v, do = (randn(1, 1, 40, 16) for _ in range(4))
+    dlse = randn(1, 1, 40)
+    o, lse = kernels.attention(q, k, v, *options(causal=1))
+    for given in ((do, None), (None, dlse), (None, None)):
+        got = kernels.attention_backward(*given, q, k, v, o, lse, *options(causal=1), ALL)
+        zeros = (torch.zeros_like(do) if given[0] is None else do, torch.zeros_like(dlse) if given[1] is None else dlse)
+        for mine, exact in zip(got, gradients(q, k, v, *zeros, torch.float64, causal=1)[2:], strict=False):
+            assert_close(mine, exact, ulps=16)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_masked_positions_do_not_contribute(value):
+    """Non-finite values reach exactly the rows and columns that see them."""
+    T, D = 70, 16
+    kwargs = {"causal": 1, "left": 50}
+    q, k, v, do = (randn(1, 1, T, D) for _ in range(4))
+    seen = visible(T, T, **kwargs)
+    clean = kernels.attention(q, k, v, *options(**kwargs))
+    dlse = torch.zeros_like(clean[1])
+    clean_gradients = kernels.attention_backward(do, None, q, k, v, *clean, *options(**kwargs), ALL)
+
+    v[0, 0, 10, 3] = v[0, 0, 40, 5] = value
+    o, lse = kernels.attention(q, k, v, *options(**kwargs))
+    hit = torch.zeros_like(o[0, 0], dtype=torch.bool)
+    hit[:, 3], hit[:, 5] = seen[:, 10], seen[:, 40]
+    torch.testing.assert_close(o[0, 0][hit], torch.full_like(o[0, 0][hit], value), equal_nan=True)
+    torch.testing.assert_close(o[0, 0][~hit], clean[0][0, 0][~hit])
+    torch.testing.assert_close(lse, clean[1])
+
+    k[0, 0, 10, 3] = value
+    _, lse = kernels.attention(q, k, v, *options(**kwargs))
+    torch.testing.assert_close(lse[0, 0][~seen[:, 10]], clean[1][0, 0][~seen[:, 10]])
+    o, lse = kernels.attention(q, k, v, *options(**kwargs))
+    dq, *_ = kernels.attention_backward(do, dlse, q, k, v, o, lse, *options(**kwargs), ALL)
+    unhit = ~(seen[:, 10] | seen[:, 40])  # queries
+    assert unhit.any()
+    torch.testing.assert_close(dq[0, 0][unhit], clean_gradients[0][0, 0][unhit])
+    assert dq[0, 0, :, 3][seen[:, 10]].isnan().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_queries_reach_only_the_keys_they_see(value):
+    T, D = 70, 16
+    q, k, v, do = (randn(1, 1, T, D) for _ in range(4))
+    o, lse = kernels.attention(q, k, v, *options(causal=1))
+    clean = kernels.attention_backward(do, None, q, k, v, o, lse, *options(causal=1), ALL)
+    q[0, 0, 20, 1] = do[0, 0, 33, 2] = value
+    o, lse = kernels.attention(q, k, v, *options(causal=1))
+    got = kernels.attention_backward(do, None, q, k, v, o, lse, *options(causal=1), ALL)
+    for mine, whole in zip(got[1:3], clean[1:3], strict=True):
+        torch.testing.assert_close(mine[0, 0, 34:], whole[0, 0, 34:])
+    assert not got[1][0, 0, :21, 1].isfinite().any()
+    assert not got[2][0, 0, :34, 2].isfinite().any()
+
+
+def test_rows_far_apart_in_memory():
+    stride = 2**27
+    try:
+        memory = torch.empty(17 * stride, dtype=torch.float16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"no 4.3 GiB of address space: {error}")
+    near = randn(1, 1, 17, 16, dtype=torch.float16)
+    far = memory.as_strided((1, 1, 17, 16), (0, 0, stride, 1)).copy_(near)
+    o, lse = kernels.attention(near, near, near, *options())
+    got, _ = kernels.attention(far, far, far, *options())
+    assert torch.equal(got, o)
+    want = kernels.attention_backward(near, None, near, near, near, o, lse, *options(), ALL)
+    got = kernels.attention_backward(far, None, far, far, far, o, lse, *options(), ALL)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs programs in one order")
+def test_the_same_in_every_run():
+    q, k, v, do = (randn(2, 4, 1000, 64, dtype=torch.bfloat16) for _ in range(4))
+    o, lse = kernels.attention(q, k[:, :2], v[:, :2], *options(causal=1))
+    runs = [
+        kernels.attention_backward(do, None, q, k[:, :2], v[:, :2], o, lse, *options(causal=1), ALL) for _ in range(5)
+    ]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+def test_what_it_refuses():
+    q = randn(1, 1, 4, 16)
+    arguments = [q, q, q, *options()]
+    assert kernels._unsupported(*arguments) is None
+    assert kernels._unsupported_backward(q, None, q, q, q, q, q, *options(), ALL) is None
+    for position, value, reason in (
+        (0, q.double(), "does not take torch.float64"),
+        (2, randn(1, 1, 4, 257), "does not do head dims above 256, got 257"),
+        (3, q, "does not do mask"),
+        (4, q, "does not do bias"),
+        (5, q, "does not do alibi_slopes"),
+        (6, q, "does not do sinks"),
+        (8, q, "does not do cu_seqlens"),
+        (17, 0.1, "does not do dropout"),
+    ):
+        changed = [*arguments[:position], value, *arguments[position + 1 :]]
+        assert kernels._unsupported(*changed) == reason
+
+
+CODE = """
+from fastlm.kernels.triton import attention as kernels
+for D, dtype in CASES:
+    q = torch.empty(1, 2, 500, D, dtype=dtype)
+    options = (*[None] * 7, 0, 0, 1, -1, -1, 0.1, 0.0, 0.0, False)
+    o, lse = kernels.attention(q, q, q, *options)
+    kernels.attention_backward(q, None, q, q, q, o, lse, *options, [True] * 3 + [False] * 3)
+"""
+
+
+def test_compiles_for_gpus():
+    """Tensor cores for 16 bits and none, so no TF32, for float32; what fits into every GPU from sm_80 on."""
+    cases = "[(64, torch.bfloat16), (128, torch.float16), (64, torch.float32)]"
+    compiled = compile_for_gpu(CODE.replace("CASES", cases))
+    assert {c["kernel"] for c in compiled} == {
+        "attention_fwd_kernel", "attention_delta_kernel", "attention_bwd_dkdv_kernel", "attention_bwd_dq_kernel"
+    }  # fmt: skip
+    assert len([c for c in compiled if c["kernel"] == "attention_fwd_kernel"]) == 6
+    for c in compiled:
+        what = c["kernel"], c["dtype"], c["constants"], c["architecture"]
+        assert c["spilled"] == 0, what
+        assert c["shared"] <= 99 * 1024, what
+        if c["dtype"] == "fp32":
+            assert "tf32" not in c["ptx"] and "mma" not in c["ptx"], what
+        elif c["kernel"] != "attention_delta_kernel":
+            instruction = "wgmma.mma_async.sync" if c["architecture"] == 90 else "mma.sync"
+            assert f"{instruction}.aligned" in c["ptx"], what
