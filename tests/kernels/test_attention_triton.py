@@ -130,6 +130,9 @@ def test_strides():
         assert mine.stride() == torch.empty_like(like).stride()
     for mine, exact in zip((o, lse, *got[:3]), want, strict=True):
         assert_close(mine, exact, ulps=16)
+    narrow, _ = kernels.attention(q, k, v[..., :8], *options(causal=1))
+    assert narrow.transpose(1, 2).is_contiguous()
+    assert_close(narrow, want[0][..., :8], ulps=16)
     # a query whose rows are not contiguous gives an output and a gradient of the same layout
     q = q.transpose(2, 3).contiguous().transpose(2, 3)
     o, _ = kernels.attention(q, k, v, *options(causal=1))
@@ -240,13 +243,18 @@ def test_what_it_refuses():
     assert kernels._unsupported(*arguments) is None
     assert kernels._unsupported_backward(q, None, q, q, q, q, q, *options(), ALL) is None
     for position, value, reason in (
-        (0, q.double(), "does not take torch.float64"),
-        (2, randn(1, 1, 4, 257), "does not do head dims above 256, got 257"),
-        (3, q, "does not do mask"),
-        (4, q, "does not do bias"),
-        (5, q, "does not do alibi_slopes"),
-        (6, q, "does not do sinks"),
-        (8, q, "does not do cu_seqlens"),
+        (
+            0,
+            q.double(),
+            "takes q, k and v of one dtype, float32, bfloat16 or float16, not torch.float64, torch.float32"
+            " and torch.float32",
+        ),
+        (2, randn(1, 1, 4, 257), "takes head dims from 1 to 256, not 16 and 257"),
+        (3, q, "does not take mask"),
+        (4, q, "does not take bias"),
+        (5, q, "does not take alibi_slopes"),
+        (6, q, "does not take sinks"),
+        (8, q, "does not take cu_seqlens"),
         (17, 0.1, "does not do dropout"),
     ):
         changed = [*arguments[:position], value, *arguments[position + 1 :]]

@@ -26,6 +26,7 @@ from fastlm.kernels.triton._common import capability, launch, loop_bound, triton
 _LOG2E = math.log2(math.e)
 # Bound for the diagonals, so that differences of positions and diagonals stay in 32 bits.
 _FAR = 2**30
+_MAX_HEAD_DIM = 256
 
 
 # --- device code ------------------------------------------------------------------------------------------------------
@@ -393,14 +394,14 @@ def _unsupported(
     max_seqlen_q: int, max_seqlen_k: int, causal: int, window_left: int, window_right: int,
     scale: float, softcap: float, dropout_p: float, deterministic: bool,
 ) -> str | None:  # fmt: skip
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"does not take {q.dtype}"
-    if max(q.shape[-1], v.shape[-1]) > 256:
-        return f"does not do head dims above 256, got {max(q.shape[-1], v.shape[-1])}"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
+        return f"takes q, k and v of one dtype, float32, bfloat16 or float16, not {q.dtype}, {k.dtype} and {v.dtype}"
+    if not (1 <= q.shape[-1] <= _MAX_HEAD_DIM and 1 <= v.shape[-1] <= _MAX_HEAD_DIM):
+        return f"takes head dims from 1 to {_MAX_HEAD_DIM}, not {q.shape[-1]} and {v.shape[-1]}"
     options = {"mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks, "cu_seqlens": cu_seqlens_q}
     for name, value in options.items():
         if value is not None:
-            return f"does not do {name}"
+            return f"does not take {name}"
     return "does not do dropout" if dropout_p > 0 else None
 
 
@@ -435,9 +436,17 @@ class _Problem:
         return {**chosen, **even, **sizes, "HAS_LO": self.has_lo, "HAS_HI": self.has_hi, "SOFTCAP": self.cap > 0}
 
 
+def _output_like(q: Tensor, DV: int) -> Tensor:
+    """An empty (B, H, T, DV) whose dimensions lie in memory in the order of q's."""
+    if q.shape[-1] == DV:
+        return torch.empty_like(q)
+    order = sorted(range(4), key=q.stride, reverse=True)
+    return torch.empty_permuted((*q.shape[:3], DV), order, dtype=q.dtype, device=q.device)
+
+
 def _rows(t: Tensor) -> Tensor:
     """t with contiguous rows: itself where they are."""
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -452,7 +461,7 @@ def attention(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     p = _Problem(q, k, v, causal, window_left, window_right, scale, softcap)
-    out = torch.empty_like(q) if p.DV == p.D else q.new_empty(p.B, p.H, p.T, p.DV)
+    out = _output_like(q, p.DV)
     lse = torch.empty(p.B, p.H, p.T, device=q.device, dtype=torch.float32)
     q, k, v, o = _rows(q), _rows(k), _rows(v), _rows(out)
     chosen = p.configuration("fwd")
