@@ -24,6 +24,7 @@ from fastlm.train.config import TrainConfig, prepare_machine
 from fastlm.train.progress import Progress
 
 NGRAM_TEXT_LIMIT = 32 << 20  # bytes; the 5-gram takes about a second and 100 MB of memory for each megabyte of text
+NGRAM_TEXT_HERE = 1 << 20  # bytes that are counted in this process
 
 
 def claim(config: TrainConfig, overwrite: bool) -> TrainConfig:
@@ -74,12 +75,12 @@ def prepare_data(config: TrainConfig, progress: Progress) -> Dataset:
 def ngram_baseline(dataset: Dataset, progress: Progress) -> float | None:
     """Bits per byte of a byte 5-gram on the held-out text, None for a text too long to count in memory.
 
-    Counted in another process, since it takes more memory than a small model's training.
+    Of a longer text it is counted in another process, since it takes more memory than a small model's training.
     """
     if dataset.train_bytes > NGRAM_TEXT_LIMIT:
         progress.say(f"5-gram     not counted: the text is longer than {NGRAM_TEXT_LIMIT >> 20} MiB")
         return None
-    if not (dataset.path / "ngram5.json").exists():
+    if dataset.train_bytes > NGRAM_TEXT_HERE and not (dataset.path / "ngram5.json").exists():
         code = (
             "import sys; sys.path[:] = sys.argv[2:]; from fastlm.data import Dataset;"
             " Dataset.open(sys.argv[1]).ngram_bits_per_byte()"
