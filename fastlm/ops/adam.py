@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-
 from fastlm._library import define_op
+from torch import Tensor
 
 
 def adam_reference(

@@ -74,33 +74,34 @@ class ConsoleProgress(Progress):
     ) -> None:
         self._bits = self._smooth(self._bits, bits)
         self._seconds = self._smooth(self._seconds, seconds)
-        self._line = self._describe(step, lr, grad_norm, tokens)
+        self._now = (step, lr, grad_norm, tokens)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=self._line)
+            self._bar.update(self._task, completed=step, description=self._line())
         elif time.monotonic() - self._printed > self._PLAIN_SECONDS:
             self._print()
 
     def evaluated(self, step: int, evaluation: Evaluation) -> None:
         self._val = evaluation.bits_per_byte
         if self._bar is None:
-            head, sep, tail = self._line.partition("  val ")
-            self._line = f"{head}{sep}{self._val:.3f}  {tail.split('  ', 1)[1]}"
             self._print()
+        else:
+            self._bar.update(self._task, description=self._line())
 
-    def _describe(self, step: int, lr: float, grad_norm: float, tokens: int) -> str:
-        val = "  -  " if self._val is None else f"{self._val:.3f}"
+    def _line(self) -> str:
+        step, lr, grad_norm, tokens = self._now
+        val = "-" if self._val is None else f"{self._val:.3f}"
         share = ""
         if self._peak:
             share = f"{100 * self._flops / self._seconds / self._peak:.0f} % of peak  "
-        left = (self._total - step) * (time.monotonic() - self._began) / (step - self._first)
+        left = int((self._total - step) * (time.monotonic() - self._began) / (step - self._first))
         return (
             f"{step:,}/{self._total:,}  loss {self._bits:.3f}  val {val}  bits/byte  lr {lr:.1e}  |g| {grad_norm:.2f}"
-            f"  {tokens / self._seconds:,.0f} tokens/s  {share}{int(left) // 60}:{int(left) % 60:02d} left"
+            f"  {tokens / self._seconds:,.0f} tokens/s  {share}{left // 60}:{left % 60:02d} left"
         )
 
     def _print(self) -> None:
         self._printed = time.monotonic()
-        self.say(self._line)
+        self.say(self._line())
         sys.stdout.flush()
 
     def _smooth(self, old: float | None, new: float) -> float:

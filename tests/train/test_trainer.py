@@ -91,7 +91,9 @@ def test_a_signal_saves_and_leaves_and_resume_ends_as_if_nothing_had_been(small,
     assert resume(small.out).stopped_by is None
     assert final_state(small.out) == final_state(tmp_path / "straight")
     assert result_json(Path(small.out)) == result_json(tmp_path / "straight")
-    strip = [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read(Path(small.out, "metrics.jsonl"))]
+    strip = [
+        {k: v for k, v in row.items() if k != "tokens_per_second"} for row in read(Path(small.out, "metrics.jsonl"))
+    ]
     assert strip == [
         {k: v for k, v in row.items() if k != "tokens_per_second"}
         for row in read(tmp_path / "straight" / "metrics.jsonl")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from fastlm._library import kernel
+from fastlm.kernels.native._common import FLOATS
 from torch import Tensor
 
 from fastlm import _native
-from fastlm._library import kernel
-from fastlm.kernels.native._common import FLOATS
 
 
 def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:

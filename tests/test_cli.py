@@ -1,0 +1,279 @@
+"""The command line: each command, its exit codes, its sentences."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastlm
+from fastlm import cli
+
+SMALL = [
+    "--tokenizer",
+    "byte",
+    "--n-layer",
+    "1",
+    "--n-head",
+    "2",
+    "--n-embd",
+    "16",
+    "--block-size",
+    "16",
+    "--batch-size",
+    "4",
+    "--steps",
+    "6",
+    "--evaluations",
+    "2",
+    "--evaluation-tokens",
+    "256",
+    "--sample-tokens",
+    "8",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--threads",
+    "1",
+    "--no-keep-memory",
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "count.txt"
+    path.write_text("".join(f"{i} sheep and {i * i} stars\n" for i in range(500)))
+    return str(path)
+
+
+@pytest.fixture
+def quick_peak(monkeypatch):
+    """Training says its share of the machine's peak; measuring that peak is tested with the benchmarks."""
+    monkeypatch.setattr(cli, "_peak", lambda config: 1e9)
+
+
+@pytest.fixture
+def run(text, tmp_path, quick_peak, capsys) -> str:
+    out = str(tmp_path / "run")
+    assert cli.main(["train", "--data", text, "--out", out, *SMALL]) == 0
+    capsys.readouterr()
+    return out
+
+
+def fails(capsys, arguments, code) -> str:
+    assert cli.main(arguments) == code
+    return capsys.readouterr().err
+
+
+def test_train_says_what_it_does_in_plain_lines(text, tmp_path, quick_peak, capsys):
+    out = str(tmp_path / "run")
+    assert cli.main(["train", "--data", text, "--out", out, *SMALL]) == 0
+    said = capsys.readouterr().out
+    result = json.loads(Path(out, "result.json").read_text())
+    assert re.search(
+        r"^3/6  loss \d\.\d{3}  val \d\.\d{3}  bits/byte  lr \d\.\de-0\d  \|g\| \d+\.\d\d  [\d,]+ tokens/s"
+        r"  \d+ % of peak  \d:\d\d left$",
+        said,
+        re.MULTILINE,
+    )
+    assert f"held out    {result['val_bits_per_byte']:.3f} bits per byte; a 5-gram: " in said
+    assert f"run         {out}: loss.png, metrics.jsonl, sample.txt, checkpoints" in said
+
+
+def test_live_line_on_a_terminal(monkeypatch, capsys):
+    from rich.console import Console
+
+    from fastlm.train import ConsoleProgress, Evaluation
+
+    progress = ConsoleProgress()
+    progress._out = Console(force_terminal=True, width=150, file=sys.stdout)
+    with progress.steps(total=10, done=4, flops=10**9, peak=None):
+        progress.step(5, 3.0, 1.5, 1e-3, 0.5, 1000, 0.5)
+        progress.evaluated(5, Evaluation(2.0, 1.25, 100))
+        progress.step(6, 3.0, 1.5, 1e-3, 0.5, 1000, 0.5)
+    said = capsys.readouterr().out
+    assert "6/10  loss 1.500  val 1.250  bits/byte  lr 1.0e-03  |g| 0.50  2,000 tokens/s" in said
+    assert "of peak" not in said
+
+
+def test_resume_sample_and_eval(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    result = json.loads(Path(run, "result.json").read_text())
+    assert cli.main(["resume", "run"]) == 0
+    assert f"{result['val_bits_per_byte']:.3f} bits per byte" in capsys.readouterr().out
+
+    texts = []
+    for arguments in ([], [], ["--seed", "1"], ["--prompt", "12 sheep", "--tokens", "5", "--temperature", "0"]):
+        assert cli.main(["sample", "run", "--tokens", "40", *arguments]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert texts[3].startswith("12 sheep")
+
+    assert cli.main(["eval", "run", "--checkpoint", "last"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"step 6: {result['val_bits_per_byte']:.4f} bits per byte of held-out text (")
+    assert f"5-gram    {result['ngram5_bits_per_byte']:.3f} bits per byte on the held-out text" in said
+
+
+def test_dry_run_touches_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--dry-run", "--data", "absent.txt", "--device", "cpu", "--precision", "bf16"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^precision +bf16$", said, re.MULTILINE)
+    assert re.search(r"^parameters  [\d,]{7,}$", said, re.MULTILINE)
+    assert re.search(r"^work        [\d,]+ FLOPs per token, [\d.e+]+ per step$", said, re.MULTILINE)
+    assert re.search(r"^memory      [\d,]+ MiB", said, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("preset", "parameters"), [("tiny", 2e6), ("small", 12e6), ("gpt2", 124e6)])
+def test_presets_have_the_size_they_are_named_for(preset, parameters, capsys):
+    assert cli.main(["train", "--preset", preset, "--dry-run"]) == 0
+    found = re.search(r"^parameters  ([\d,]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert int(found[1].replace(",", "")) == pytest.approx(parameters, rel=0.25)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small", "gpt2"])
+def test_every_preset_takes_a_step(preset, text, tmp_path, quick_peak, capsys):
+    shrunk = "--n-embd 48 --block-size 32 --batch-size 2 --accumulation 2 --steps 1 --vocab-size 300 --sample-tokens 4"
+    out = str(tmp_path / preset)
+    arguments = ["train", f"--preset={preset}", "--data", text, "--out", out, "--threads", "1", *shrunk.split()]
+    assert cli.main(arguments) == 0
+    config = json.loads(Path(out, "config.json").read_text())["config"]
+    assert (
+        config["preset"] == preset and config["device"] in ("cpu", "cuda") and config["precision"] in ("fp32", "bf16")
+    )
+
+
+def test_a_time_limit_decides_the_steps_once(text, tmp_path, quick_peak, capsys):
+    out = tmp_path / "run"
+    assert cli.main(["train", "--data", text, "--out", str(out), *SMALL, "--minutes", "0.4"]) == 0
+    steps = json.loads((out / "config.json").read_text())["config"]["steps"]
+    said = capsys.readouterr().out
+    assert f"0.4 minutes: {steps:,} steps of 64 tokens" in said
+    assert f"\n{steps:,}/{steps:,}  loss" in said
+    assert json.loads((out / "result.json").read_text())["step"] <= steps
+    assert "--minutes 0.001 leaves no time for a step: preparing took" in fails(
+        capsys, ["train", "--data", text, "--out", str(tmp_path / "none"), *SMALL, "--minutes", "0.001"], 2
+    )
+    assert not (tmp_path / "none" / "checkpoints").exists()
+
+
+def test_mistakes_are_one_sentence_and_exit_code_2(run, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("latin.txt").write_bytes("Zoë\n".encode("latin-1") * 100)
+    for arguments, sentence in [
+        (["fly"], "there is no command 'fly'; expected one of train, resume, sample, eval, bench, info"),
+        (["info", "now"], "`fastlm info` takes no arguments, got now"),
+        (["train", "--preset", "huge"], "--preset must be one of tiny, small, gpt2, got 'huge'"),
+        (["resume", "nowhere"], "nowhere holds no run: there is no config.json in it"),
+        (["sample", "nowhere"], "nowhere holds no run: there is no config.json in it"),
+        (["sample", "run", "--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (
+            ["train", "--data", text, "--out", "run", *SMALL],
+            "run holds a run already; go on with it by `fastlm resume run`, replace it with --overwrite,"
+            " or give another --out",
+        ),
+        (
+            ["train", "--data", "absent.txt", "--out", "a", *SMALL],
+            "fastlm.data: absent.txt does not exist; expected 'stdlib', a text file or a directory",
+        ),
+        (["train", "--data", "empty.txt", "--out", "a", *SMALL], "fastlm.data: empty.txt is empty"),
+    ]:
+        assert fails(capsys, arguments, 2) == f"fastlm: {sentence}\n", arguments
+    assert "latin.txt is not UTF-8: byte 0xeb at offset 2" in fails(
+        capsys, ["train", "--data", "latin.txt", "--out", "a", *SMALL], 2
+    )
+    assert "the held-out text has only" in fails(
+        capsys, ["train", "--data", text, "--out", "b", *SMALL, "--block-size", "5000"], 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--dropout", "1"], "GPTConfig: dropout must be in [0, 1), got 1.0"),
+        (["--n-embd", "100"], "GPTConfig: n_embd must be a multiple of 2 * n_head"),
+        (["--stepz", "1"], "--steps"),
+        (["--minutes", "soon"], "--minutes"),
+    ],
+)
+def test_options_that_cannot_be_are_named_with_exit_code_2(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["train", *arguments])
+    assert exit.value.code == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert sentence in said and "Traceback" not in said
+
+
+def test_failures_are_one_sentence_and_exit_code_1(run, tmp_path, capsys, monkeypatch):
+    for path in Path(run, "checkpoints").iterdir():
+        (path / "model.safetensors").write_bytes(b"")
+    message = fails(capsys, ["sample", run], 1)
+    assert re.fullmatch(r"(warning: .*\n)?fastlm: no checkpoint in .* can be read: .* is corrupted: .*\n", message)
+
+    def no_rich(name, *rest, real=__import__, **keywords):
+        if name.split(".")[0] == "tyro":
+            raise ModuleNotFoundError("No module named 'tyro'", name="tyro")
+        return real(name, *rest, **keywords)
+
+    monkeypatch.setattr("builtins.__import__", no_rich)
+    assert (
+        fails(capsys, ["eval", run], 1) == "fastlm: `fastlm eval` needs the package tyro; pip install 'fastlm[train]'\n"
+    )
+
+
+def test_a_full_disk_is_one_sentence(text, tmp_path, quick_peak, capsys, monkeypatch):
+    write = os.write
+
+    def full(descriptor, content):
+        if len(content) > 3000:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, content)
+
+    monkeypatch.setattr(os, "write", full)
+    said = fails(capsys, ["train", "--data", text, "--out", str(tmp_path / "run"), *SMALL], 1)
+    assert re.fullmatch(r"fastlm: fastlm\.data: .* could not be written: No space left on device\n", said)
+
+
+def test_info_names_every_part(capsys):
+    assert cli.main(["info"]) == 0
+    said = capsys.readouterr().out
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in said.splitlines())
+    assert rows["fastlm"] == fastlm.__version__
+    assert {"python", "torch", "_cpu", "_cuda", "CUDA", "Triton", *fastlm.backends()} <= set(rows)
+    for op, statuses in fastlm.backends().items():
+        assert all(s.backend in rows[op] and (s.usable or s.reason in rows[op]) for s in statuses)
+
+
+def test_version_and_help(capsys):
+    assert cli.main(["--version"]) == 0 and cli.main([]) == 0 and cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"fastlm {fastlm.__version__}\nusage: fastlm COMMAND")
+    assert all(f"  {name:<8}" in said for name in cli.COMMANDS)
+
+
+def test_from_another_directory_and_without_the_extras(tmp_path):
+    """`fastlm info` needs torch alone: with the packages of the extras hidden it says the same."""
+    code = (
+        "import sys; sys.path[:] = sys.argv[1:]\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.split('.')[0] in ('tyro', 'rich', 'matplotlib', 'safetensors', 'tokenizers'):\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+        "from fastlm.cli import main\n"
+        "sys.exit(main(['info']) or main(['train']) - 1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(os.path.abspath, sys.path)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "fastlm" in done.stdout and fastlm.__version__ in done.stdout
+    assert "fastlm: `fastlm train` needs the package tyro; pip install 'fastlm[train]'" in done.stderr
