@@ -281,8 +281,9 @@ def _peak(config: Any) -> float:
     from fastlm.benchmarks.limits import measure_peak
     from fastlm.train.config import prepare_machine
 
-    precision = prepare_machine(config).precision
-    return measure_peak({"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    resolved = prepare_machine(config)
+    dtype = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
+    return measure_peak(dtype, device=resolved.device)
 
 
 def _dry_run(config: Any) -> int:

@@ -186,7 +186,7 @@ def prepare_machine(config: TrainConfig) -> TrainConfig:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda: torch sees no CUDA GPU on this machine")
+        raise ValueError("--device cuda: torch sees no CUDA GPU on this machine")
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"

@@ -1,0 +1,99 @@
+"""What is said before a run: its memory, its length."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastlm.models import GPT
+from fastlm.train import PRESETS
+from fastlm.train.config import has_fast_bf16, prepare_machine
+from fastlm.train.plan import _LiveBytes, estimate
+
+# Trains a few steps in a process of its own and prints the growth of its resident memory and the estimate. A step of a
+# model of a few kilobytes comes first: it loads the code, which is no part of what a run takes.
+MEASURE = """
+import sys; sys.path[:] = sys.argv[2:]
+import json
+from pathlib import Path
+from fastlm.train import Progress, TrainConfig
+from fastlm.train.config import prepare_machine
+from fastlm.train.plan import estimate
+from fastlm.train.rundir import prepare_data
+from fastlm.train.step import build_model, build_optimizer, padded_vocab_size, training_step
+
+def resident(which):
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(which))
+    return int(line.split()[1]) * 1024
+
+config = prepare_machine(TrainConfig.from_dict(json.loads(sys.argv[1])))
+dataset = prepare_data(config, Progress())
+expected = estimate(config, padded_vocab_size(dataset.tokenizer.vocab_size)).memory
+for c in (config.replace(n_layer=1, n_head=1, n_embd=16, block_size=16, batch_size=1), config):
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    model = build_model(c, dataset)
+    optimizer = build_optimizer(model, c)
+    for step in range(3):
+        training_step(model, optimizer, c, dataset, step, 1e-3)
+    took = resident("VmHWM") - before
+    del model, optimizer
+print(json.dumps([expected, took]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(("preset", "precision"), [("tiny", "fp32"), ("tiny", "bf16"), ("small", "bf16")])
+def test_the_memory_estimate_is_within_15_percent(preset, precision, corpus, tmp_path):
+    # small is measured in half its rows and a quarter of its depth: the whole takes minutes.
+    fewer = {"n_layer": 2, "batch_size": 8, "vocab_size": 2048} if preset == "small" else {}
+    config = PRESETS[preset].replace(data=str(corpus), out=str(tmp_path), device="cpu", precision=precision, **fewer)
+    command = [sys.executable, "-c", MEASURE, json.dumps(config.to_dict()), *sys.path]
+    expected, took = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert expected == pytest.approx(took, rel=0.15), f"{expected >> 20} MiB expected, {took >> 20} MiB taken"
+
+
+def test_live_bytes_count_what_is_alive():
+    with _LiveBytes() as live:
+        a = torch.zeros(1000)
+        view = a[10:]
+        b = torch.ones(500)
+        del b
+        c = torch.ones(100)
+    assert (live.live, live.peak) == (4400, 6000)
+    del a
+    assert live.live == 4400  # the view holds the storage
+    del view, c
+    assert live.live == 0
+
+
+def test_estimate_counts_the_model(small):
+    config = prepare_machine(small)
+    counted, model = estimate(config, 320), GPT(config.model_config(320))
+    assert counted.parameters == model.num_parameters()
+    assert counted.flops_per_token == 3 * model.flops_per_token()
+    assert counted.flops_per_step == counted.flops_per_token * 4 * 16
+    wider, longer = estimate(config.replace(batch_size=8), 320), estimate(config.replace(accumulation=2), 320)
+    assert wider.memory > counted.memory == longer.memory
+    assert longer.flops_per_step == 2 * counted.flops_per_step
+
+
+def test_precision_follows_the_machine_unless_given(small, monkeypatch):
+    fast = has_fast_bf16("cpu")
+    assert prepare_machine(small.replace(precision="auto")).precision == ("bf16" if fast else "fp32")
+    assert prepare_machine(small.replace(precision="bf16")).precision == "bf16"
+    for flags, expected in [("fpu avx512f", False), ("fpu avx512_bf16 sse", True), ("amx_bf16", True), ("", False)]:
+        monkeypatch.setattr("pathlib.Path.read_text", lambda *_, f=flags: f"processor : 0\nflags\t\t: {f}\n")
+        monkeypatch.setattr("platform.machine", lambda: "x86_64")
+        assert has_fast_bf16("cpu") is expected, flags
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *_: "processor : 0\nFeatures\t: fp asimd bf16\n")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert has_fast_bf16("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there(small):
+    with pytest.raises(ValueError, match="--device cuda: torch sees no CUDA GPU on this machine"):
+        prepare_machine(small.replace(device="cuda"))
