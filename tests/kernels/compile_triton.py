@@ -81,7 +81,7 @@ def compile_only(architecture):
             "spilled": spilled,
             "shared": compiled.metadata.shared,
         }
-        print(json.dumps(found))
+        print(json.dumps(found, default=str))
 
     return run
 

@@ -1,0 +1,123 @@
+"""The Triton Adam kernel against the reference in float64, and against the reference in the same dtype."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from triton_testing import DEVICE, HALVES, assert_close, compile_for_gpu, randn
+
+from fastlm.kernels.triton import adam as kernels
+from fastlm.ops.adam import adam_reference
+
+# Nothing, one element, around a block and a chunk, and multiples of 16, which take the vectorised path.
+SIZES = [(0,), (1,), (1023,), (1025,), (64, 16), (7, 5, 3), (8192,), (8193,)]
+NAMES = ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"]
+
+
+def state(sizes, dtype, amsgrad, first_steps=(0.0, 41.0)):
+    steps = [torch.tensor(t) for t, _ in zip(itertools.cycle(first_steps), sizes, strict=False)]
+    params, grads, exp_avgs, exp_avg_sqs, tops = ([randn(*size, dtype=dtype) for size in sizes] for _ in range(5))
+    squares = [[x.square() for x in tensors] for tensors in (exp_avg_sqs, tops if amsgrad else [])]
+    return [params, grads, exp_avgs, *squares, steps]
+
+
+def copy(lists, dtype=None):
+    # clone keeps the strides of dense tensors; steps keep their dtype
+    return [[x.clone() if x is lists[5] or dtype is None else x.to(dtype, copy=True) for x in part] for part in lists]
+
+
+def check(lists, *options):
+    """Step in Triton on `lists`; the reference on copies says what is right, and what the dtype allows."""
+    exact, plain = copy(lists, torch.float64), copy(lists)
+    addresses = [[x.data_ptr() for x in part] for part in lists]
+    grads = [g.clone() for g in lists[1]]
+    adam_reference(*exact, *options)
+    adam_reference(*plain, *options)
+    kernels.adam_(*lists, *options)
+    assert addresses == [[x.data_ptr() for x in part] for part in lists]
+    for name, mine, right, stock in zip(NAMES, lists, exact, plain, strict=True):
+        for a, b, c in zip(mine, right, stock, strict=True):
+            if name == "steps":
+                assert a.item() == b.item()
+            else:
+                assert_close(a, b.double(), stock=c)
+    assert all(torch.equal(a, b) for a, b in zip(lists[1], grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(("decoupled", "amsgrad", "maximize"), [(True, False, False), (False, True, True)])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_one_step(dtype, decoupled, amsgrad, maximize, weight_decay):
+    check(state(SIZES, dtype, amsgrad), 0.1, 0.9, 0.999, 1e-8, weight_decay, decoupled, amsgrad, maximize)
+
+
+def test_many_steps_stay_with_torch():
+    lists = state([(33, 16)], torch.float32, False, (0.0,))
+    for part in lists[2:4]:
+        part[0].zero_()
+    p = lists[0][0].double().requires_grad_()
+    optimizer = torch.optim.AdamW([p], lr=0.01, weight_decay=0.1)
+    for _ in range(20):
+        lists[1][0].copy_(lists[0][0] * 2 + 1)
+        p.grad = lists[1][0].double()
+        optimizer.step()
+        kernels.adam_(*lists, 0.01, 0.9, 0.999, 1e-8, 0.1, True, False, False)
+    assert_close(lists[0][0], p.detach(), ulps=32)
+
+
+def test_layouts_are_updated_in_place():
+    """Parameters that are transposed, sliced, or laid out unlike their state; two gradients that must be copied."""
+    lists = state([(24, 40)] * 4, torch.float32, False, (3.0,))
+    memory = randn(24, 80)
+    untouched = memory[:, 1::2].clone()
+    lists[0][0] = memory[:, ::2]
+    lists[0][1] = randn(40, 24).t()
+    lists[2][2] = randn(40, 24).t().copy_(lists[2][2])
+    lists[1][2] = randn(40, 24).t()
+    lists[1][3] = torch.tensor(0.5, device=DEVICE).expand(24, 40)
+    check(lists, 0.1, 0.9, 0.999, 1e-8, 0.1, True, False, False)
+    assert torch.equal(memory[:, 1::2], untouched)
+
+
+def test_misaligned():
+    memory = [randn(4 * 1001) for _ in range(4)]
+    lists = [[m[1 + 1000 * i : 1 + 1000 * i + n] for i, n in enumerate((1000, 992))] for m in memory]
+    lists[3] = [x.square_() for x in lists[3]]
+    check([*lists, [], [torch.tensor(1.0), torch.tensor(1.0)]], 0.1, 0.9, 0.999, 1e-8, 0.1, True, False, False)
+
+
+def test_two_dtypes_in_one_call():
+    halves, floats = state([(100,)], torch.float16, False, (2.0,)), state([(100,)], torch.float32, False, (2.0,))
+    check([a + b for a, b in zip(halves, floats, strict=True)], 0.1, 0.9, 0.99, 1e-6, 0.0, True, False, False)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_gradients_stay_where_they_are(value):
+    lists = state([(50,)], torch.float32, True, (2.0,))
+    lists[1][0][7] = value
+    kernels.adam_(*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, True, True, False)
+    assert lists[0][0].isnan().nonzero().tolist() == [[7]]
+    assert torch.equal(lists[4][0][7].isnan(), torch.tensor(math.isnan(value), device=DEVICE))
+
+
+def test_what_it_refuses():
+    assert kernels._unsupported([randn(3)]) is None
+    assert kernels._unsupported([randn(3), randn(3).double()]) == "does not take torch.float64"
+
+
+def test_compiles_for_gpus():
+    compiled = compile_for_gpu("""
+from fastlm.kernels.triton import adam as kernels
+for dtype in (torch.float32, torch.bfloat16):
+    for n in (4096, 4095):
+        for on in (False, True):
+            x = torch.empty(n, dtype=dtype)
+            tops, steps = [x] if on else [], [torch.tensor(0.0)]
+            kernels.adam_([x], [x], [x], [x], tops, steps, 0.1, 0.9, 0.99, 1e-8, 0.1, not on, on, on)
+""")
+    assert len(compiled) == 2 * 2 * 2 * 2
+    for c in compiled:
+        assert c["spilled"] == 0, (c["constants"], c["architecture"])
+        assert ("ld.global.v" in c["ptx"]) == c["constants"]["ALIGNED"]  # 128-bit loads
