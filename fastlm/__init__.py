@@ -5,9 +5,20 @@ import importlib
 from fastlm import _library, optim
 from fastlm._library import backends, use_backend
 from fastlm._version import __version__
+from fastlm.ops.attention import attention, scaled_dot_product_attention
 from fastlm.ops.bias_act import bias_act
 from fastlm.ops.relu import relu, relu_squared
 
 _library.load_kernels = lambda backend, family: importlib.import_module(f"fastlm.kernels.{backend}.{family}")
 
-__all__ = ["__version__", "backends", "bias_act", "optim", "relu", "relu_squared", "use_backend"]
+__all__ = [
+    "__version__",
+    "attention",
+    "backends",
+    "bias_act",
+    "optim",
+    "relu",
+    "relu_squared",
+    "scaled_dot_product_attention",
+    "use_backend",
+]

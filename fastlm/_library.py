@@ -373,13 +373,14 @@ class Op:
                 if all(g is None for g in grads):
                     return (None,) * len(ctx.needs_input_grad)
                 saved = [p if t is None else t for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)]
-                wanted = ctx.needs_input_grad[1:]
+                given = len(ctx.needs_input_grad) - 1
+                wanted = (*ctx.needs_input_grad[1:], *[False] * (op.arity - given))
                 found = None
                 if op.backward is not None:
                     found = op.backward(entries, saved, wanted, *grads)
                 if found is None:
                     found = _differentiate(op.reference, saved, wanted, grads)
-                return (None, *found, *[None] * (len(wanted) - len(found)))
+                return (None, *found[:given], *[None] * (given - len(found)))
 
         Function.__name__ = Function.__qualname__ = f"{op.name}_{backend}"
         return Function

@@ -1,0 +1,473 @@
+"""attention(q, k, v) = softmax(scale q k' + bias, over the visible keys) v, and its log-sum-exp.
+
+q (B, Hq, Tq, D), k (B, Hk, Tk, D), v (B, Hk, Tk, Dv), Hq a multiple of Hk: query head h reads key head h // (Hq // Hk).
+Gives o (B, Hq, Tq, Dv) in q's order of strides, and lse (B, Hq, Tq), natural log, float32 (float64 for float64).
+Saved for backward: the inputs by reference, o and lse; never the scores. 16-bit inputs are computed with in float32.
+
+A key that a query does not see contributes nothing, whatever it holds: no NaN gets through, forward or backward.
+A query that sees no key gets o = 0, lse = -inf (its sink, where there are sinks) and zero gradients.
+Under autocast q, k and v go to the lower precision, as in torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastlm._dropout import draw_seed, keep_mask
+from fastlm._library import define_op
+
+CAUSAL_NONE, CAUSAL_BOTTOM_RIGHT, CAUSAL_TOP_LEFT = 0, 1, 2
+_CAUSAL = {
+    False: CAUSAL_NONE,
+    True: CAUSAL_BOTTOM_RIGHT,
+    "bottom_right": CAUSAL_BOTTOM_RIGHT,
+    "top_left": CAUSAL_TOP_LEFT,
+}
+
+_OPTIONS = (
+    "Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sinks=None, Tensor? seed=None, "
+    "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, int max_seqlen_q=0, int max_seqlen_k=0, int causal=0, "
+    "int window_left=-1, int window_right=-1, float scale=1.0, float softcap=0.0, float dropout_p=0.0, "
+    "bool deterministic=True"
+)
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+def _positions(total: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Per row: its position within its sequence, the sequence's number and length."""
+    at = torch.arange(total, device=device)
+    if cu_seqlens is None:
+        return at, torch.zeros_like(at), total
+    cu_seqlens = cu_seqlens.to(torch.int64)
+    number = torch.searchsorted(cu_seqlens[1:], at, right=True)
+    return at - cu_seqlens[number], number, cu_seqlens.diff()[number]
+
+
+def _geometry(q, k, mask, cu_seqlens_q, cu_seqlens_k, causal, window_left, window_right):
+    """Which keys are visible, bool broadcastable to (B, Hq, Tq, Tk) or None for all; and j - i, with ends aligned."""
+    row, row_sequence, row_length = _positions(q.shape[2], cu_seqlens_q, q.device)
+    col, col_sequence, col_length = _positions(k.shape[2], cu_seqlens_k, q.device)
+    col_in_row = col_length  # the key length that a query's sequence has
+    if cu_seqlens_k is not None:
+        col_in_row = cu_seqlens_k.to(torch.int64).diff()[row_sequence.clamp(max=cu_seqlens_k.numel() - 2)]
+    shift = col_in_row - row_length  # bottom-right: the last query sits on the last key
+    offset = col[None, :] - (row + shift)[:, None]  # (Tq, Tk)
+    limits = []
+    if causal == CAUSAL_BOTTOM_RIGHT:
+        limits.append(offset <= 0)
+    elif causal == CAUSAL_TOP_LEFT:
+        limits.append(col[None, :] <= row[:, None])
+    if window_left >= 0:
+        limits.append(offset >= -window_left)
+    if window_right >= 0:
+        limits.append(offset <= window_right)
+    if cu_seqlens_q is not None:
+        limits.append(row_sequence[:, None] == col_sequence[None, :])
+    if mask is not None:
+        limits.append(mask)
+    visible = None
+    for limit in limits:
+        visible = limit if visible is None else visible & limit
+    return visible, offset
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), x, 0)
+
+
+def _marks(x: Tensor) -> Tensor:
+    """(..., T): NaN for rows that hold a NaN or inf, else 0."""
+    return torch.where(x.isfinite().all(-1), 0.0, math.nan).to(x.dtype)
+
+
+def _scores(q, k, bias, alibi_slopes, visible, offset, scale, softcap):
+    """Scores (B, Hq, Tq, Tk) with -inf where invisible, and the factor that softcap puts on their gradient or None.
+
+    Products run over finite stand-ins, and the scores of the rows that were not finite become NaN afterwards: zero
+    gradients of invisible scores then meet no NaN.
+    """
+    s = scale * (_finite(q) @ _finite(k).transpose(-1, -2)) + _marks(q)[..., :, None] + _marks(k)[..., None, :]
+    slope = None
+    if softcap > 0:
+        capped = torch.tanh(s / softcap)
+        s, slope = softcap * capped, 1 - capped.square()
+    if bias is not None:
+        s = s + bias.to(s.dtype)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes if alibi_slopes.dim() == 2 else alibi_slopes[None]  # (B or 1, Hq)
+        s = s - slopes[:, :, None, None].to(s.dtype) * offset.abs()
+    if visible is not None:
+        s = torch.where(visible, s, -math.inf)
+    return s, slope
+
+
+def _widen(q, k, v):
+    """In the type that is computed in, with a key head for every query head."""
+    compute = torch.float32 if q.dtype in (torch.bfloat16, torch.float16) else q.dtype
+    groups = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    return q.to(compute), *(t.to(compute).repeat_interleave(groups, dim=1) for t in (k, v))
+
+
+def _apply(p: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """p @ v, in which a NaN or inf of v reaches just the queries that see it."""
+    o = p @ _finite(v)
+    seen = torch.ones_like(p[..., :1, :]) if visible is None else visible.expand(p.shape).to(p.dtype)
+    up = seen @ (v.isnan() | v.isposinf()).to(p.dtype)
+    down = seen @ (v.isnan() | v.isneginf()).to(p.dtype)
+    return o + torch.where(up > 0, math.inf, 0.0) + torch.where(down > 0, -math.inf, 0.0)
+
+
+def _in_order_of(x: Tensor, like: Tensor) -> Tensor:
+    """x in memory in the order of dimensions that `like` has."""
+    order = sorted(range(like.dim()), key=lambda i: (-like.stride(i), i))
+    return x.permute(order).contiguous().permute([order.index(i) for i in range(len(order))])
+
+
+def attention_reference(
+    q, k, v, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
+    window_left, window_right, scale, softcap, dropout_p, deterministic,
+):  # fmt: skip
+    wide_q, wide_k, wide_v = _widen(q, k, v)
+    visible, offset = _geometry(q, k, mask, cu_seqlens_q, cu_seqlens_k, causal, window_left, window_right)
+    s, _ = _scores(wide_q, wide_k, bias, alibi_slopes, visible, offset, scale, softcap)
+    logits = s
+    if sinks is not None:
+        sink = sinks.to(s.dtype)[None, :, None, None].expand(*s.shape[:3], 1)
+        logits = torch.cat([s, sink], dim=-1)
+    lse = torch.logsumexp(logits, dim=-1) if logits.shape[-1] else s.new_full(s.shape[:3], -math.inf)
+    p = torch.exp(s - torch.where(lse == -math.inf, 0, lse)[..., None])
+    if dropout_p > 0:
+        p = torch.where(keep_mask(tuple(p.shape), dropout_p, seed), p / (1 - dropout_p), 0)
+    return _in_order_of(_apply(p, wide_v, visible).to(q.dtype), q), lse
+
+
+def attention_backward_reference(
+    do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+    max_seqlen_k, causal, window_left, window_right, scale, softcap, dropout_p, deterministic, wanted,
+):  # fmt: skip
+    wide_q, wide_k, wide_v = _widen(q, k, v)
+    visible, offset = _geometry(q, k, mask, cu_seqlens_q, cu_seqlens_k, causal, window_left, window_right)
+    s, slope = _scores(wide_q, wide_k, bias, alibi_slopes, visible, offset, scale, softcap)
+    lse = torch.where(lse == -math.inf, 0, lse)
+    p = torch.exp(s - lse[..., None])
+    do = torch.zeros_like(o) if do is None else do
+    wide_do = do.to(s.dtype)
+    delta = (wide_do * o.to(s.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    dp, kept = wide_do @ wide_v.transpose(-1, -2), p
+    if dropout_p > 0:
+        keep = keep_mask(tuple(p.shape), dropout_p, seed)
+        dp, kept = torch.where(keep, dp / (1 - dropout_p), 0), torch.where(keep, p / (1 - dropout_p), 0)
+    ds = p * (dp - delta[..., None])
+    if visible is not None:
+        ds = torch.where(visible, ds, 0)
+    draw = ds if slope is None else torch.where(ds == 0, 0, ds * slope)
+    dq = scale * (draw @ _finite(wide_k))
+    dk = scale * (draw.transpose(-1, -2) @ _finite(wide_q))
+    dv = kept.transpose(-1, -2) @ wide_do
+    dk, dv = (g.unflatten(1, (k.shape[1], -1)).sum(2) if k.shape[1] else g for g in (dk, dv))
+
+    none = s.new_empty(0)
+    dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if wanted[0] else none
+    dslopes = none
+    if wanted[1]:
+        dslopes = -(ds * offset.abs()).sum((2, 3))
+        dslopes = (dslopes if alibi_slopes.dim() == 2 else dslopes.sum(0)).to(alibi_slopes.dtype)
+    dsinks = none
+    if wanted[2]:
+        dsinks = -(torch.exp(sinks.to(s.dtype)[None, :, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
+    grads = (_in_order_of(g.to(t.dtype), t) for g, t in ((dq, q), (dk, k), (dv, v)))
+    return (*grads, *(g.contiguous() for g in (dbias, dslopes, dsinks)))
+
+
+# --- the op -----------------------------------------------------------------------------------------------------------
+def _fake(q, k, v, *options):
+    o = _in_order_of(q.new_empty(*q.shape[:3], v.shape[3]), q)
+    return o, q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _fake_backward(do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, *options):
+    wanted = options[-1]
+    grads = (_in_order_of(t.new_empty(t.shape), t) for t in (q, k, v))
+    none = q.new_empty(0, dtype=lse.dtype)
+    extras = (bias, alibi_slopes, sinks)
+    return (*grads, *(t.new_empty(t.shape) if w else none for t, w in zip(extras, wanted, strict=True)))
+
+
+def _save(args, outputs):
+    return (*args[:3], *outputs, *args[3:])
+
+
+def _backward(ops, saved, wanted, do, dlse):
+    # wanted follows the schema: q, k, v, mask, bias, alibi_slopes, sinks, ...
+    dq, dk, dv, dbias, dslopes, dsinks = ops.attention_backward(do, dlse, *saved, list(wanted[4:7]))
+    extras = (g if w else None for g, w in zip((dbias, dslopes, dsinks), wanted[4:7], strict=True))
+    return (dq, dk, dv, None, *extras)
+
+
+def _samples(device: str) -> list[tuple]:
+    samples = []
+    for dtype, dim in ((torch.float32, 40), (torch.bfloat16, 64), (torch.float16, 128)):
+        ramp = torch.linspace(-3, 3, 2 * 4 * 130 * dim, device=device)
+        q, k, v = (torch.sin(ramp * f).view(2, 4, 130, dim).to(dtype) for f in (311, 173, 97))
+        plain = (None,) * 7 + (0, 0)
+        samples += [
+            (q, k[:, ::2], v[:, ::2], *plain, causal, -1, -1, dim**-0.5, 0.0, 0.0, True) for causal in (0, 1, 2)
+        ]
+    return samples
+
+
+def _samples_backward(device: str) -> list[tuple]:
+    samples = []
+    for q, k, v, *options in _samples(device):
+        o, lse = attention_reference(q, k, v, *options)
+        samples.append((o.flip(2), lse.flip(1), q, k, v, o, lse, *options, [False] * 3))
+    return samples
+
+
+define_op(
+    f"attention_backward(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
+    f"{_OPTIONS}, bool[] wanted=[]) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks)",
+    reference=attention_backward_reference,
+    fake=_fake_backward,
+    samples=_samples_backward,
+)
+
+
+def _autocast(dtype, args):
+    # As torch: float64 stays.
+    return (*(t if t.dtype == torch.float64 else t.to(dtype) for t in args[:3]), *args[3:])
+
+
+def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() != 4:
+            raise ValueError(f"fastlm.{op}: {name} must have 4 dimensions (B, H, T, D), got {tuple(t.shape)}")
+        if not t.is_floating_point():
+            raise TypeError(f"fastlm.{op}: {name} must be floating point, got {t.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"fastlm.{op}: {name} must be on the device of q, {q.device}, got {t.device}")
+        if t.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+            raise TypeError(f"fastlm.{op}: {name} must have the dtype of q, {q.dtype}, got {t.dtype}")
+    B, Hq, _, D = q.shape
+    _, Hk, Tk, _ = k.shape
+    if Hk == 0 or Hq % Hk:
+        raise ValueError(f"fastlm.{op}: the heads of q must be a multiple of those of k, got {Hq} and {Hk}")
+    if k.shape != (B, Hk, Tk, D):
+        raise ValueError(f"fastlm.{op}: k must be (B, Hk, Tk, D) = {(B, Hk, Tk, D)} to match q, got {tuple(k.shape)}")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"fastlm.{op}: v must be (B, Hk, Tk, Dv) = ({B}, {Hk}, {Tk}, Dv) to match k, got {tuple(v.shape)}"
+        )
+
+
+def _check_options(q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, causal, dropout_p, softcap):
+    op = "fastlm.attention"
+    B, Hq, Tq, _ = q.shape
+    full = (B, Hq, Tq, k.shape[2])
+    if causal not in _CAUSAL:
+        raise ValueError(f"{op}: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{op}: softcap must be positive or None, got {softcap}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"{op}: mask must be bool (True: visible), got {mask.dtype}; an additive mask is called bias")
+    if bias is not None and not bias.is_floating_point():
+        raise TypeError(f"{op}: bias must be floating point, got {bias.dtype}")
+    for name, t in (("mask", mask), ("bias", bias)):
+        fits = t is None or (
+            t.dim() <= 4 and all(a in (1, b) for a, b in zip(reversed(t.shape), reversed(full), strict=False))
+        )
+        if not fits:
+            raise ValueError(f"{op}: {name} must broadcast to (B, Hq, Tq, Tk) = {full}, got {tuple(t.shape)}")
+    if alibi_slopes is not None and alibi_slopes.shape not in ((Hq,), (B, Hq)):
+        raise ValueError(
+            f"{op}: alibi_slopes must be (Hq,) = ({Hq},) or (B, Hq) = ({B}, {Hq}), got {tuple(alibi_slopes.shape)}"
+        )
+    if sinks is not None and sinks.shape != (Hq,):
+        raise ValueError(f"{op}: sinks must be (Hq,) = ({Hq},), got {tuple(sinks.shape)}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
+        raise TypeError(f"{op}: seed must be one int64, got {seed.dtype} {tuple(seed.shape)}")
+    if (cu_seqlens_q is None) != (cu_seqlens_k is None):
+        raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must be given together")
+    if cu_seqlens_q is not None:
+        if B != 1:
+            raise ValueError(f"{op}: packed sequences must come as one batch, q (1, H, total, D), got B = {B}")
+        for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if t.dtype not in (torch.int32, torch.int64) or t.dim() != 1 or t.numel() < 2:
+                raise ValueError(
+                    f"{op}: {name} must be (sequences + 1,) int32 or int64, got {t.dtype} {tuple(t.shape)}"
+                )
+        if cu_seqlens_q.shape != cu_seqlens_k.shape:
+            raise ValueError(
+                f"{op}: cu_seqlens_k must have as many sequences as cu_seqlens_q, {cu_seqlens_q.numel() - 1}, "
+                f"got {cu_seqlens_k.numel() - 1}"
+            )
+    tensors = (mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k)
+    names = ("mask", "bias", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k")
+    for name, t in zip(names, tensors, strict=True):
+        if t is not None and t.device != q.device:
+            raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {t.device}")
+
+
+def _arguments(
+    q, k, v, causal=False, scale=None, window=None, mask=None, bias=None, alibi_slopes=None, sinks=None, softcap=None,
+    dropout_p=0.0, seed=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    deterministic=None, return_lse=False,
+) -> tuple:  # fmt: skip
+    """The schema's arguments from the public ones, checked."""
+    _check("attention", q, k, v)
+    _check_options(
+        q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, causal, dropout_p, softcap
+    )  # fmt: skip
+    left, right = (-1, -1) if window is None else (window, window) if isinstance(window, int) else window
+    if dropout_p == 0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(q.device)
+    return (
+        q, k, v, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0,
+        max_seqlen_k or 0, _CAUSAL[causal], max(left, -1), max(right, -1),
+        q.shape[-1] ** -0.5 if scale is None else float(scale), softcap or 0.0, dropout_p, deterministic is not False,
+    )  # fmt: skip
+
+
+_attention = define_op(
+    f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor o, Tensor lse)",
+    reference=attention_reference,
+    fake=_fake,
+    samples=_samples,
+    save=_save,
+    backward=_backward,
+    autocast=_autocast,
+    arguments=_arguments,
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | str = False,
+    scale: float | None = None,
+    window: int | tuple[int, int] | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention in tiles: no (Tq, Tk) matrix is kept (online softmax, Milakov and Gimelshein 2018;
+    FlashAttention, Dao et al. 2022). What no kernel can do yet runs on the reference, which does hold that matrix:
+    ``fastlm.backends("attention", q=q, k=k, v=v, ...)`` tells.
+
+    Args:
+        q: (B, Hq, Tq, D), floating point. A transposed view of (B, T, H, D) costs no copy.
+        k: (B, Hk, Tk, D), Hq a multiple of Hk: grouped or multi-query heads.
+        v: (B, Hk, Tk, Dv).
+        causal: False; True or "bottom_right": key j is visible to query i iff j <= i + Tk - Tq, so that the last query
+            sees every key; "top_left": iff j <= i.
+        scale: on the scores; 1 / sqrt(D) where not given.
+        window: (left, right), how many keys before and after the aligned one are visible, -1 = all; an int for both.
+        mask: bool, broadcastable to (B, Hq, Tq, Tk); True = visible.
+        bias: added to the scaled scores; floating point, broadcastable to (B, Hq, Tq, Tk); has a gradient.
+        alibi_slopes: (Hq,) or (B, Hq); subtracts slope * |i + Tk - Tq - j| (Press et al. 2022); has a gradient.
+        sinks: (Hq,), a logit per head that takes part in the softmax and carries no value; has a gradient.
+        softcap: c > 0 replaces the scaled scores s by c tanh(s / c).
+        dropout_p: probability in [0, 1) of dropping a weight after the softmax; the others are divided by 1 - p.
+        seed: 0-d int64 tensor that decides what is dropped; drawn from torch's generator where not given.
+        cu_seqlens_q, cu_seqlens_k: (n + 1,) int32 or int64, where each of n packed sequences begins, and the total;
+            then q is (1, Hq, total, D), and a query sees keys of its own sequence alone.
+        max_seqlen_q, max_seqlen_k: the longest of those, if known: saves a kernel from planning for more.
+        deterministic: False allows a faster backward whose last bits may differ from run to run.
+        return_lse: also give lse (B, Hq, Tq), the natural log of the softmax's denominator; it has a gradient.
+
+    Returns:
+        o (B, Hq, Tq, Dv) of q's dtype, in q's order of strides; with return_lse also lse, float32 (float64 for
+        float64).
+
+    Raises:
+        ValueError: sizes, devices or options that do not fit. TypeError: dtypes that do not fit.
+    """
+    o, lse = _attention(
+        *_arguments(
+            q, k, v, causal, scale, window, mask, bias, alibi_slopes, sinks, softcap, dropout_p, seed, cu_seqlens_q,
+            cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic,
+        )
+    )  # fmt: skip
+    return (o, lse) if return_lse else o
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Drop-in for ``torch.nn.functional.scaled_dot_product_attention``, whose arguments and meanings these are.
+
+    Args:
+        query: (..., Hq, Tq, D). key: (..., Hk, Tk, D). value: (..., Hk, Tk, Dv). Leading dimensions broadcast.
+        attn_mask: bool (True: visible) or floating point (added to the scores), broadcastable to (..., Hq, Tq, Tk).
+        dropout_p: probability of dropping a weight; applied always, as in torch.
+        is_causal: key j is visible to query i iff j <= i: aligned at the top left, as in torch.
+        scale: on the scores; 1 / sqrt(D) where not given.
+        enable_gqa: allow Hq to be a multiple of Hk.
+
+    Returns:
+        (..., Hq, Tq, Dv) of query's dtype. Rows that see nothing are zero.
+
+    Raises:
+        ValueError: sizes or options that do not fit. TypeError: dtypes that do not fit.
+    """
+    name = "fastlm.scaled_dot_product_attention"
+    if is_causal and attn_mask is not None:
+        raise ValueError(f"{name}: attn_mask must be None where is_causal is True")
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        raise ValueError(f"{name}: query, key and value must have at least 2 dimensions")
+    heads = 1 if enable_gqa else 0  # dimensions, left of (T, D), that do not broadcast
+    lead = torch.broadcast_shapes(*(t.shape[: t.dim() - 2 - heads] for t in (query, key, value)))
+
+    def as_4d(t: Tensor) -> Tensor:
+        t = t.expand(*lead, *t.shape[t.dim() - 2 - heads :])
+        while t.dim() < 4:
+            t = t[None]
+        return t.flatten(0, t.dim() - 4)
+
+    mask = attn_mask
+    if mask is not None and len(lead) + heads != 2:
+        mask = mask.expand(*lead, *query.shape[query.dim() - 2 - heads : -2], query.shape[-2], key.shape[-2])
+        while mask.dim() < 4:
+            mask = mask[None]
+        mask = mask.flatten(0, mask.dim() - 4)
+    additive = mask is not None and mask.dtype != torch.bool
+    o = attention(
+        as_4d(query),
+        as_4d(key),
+        as_4d(value),
+        causal="top_left" if is_causal else False,
+        scale=scale,
+        mask=None if additive else mask,
+        bias=mask if additive else None,
+        dropout_p=dropout_p,
+    )
+    return o.reshape(*lead, *query.shape[query.dim() - 2 - heads : -1], value.shape[-1])
