@@ -2,8 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <optional>
+#include <unordered_set>
+#include <vector>
 
+#include "cuda/adam.h"
 #include "cuda/attention.h"
 #include "cuda/relu.h"
 #include "cuda/runtime.h"
@@ -171,6 +175,89 @@ void attention_backward(const TensorView& d_o, const OptionalTensor& dlse, const
       optional("dv", dv, sizes_v), stats.data);
 }
 
+// --- Adam -------------------------------------------------------------------------------------------------------------
+// False where every element surely has a place of its own: each dimension steps over all that the smaller ones span.
+bool overlaps_itself(const TensorView& t) {
+  if (t.numel() == 0) return false;
+  for (int i = 0; i < t.ndim; ++i) {
+    if (t.shape[i] == 1) continue;
+    int64_t span = 0;
+    for (int j = 0; j < t.ndim; ++j) {
+      if (j == i || t.shape[j] == 1) continue;
+      if (t.strides[j] == t.strides[i]) return true;
+      if (t.strides[j] < t.strides[i]) span += (t.shape[j] - 1) * t.strides[j];
+    }
+    if (t.strides[i] <= span) return true;
+  }
+  return false;
+}
+
+double read_step(const TensorView& t) {
+  return t.dtype == DType::kF64 ? *static_cast<double*>(t.data) : *static_cast<float*>(t.data);
+}
+void write_step(const TensorView& t, double step) {
+  if (t.dtype == DType::kF64) {
+    *static_cast<double*>(t.data) = step;
+  } else {
+    *static_cast<float*>(t.data) = static_cast<float>(step);
+  }
+}
+
+void adam_step(const std::vector<TensorView>& params, const std::vector<TensorView>& grads,
+               const std::vector<TensorView>& exp_avgs, const std::vector<TensorView>& exp_avg_sqs,
+               const std::vector<TensorView>& max_exp_avg_sqs, const std::vector<TensorView>& steps, double lr,
+               double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
+               uintptr_t stream) {
+  const std::vector<TensorView>* lists[cuda::kAdamTensors] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs};
+  const char* names[cuda::kAdamTensors] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
+  int count = amsgrad ? cuda::kAdamTensors : cuda::kAdamTensors - 1;
+  for (int t = 0; t < count; ++t) {
+    FASTLM_CHECK(lists[t]->size() == params.size(), "adam_: ", names[t], " must hold ", params.size(), " tensors, got ",
+                 lists[t]->size());
+  }
+  FASTLM_CHECK(steps.size() == params.size(), "adam_: steps must hold ", params.size(), " tensors, got ", steps.size());
+
+  std::vector<cuda::AdamItem> items(params.size());
+  std::unordered_set<void*> written;
+  auto check_written = [&](const char* name, size_t i, const TensorView& tensor) {
+    FASTLM_CHECK(!overlaps_itself(tensor), "adam_: ", name, "[", i,
+                 "] is written, so no two of its elements may share memory, got ", tensor.describe());
+    FASTLM_CHECK(tensor.numel() == 0 || written.insert(tensor.data).second, "adam_: ", name, "[", i,
+                 "] shares its memory with another tensor that this call writes");
+  };
+  for (size_t i = 0; i < params.size(); ++i) {
+    const TensorView& param = params[i];
+    check_float("adam_", "params", param);
+    cuda::AdamItem& item = items[i];
+    item.dtype = param.dtype;
+    item.n = param.numel();
+    item.ndim = param.ndim;
+    std::copy_n(param.shape, param.ndim, item.shape);
+    item.flat = param.dense();
+    for (int t = 0; t < count; ++t) {
+      const TensorView& tensor = (*lists[t])[i];
+      check_device("adam_", params[0], tensor);
+      FASTLM_CHECK(tensor.dtype == param.dtype && tensor.ndim == param.ndim &&
+                       std::equal(param.shape, param.shape + param.ndim, tensor.shape),
+                   "adam_: ", names[t], "[", i, "] must have the dtype and sizes of params[", i, "], ", param.describe(),
+                   ", got ", tensor.describe());
+      if (t != cuda::kGrad) check_written(names[t], i, tensor);
+      item.data[t] = tensor.data;
+      std::copy_n(tensor.strides, param.ndim, item.strides[t]);
+      item.flat = item.flat && same_layout(tensor, param);
+    }
+    const TensorView& step = steps[i];
+    FASTLM_CHECK(step.numel() == 1 && !step.cuda && (step.dtype == DType::kF32 || step.dtype == DType::kF64), "adam_: steps[",
+                 i, "] must be one float32 or float64 on cpu, got ", step.describe());
+    check_written("steps", i, step);
+    item.step = read_step(step) + 1;
+  }
+  if (items.empty()) return;
+  // Nothing is written before every argument is known to be right.
+  for (size_t i = 0; i < items.size(); ++i) write_step(steps[i], items[i].step);
+  cuda::adam_step({params[0].device, stream}, items, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize});
+}
+
 }  // namespace
 }  // namespace fastlm
 
@@ -190,6 +277,7 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   m.def("bias_act_forward", &fastlm::bias_act_forward);
   m.def("bias_act_backward", &fastlm::bias_act_backward);
   m.def("bias_act_chunks", &cuda::bias_act_chunks, "Rows of `partial` that bias_act_backward works in.");
+  m.def("adam_step", &fastlm::adam_step, "steps stay on the CPU; everything else is on one device.");
   m.def("attention_forward", &fastlm::attention_forward);
   m.def("attention_backward", &fastlm::attention_backward);
 }
