@@ -121,7 +121,7 @@ float* check_per_query(const char* op, const char* name, const TensorView& first
 }
 
 cuda::attention::Problem check_problem(const char* op, const TensorView& q, const TensorView& k, const TensorView& v,
-                                       int causal, double scale) {
+                                       int64_t lower, int64_t upper, double scale) {
   FASTLM_CHECK(q.dtype == DType::kF32 || q.dtype == DType::kF16 || q.dtype == DType::kBF16, op,
                ": q must be float32, float16 or bfloat16, got ", q.describe());
   for (const TensorView* t : {&q, &k, &v}) {
@@ -134,15 +134,18 @@ cuda::attention::Problem check_problem(const char* op, const TensorView& q, cons
                ", must be a multiple of those of k, ", k.shape[1]);
   FASTLM_CHECK(q.shape[3] <= cuda::attention::kMaxWidth && v.shape[3] <= cuda::attention::kMaxWidth, op,
                ": head dims may be at most ", cuda::attention::kMaxWidth, ", got ", q.shape[3], " and ", v.shape[3]);
-  FASTLM_CHECK(0 <= causal && causal <= 2, op, ": causal must be 0, 1 or 2, got ", causal);
+  // Diagonals farther out than the corners mean the same as the corners.
+  int queries = int(q.shape[2]), keys = int(k.shape[2]);
+  cuda::attention::Mask mask{queries, keys, int(std::clamp<int64_t>(lower, -queries, keys)),
+                             int(std::clamp<int64_t>(upper, -queries, keys))};
   return {q.dtype, int(q.shape[0]), int(q.shape[1]), int(k.shape[1]), int(q.shape[3]), int(v.shape[3]),
-          cuda::attention::make_mask(int(q.shape[2]), int(k.shape[2]), causal), float(scale)};
+          mask, float(scale)};
 }
 
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
-                       const TensorView& lse, int causal, double scale, uintptr_t stream) {
+                       const TensorView& lse, int64_t lower, int64_t upper, double scale, uintptr_t stream) {
   const char* op = "attention";
-  cuda::attention::Problem problem = check_problem(op, q, k, v, causal, scale);
+  cuda::attention::Problem problem = check_problem(op, q, k, v, lower, upper, scale);
   Sizes sizes_q{q.shape[0], q.shape[1], q.shape[2], q.shape[3]}, sizes_o{q.shape[0], q.shape[1], q.shape[2], v.shape[3]};
   Sizes sizes_k{q.shape[0], k.shape[1], k.shape[2], q.shape[3]}, sizes_v{q.shape[0], k.shape[1], k.shape[2], v.shape[3]};
   cuda::attention::forward({q.device, stream}, problem, check_operand(op, "q", q, q, sizes_q),
@@ -153,10 +156,10 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
 
 void attention_backward(const TensorView& d_o, const OptionalTensor& dlse, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& o, const TensorView& lse, const OptionalTensor& dq,
-                        const OptionalTensor& dk, const OptionalTensor& dv, const TensorView& stats, int causal,
-                        double scale, uintptr_t stream) {
+                        const OptionalTensor& dk, const OptionalTensor& dv, const TensorView& stats, int64_t lower,
+                        int64_t upper, double scale, uintptr_t stream) {
   const char* op = "attention_backward";
-  cuda::attention::Problem problem = check_problem(op, q, k, v, causal, scale);
+  cuda::attention::Problem problem = check_problem(op, q, k, v, lower, upper, scale);
   int64_t batch = q.shape[0], heads = q.shape[1], queries = q.shape[2];
   Sizes sizes_q{batch, heads, queries, q.shape[3]}, sizes_o{batch, heads, queries, v.shape[3]};
   Sizes sizes_k{batch, k.shape[1], k.shape[2], q.shape[3]}, sizes_v{batch, k.shape[1], k.shape[2], v.shape[3]};
@@ -278,6 +281,6 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   m.def("bias_act_backward", &fastlm::bias_act_backward);
   m.def("bias_act_chunks", &cuda::bias_act_chunks, "Rows of `partial` that bias_act_backward works in.");
   m.def("adam_step", &fastlm::adam_step, "steps stay on the CPU; everything else is on one device.");
-  m.def("attention_forward", &fastlm::attention_forward);
+  m.def("attention_forward", &fastlm::attention_forward, "Query i sees key j where i + lower <= j <= i + upper.");
   m.def("attention_backward", &fastlm::attention_backward);
 }

@@ -153,15 +153,15 @@ template <int kD> __global__ void __launch_bounds__(kThreads) attention_f32_fwd_
 #pragma unroll
   for (int i = 0; i < kOwnRows; ++i) max[i] = -INFINITY;
   float scale = problem.scale * kLog2e;
-  int end = mask.key_end(q0, kRows);
+  int begin = mask.key_begin(q0) / kCols * kCols, end = mask.key_end(q0, kRows);
   load_tile<kRows, kD>(tile_q, args.q, problem.dtype, batch * args.q.batch + head * args.q.head, q0, mask.queries,
                        problem.width, args.aligned);
-  for (int k0 = 0; k0 < end; k0 += kCols) {
+  for (int k0 = begin; k0 < end; k0 += kCols) {
     load_tile<kCols, kD>(tile_kv, args.k, problem.dtype, k, k0, mask.keys, problem.width, args.aligned);
     __syncthreads();
     float s[kOwnRows][kOwnCols];
     product_transposed<kOwnRows, kOwnCols, kD>(s, tile_q, tile_kv);
-    bool whole = mask.whole(q0, k0, kCols);
+    bool whole = mask.whole(q0, kRows, k0, kCols);
     auto seen = [&](int row, int col) { return whole || mask.visible(q0 + row, k0 + col); };
 #pragma unroll
     for (int i = 0; i < kOwnRows; ++i) {
@@ -248,8 +248,8 @@ __global__ void __launch_bounds__(kThreads) attention_f32_bwd_kernel(const Backw
 
   float acc1[kOwnRows][kD / 64][4] = {}, acc2[kOwnRows][kD / 64][4] = {};  // dq or dk; dv
   float scale = problem.scale * kLog2e;
-  int c_begin = kKeys ? mask.query_begin(r0) / kCols * kCols : 0;
-  int c_end = kKeys ? cols : mask.key_end(r0, kRows);
+  int c_begin = (kKeys ? mask.query_begin(r0) : mask.key_begin(r0)) / kCols * kCols;
+  int c_end = kKeys ? mask.query_end(r0, kRows) : mask.key_end(r0, kRows);
   for (int member = 0; member < (kKeys ? group : 1); ++member) {
     int64_t head_y = kKeys ? head * group + member : head / group;
     int64_t head_q = kKeys ? head_y : head;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) attention_f32_bwd_kernel(const Backw
       float s[kOwnRows][kOwnCols], dp[kOwnRows][kOwnCols];
       product_transposed<kOwnRows, kOwnCols, kD>(s, x1, y1);
       product_transposed<kOwnRows, kOwnCols, kD>(dp, x2, y2);
-      bool whole = kKeys ? mask.whole(c0, r0, kRows) : mask.whole(r0, c0, kCols);
+      bool whole = kKeys ? mask.whole(c0, kCols, r0, kRows) : mask.whole(r0, kRows, c0, kCols);
       auto seen = [&](int row, int col) {
         return whole || (kKeys ? mask.visible(c0 + col, r0 + row) : mask.visible(r0 + row, c0 + col));
       };

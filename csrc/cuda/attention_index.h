@@ -11,36 +11,36 @@
 namespace fastlm::cuda::attention {
 
 // --- visibility -------------------------------------------------------------------------------------------------------
-// Query i sees key j where j <= i + diagonal. Both causal alignments and no mask at all are this one rule: diagonal is
-// keys - queries (bottom-right), 0 (top-left) or keys (everything). It does not ask whether i < queries: rows past the
-// end are computed on zeros and never stored.
+// Query i sees key j where i + lower <= j <= i + upper: both causal alignments, windows and no mask at all are choices of
+// the two diagonals, which lie within -queries and keys. It does not ask whether i < queries: rows past the end are
+// computed on zeros and never stored.
 struct Mask {
-  int queries, keys, diagonal;
+  int queries, keys, lower, upper;
 
-  FASTLM_HOST_DEVICE bool visible(int i, int j) const { return j <= i + diagonal && j < keys; }
+  FASTLM_HOST_DEVICE bool visible(int i, int j) const { return i + lower <= j && j <= i + upper && j < keys; }
 
-  // Keys from here on are seen by none of the queries q0 ... q0 + rows - 1.
+  // Outside of [key_begin, key_end) no key is seen by any of the queries q0 ... q0 + rows - 1.
+  FASTLM_HOST_DEVICE int key_begin(int q0) const { return clamp(q0 + lower, keys); }
   FASTLM_HOST_DEVICE int key_end(int q0, int rows) const {
     int last = q0 + rows < queries ? q0 + rows - 1 : queries - 1;
-    int end = last + diagonal + 1;
-    return end < 0 ? 0 : end < keys ? end : keys;
+    return clamp(last + upper + 1, keys);
   }
 
-  // Queries before this one see no key from k0 on.
-  FASTLM_HOST_DEVICE int query_begin(int k0) const {
-    int begin = k0 - diagonal;
-    return begin < 0 ? 0 : begin < queries ? begin : queries;
+  // Outside of [query_begin, query_end) no query sees any of the keys k0 ... k0 + rows - 1.
+  FASTLM_HOST_DEVICE int query_begin(int k0) const { return clamp(k0 - upper, queries); }
+  FASTLM_HOST_DEVICE int query_end(int k0, int rows) const {
+    int last = k0 + rows < keys ? k0 + rows - 1 : keys - 1;
+    return clamp(last - lower + 1, queries);
   }
 
-  // Every query from q0 on sees all of the keys k0 ... k0 + cols - 1: the tile needs no mask.
-  FASTLM_HOST_DEVICE bool whole(int q0, int k0, int cols) const {
-    return k0 + cols <= keys && k0 + cols - 1 <= q0 + diagonal;
+  // Each of the queries q0 ... q0 + rows - 1 sees all of the keys k0 ... k0 + cols - 1: the tile needs no mask.
+  FASTLM_HOST_DEVICE bool whole(int q0, int rows, int k0, int cols) const {
+    return k0 + cols <= keys && k0 + cols - 1 <= q0 + upper && q0 + rows - 1 + lower <= k0;
   }
+
+ private:
+  FASTLM_HOST_DEVICE static int clamp(int at, int end) { return at < 0 ? 0 : at < end ? at : end; }
 };
-
-FASTLM_HOST_DEVICE inline Mask make_mask(int queries, int keys, int causal) {
-  return {queries, keys, causal == 1 ? keys - queries : causal == 2 ? 0 : keys};
-}
 
 // --- tiles of 16-bit elements in shared memory ------------------------------------------------------------------------
 // Rows of `chunks` chunks of 8 elements (16 bytes), chunks a multiple of 8. Chunk c of row r lies at position c ^ (r % 8):

@@ -183,12 +183,12 @@ template <class T, int kD> __global__ void __launch_bounds__(kThreads, 2) attent
   float acc[kD / 8][4] = {};
   float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of rows lane / 4 and lane / 4 + 8; sum: this lane's columns
   float scale = problem.scale * kLog2e;
-  int end = mask.key_end(q0, kRows);
+  int begin = mask.key_begin(q0) / kCols * kCols, end = mask.key_end(q0, kRows);
 
   load_tile<T, kRows, kD>(tile_q, q, args.q.row, q0, mask.queries, problem.width, args.aligned);
-  load_tile<T, kCols, kD>(tile_k, k, args.k.row, 0, mask.keys, problem.width, args.aligned);
+  load_tile<T, kCols, kD>(tile_k, k, args.k.row, begin, mask.keys, problem.width, args.aligned);
   copy_commit();
-  for (int k0 = 0; k0 < end; k0 += kCols) {
+  for (int k0 = begin; k0 < end; k0 += kCols) {
     load_tile<T, kCols, kD>(tile_v, v, args.v.row, k0, mask.keys, problem.width_v, args.aligned);
     copy_commit();
     copy_wait<1>();  // for the keys
@@ -196,7 +196,7 @@ template <class T, int kD> __global__ void __launch_bounds__(kThreads, 2) attent
     float s[kCols / 8][4];
     product_transposed<T, kD, kCols>(s, [&](uint32_t(&a)[4], int step) { load_a<T, kD>(a, tile_q, step); }, tile_k);
 
-    bool whole = mask.whole(q0, k0, kCols);
+    bool whole = mask.whole(q0, kRows, k0, kCols);
     float new_max[2] = {max[0], max[1]};
 #pragma unroll
     for (int n = 0; n < kCols / 8; ++n) {
@@ -296,8 +296,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_kernel(const Backwa
   const T* from_x2 = static_cast<const T*>(op_x2.data) + batch * op_x2.batch + head * op_x2.head;
 
   // Streamed tiles: for keys those of every query head of the group, one head after the other.
-  int c_begin = kKeys ? mask.query_begin(r0) / kCols * kCols : 0;
-  int c_end = kKeys ? cols : mask.key_end(r0, kRows);
+  int c_begin = (kKeys ? mask.query_begin(r0) : mask.key_begin(r0)) / kCols * kCols;
+  int c_end = kKeys ? mask.query_end(r0, kRows) : mask.key_end(r0, kRows);
   int per_head = c_end > c_begin ? (c_end - c_begin + kCols - 1) / kCols : 0;
   int steps = per_head * (kKeys ? group : 1);
   auto head_of = [&](int step) { return kKeys ? head * group + step / per_head : head / group; };
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_kernel(const Backwa
     auto visible = [&](int row, int col) {
       return kKeys ? mask.visible(c0 + col, row0 + row) : mask.visible(row0 + row, c0 + col);
     };
-    bool whole = kKeys ? mask.whole(c0, r0, kRows) : mask.whole(r0, c0, kCols);
+    bool whole = kKeys ? mask.whole(c0, kCols, r0, kRows) : mask.whole(r0, kRows, c0, kCols);
 #pragma unroll
     for (int n = 0; n < kCols / 8; ++n) {
 #pragma unroll
