@@ -18,3 +18,13 @@ def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
     Called inside kernels, never in a traced formula, from which a compiler may drop it.
     """
     return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+def current_stream(x: Tensor) -> int:
+    """The stream that torch works on at x's device, as the CUDA kernels take it."""
+    return torch._C._cuda_getCurrentRawStream(x.device.index)
+
+
+def capability(x: Tensor) -> tuple[int, int]:
+    """The compute capability of x's device."""
+    return torch.cuda.get_device_capability(x.device)

@@ -1,15 +1,15 @@
-"""Adam in C++: csrc/cpu/adam.cpp."""
+"""Adam in C++: csrc/cpu/adam.cpp, csrc/cuda/adam.cu."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from fastlm._library import kernel
-from fastlm.kernels.native._common import FLOATS
 from torch import Tensor
 
 from fastlm import _native
+from fastlm._library import kernel
+from fastlm.kernels.native._common import FLOATS, current_stream
 
 
 def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
@@ -27,3 +27,12 @@ if _native.cpu is not None:
     @kernel("adam_", backend="native", device="cpu", supports=_unsupported)
     def adam_(*args) -> None:
         _step(*args, torch.get_num_threads())
+
+
+if _native.cuda is not None:
+    _cuda = _native.cuda
+
+    @kernel("adam_", backend="native", device="cuda", supports=_unsupported)
+    def adam_cuda(params: Sequence[Tensor], *args) -> None:
+        if params:
+            _cuda.adam_step(params, *args, current_stream(params[0]))

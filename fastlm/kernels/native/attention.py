@@ -1,4 +1,4 @@
-"""Attention in C++: csrc/cpu/attention.cpp."""
+"""Attention in C++: csrc/cpu/attention.cpp, csrc/cuda/attention.cu."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels.native._common import FLOATS
+from fastlm.kernels.native._common import FLOATS, capability, current_stream
 
 MAX_HEAD_DIM = 256
 
@@ -113,4 +113,66 @@ if _native.cpu is not None:
         nothing = q.new_empty(0)
         # The three come from one pass; the other gradients belong to options that this kernel does not take.
         gradients = [x if want else nothing for x, want in zip(outputs, wanted, strict=False)]
+        return (*gradients, nothing, nothing, nothing)
+
+
+# --- CUDA -------------------------------------------------------------------------------------------------------------
+def _unsupported_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
+    if q.dtype == torch.float64:
+        return "does not take float64"
+    return _unsupported(q, k, v, *options[:10], -1, -1, *options[12:])  # it takes windows
+
+
+def _backward_unsupported_cuda(do, dlse, q, k, v, o, lse, *rest) -> str | None:
+    *options, _wanted = rest
+    if max(q.shape[-1], v.shape[-1]) > 128 and capability(q) < (8, 0):
+        return "takes head dimensions above 128 from compute capability 8.0 on"  # for want of shared memory
+    return _unsupported_cuda(q, k, v, *options)
+
+
+def _diagonals(causal: int, window_left: int, window_right: int, q_len: int, k_len: int) -> tuple[int, int]:
+    """Query i sees key j iff i + lower <= j <= i + upper."""
+    offset = 0 if causal == 2 else k_len - q_len  # key i + offset stands beside query i
+    lower = offset - window_left if window_left >= 0 else -q_len
+    if causal:
+        return lower, offset
+    return lower, offset + window_right if window_right >= 0 else k_len
+
+
+if _native.cuda is not None:
+    _cuda = _native.cuda
+
+    @kernel("attention", backend="native", device="cuda", supports=_unsupported_cuda)
+    def attention_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        causal, window_left, window_right, scale = options[9:13]
+        o = _output_like(q, v.shape[-1])
+        lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        q, k, v = _readable(q), _readable(k), _readable(v)
+        diagonals = _diagonals(causal, window_left, window_right, q.shape[2], k.shape[2])
+        _writing(lambda o: _cuda.attention_forward(q, k, v, o, lse, *diagonals, scale, current_stream(q)), o)
+        return o, lse
+
+    @kernel("attention_backward", backend="native", device="cuda", supports=_backward_unsupported_cuda)
+    def attention_backward_cuda(
+        do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
+    ) -> tuple[Tensor, ...]:
+        causal, window_left, window_right, scale = options[9:13]
+        wanted = options[16]
+        nothing = q.new_empty(0)
+        dq = torch.empty_like(q) if wanted[0] else None
+        # These two come from one pass.
+        dk, dv = (torch.empty_like(k), torch.empty_like(v)) if wanted[1] or wanted[2] else (None, None)
+        do = torch.zeros_like(o) if do is None else do
+        read = [_readable(do), None if dlse is None else dlse.contiguous(), *map(_readable, (q, k, v, o))]
+        read.append(lse.contiguous())
+        stats = lse.new_empty(*lse.shape, 2)
+        diagonals = _diagonals(causal, window_left, window_right, q.shape[2], k.shape[2])
+
+        def run(*outputs: Tensor) -> None:
+            given = iter(outputs)
+            written = [None if x is None else next(given) for x in (dq, dk, dv)]
+            _cuda.attention_backward(*read, *written, stats, *diagonals, scale, current_stream(q))
+
+        _writing(run, *(x for x in (dq, dk, dv) if x is not None))
+        gradients = [x if want else nothing for x, want in zip((dq, dk, dv), wanted, strict=False)]
         return (*gradients, nothing, nothing, nothing)

@@ -1,4 +1,4 @@
-"""bias + relu and bias + squared relu in C++: csrc/cpu/relu.cpp."""
+"""bias + relu and bias + squared relu in C++: csrc/cpu/relu.cpp, csrc/cuda/relu.cu."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels.native._common import unsupported_dtype
+from fastlm.kernels.native._common import current_stream, unsupported_dtype
 
 
 def _unsupported(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
@@ -38,4 +38,25 @@ if _native.cpu is not None:
         dx = torch.empty_like(saved)
         sums = torch.empty_like(bias, dtype=torch.float64 if bias.dtype == torch.float64 else torch.float32)
         _backward(dy, saved, bias, dx, sums, act == "relu_squared", torch.get_num_threads())
+        return dx, sums.to(bias.dtype)
+
+
+if _native.cuda is not None:
+    _cuda = _native.cuda
+
+    @kernel("bias_act", backend="native", device="cuda", supports=_unsupported)
+    def bias_act_cuda(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
+        x, bias = x.contiguous(), bias.contiguous()
+        y = torch.empty_like(x)
+        _cuda.bias_act_forward(x, bias, y, act == "relu_squared", current_stream(x))
+        return y
+
+    @kernel("bias_act_backward", backend="native", device="cuda", supports=_unsupported_backward)
+    def bias_act_backward_cuda(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
+        dy, saved, bias = dy.contiguous(), saved.contiguous(), bias.contiguous()
+        dx = torch.empty_like(saved)
+        sums = torch.empty_like(bias, dtype=torch.float64 if bias.dtype == torch.float64 else torch.float32)
+        rows = saved.numel() // bias.numel() if bias.numel() > 0 else 0
+        partial = sums.new_empty(_cuda.bias_act_chunks(rows), bias.numel())
+        _cuda.bias_act_backward(dy, saved, bias, dx, sums, partial, act == "relu_squared", current_stream(saved))
         return dx, sums.to(bias.dtype)

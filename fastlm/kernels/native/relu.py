@@ -1,4 +1,4 @@
-"""relu and squared relu in C++: csrc/cpu/relu.cpp."""
+"""relu and squared relu in C++: csrc/cpu/relu.cpp, csrc/cuda/relu.cu."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, empty_like, get_num_threads
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels.native._common import as_laid_out
+from fastlm.kernels.native._common import as_laid_out, current_stream
 
 if _native.cpu is not None:
     _forward, _backward = _native.cpu.relu_forward, _native.cpu.relu_backward
@@ -35,3 +35,33 @@ if _native.cpu is not None:
     @kernel("relu_squared_backward", backend="native", device="cpu")
     def relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
         return _gradient(dy, x, True)
+
+
+if _native.cuda is not None:
+    _cuda = _native.cuda
+
+    def _cuda_output(x: Tensor, squared: bool) -> Tensor:
+        y = empty_like(x)
+        _cuda.relu_forward(as_laid_out(x, y), y, squared, current_stream(x))
+        return y
+
+    def _cuda_gradient(dy: Tensor, saved: Tensor, squared: bool) -> Tensor:
+        dx = empty_like(saved)
+        _cuda.relu_backward(as_laid_out(dy, dx), as_laid_out(saved, dx), dx, squared, current_stream(saved))
+        return dx
+
+    @kernel("relu", backend="native", device="cuda")
+    def relu_cuda(x: Tensor) -> Tensor:
+        return _cuda_output(x, False)
+
+    @kernel("relu_squared", backend="native", device="cuda")
+    def relu_squared_cuda(x: Tensor) -> Tensor:
+        return _cuda_output(x, True)
+
+    @kernel("relu_backward", backend="native", device="cuda")
+    def relu_backward_cuda(dy: Tensor, y: Tensor) -> Tensor:
+        return _cuda_gradient(dy, y, False)
+
+    @kernel("relu_squared_backward", backend="native", device="cuda")
+    def relu_squared_backward_cuda(dy: Tensor, x: Tensor) -> Tensor:
+        return _cuda_gradient(dy, x, True)

@@ -1,0 +1,155 @@
+"""Builds what the CUDA tests run on, and caches it under build/ by the contents of the sources."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from fastlm import _library, _native
+from fastlm.kernels.native import _common
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+FAMILIES = ("relu", "bias_act", "adam", "attention")
+
+
+def digest(*parts: object) -> str:
+    """Of the C++ sources and of whatever else decides what is built."""
+    found = hashlib.sha256(repr(parts).encode())
+    for path in sorted([*ROOT.glob("csrc/**/*"), *HERE.glob("*.h"), *HERE.glob("*.cpp"), *ROOT.glob("cmake/*")]):
+        if path.is_file():
+            found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def run(*command: object, **options) -> str:
+    """The command's output; where it fails, an error that shows it."""
+    done = subprocess.run(
+        [str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))} exited with {done.returncode}:\n{done.stdout[-8000:]}")
+    return done.stdout
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if found is None:
+        pytest.skip("needs a C++ compiler")
+    return found.split()[0]
+
+
+# --- the kernels, compiled for the CPU --------------------------------------------------------------------------------
+def build_emulated() -> Path:
+    """csrc/cuda_module.cpp and every kernel over emulation.h instead of CUDA."""
+    pybind11 = pytest.importorskip("pybind11")
+    import sysconfig
+
+    cxx = compiler()
+    folder = ROOT / "build" / f"emulated-{digest(cxx, sys.version)}"
+    target = folder / f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [
+        "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror",
+        f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}",
+        f'-DFASTLM_DEVICE_EMULATION="{HERE / "emulation.h"}"', "-DFASTLM_MODULE=_cuda_emulated",
+    ]  # fmt: skip
+    sources = [ROOT / "csrc/cuda_module.cpp", HERE / "emulated_runtime.cpp", *sorted(ROOT.glob("csrc/cuda/*.cu"))]
+    objects = [folder / f"{source.name}.o" for source in sources]
+    waiting = list(zip(sources, objects, strict=True))
+    running: list[tuple[Path, subprocess.Popen]] = []
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            source, obj = waiting.pop()
+            command = [cxx, *flags, "-x", "c++", "-c", source, "-o", obj]
+            running.append((source, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))
+        source, process = running.pop(0)
+        _, errors = process.communicate()
+        if process.returncode != 0:
+            raise RuntimeError(f"{source} does not compile:\n{errors[-8000:]}")
+    partial = folder / "partial.so"
+    run(cxx, "-shared", *objects, "-o", partial)
+    partial.rename(target)
+    return target
+
+
+def load_emulated() -> tuple[ModuleType, dict[str, _library.Kernel]]:
+    """The emulated module, and fastlm's CUDA wrappers over it. Leaves the installed kernels as they are."""
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", build_emulated())
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    before = dict(_library._kernels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_native, "cuda", module)
+        patch.setattr(_common, "current_stream", lambda x: 0)
+        patch.setattr(_common, "capability", lambda x: (8, 0))
+        for family in FAMILIES:
+            path = Path(_common.__file__).with_name(f"{family}.py")
+            wrapper = importlib.util.spec_from_file_location(f"emulated_{family}", path)
+            wrapper.loader.exec_module(importlib.util.module_from_spec(wrapper))
+    kernels = {op: found for (op, _, device), found in _library._kernels.items() if device == "cuda"}
+    _library._kernels.clear()
+    _library._kernels.update(before)
+    return module, kernels
+
+
+class Kernels:
+    """CUDA kernels by the name of their op, as they are (no self-check, no fallback), and where their tensors live."""
+
+    def __init__(self, name: str):
+        self.emulated = name == "emulated"
+        if self.emulated:
+            self.module, self.kernels = load_emulated()
+            self.device = torch.device("cpu")
+        else:
+            if not torch.cuda.is_available():
+                pytest.skip("needs a CUDA GPU")
+            if _native.cuda is None:
+                pytest.fail(f"a GPU is here, but fastlm._cuda is not: {_native.reasons['cuda']}")
+            for family in FAMILIES:
+                _library.load_kernels("native", family)
+            self.module = _native.cuda
+            self.kernels = {
+                op: found for (op, kind, device), found in _library._kernels.items() if (kind, device) == ("native", "cuda")
+            }
+            self.device = torch.device("cuda", torch.cuda.current_device())
+
+    def __getitem__(self, op: str):
+        return self.kernels[op].run
+
+    def refusal(self, op: str, *args) -> str | None:
+        return self.kernels[op].refusal(args)
+
+    def stream(self) -> int:
+        return 0 if self.emulated else torch.cuda.current_stream(self.device).cuda_stream
+
+
+# --- the kernels, compiled for GPUs -----------------------------------------------------------------------------------
+def find_nvcc() -> str:
+    for candidate in (os.environ.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):
+        if candidate and shutil.which(candidate):
+            return candidate
+    pytest.skip("needs nvcc")
+
+
+def find_tool(name: str) -> str:
+    """cuobjdump or nvdisasm: not always beside nvcc, but Triton's wheel carries both."""
+    candidates = [shutil.which(name), str(Path(find_nvcc()).resolve().with_name(name)), f"/usr/local/cuda/bin/{name}"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin:
+        candidates.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name))
+    for candidate in candidates:
+        if candidate and os.access(candidate, os.X_OK):
+            return candidate
+    pytest.skip(f"needs {name}, from the CUDA toolkit or from Triton's wheel")

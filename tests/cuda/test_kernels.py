@@ -1,0 +1,430 @@
+"""Every CUDA kernel against its definition in float64: emulated on the CPU, and on the GPU where there is one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlm.ops.adam import adam_reference
+from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
+from fastlm.ops.relu import (
+    relu_backward_reference,
+    relu_reference,
+    relu_squared_backward_reference,
+    relu_squared_reference,
+)
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+HALVES = [torch.float16, torch.bfloat16]
+SENTINEL = 77.0
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def assert_close(got: Tensor, want: Tensor, ulps: float = 2.0) -> None:
+    """`want`, computed in float64 from the same inputs; NaN and infinities must agree exactly."""
+    got, dtype = got.cpu().double(), got.dtype
+    assert got.shape == want.shape
+    want = want.to(dtype).double()  # overflows where the dtype does
+    finite = want.isfinite()
+    torch.testing.assert_close(got[~finite], want[~finite], rtol=0, atol=0, equal_nan=True)
+    eps = torch.finfo(dtype).eps
+    error = (got[finite] - want[finite]).abs() / want[finite].abs().clamp_min(torch.finfo(dtype).tiny / eps)
+    assert error.numel() == 0 or error.max() <= ulps * eps, f"off by {error.max() / eps:.1f} ulp"
+
+
+def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
+    """In norm, where errors of sums cancel differently element by element."""
+    got, want = got.cpu().double(), want.double()
+    assert got.isfinite().all()
+    error = (got - want).norm() / want.norm().clamp_min(1e-30)
+    assert error <= tolerance, f"relative error {error:.2e}, allowed {tolerance:.0e}"
+
+
+# --- relu -------------------------------------------------------------------------------------------------------------
+RELU = {
+    "relu": (relu_reference, "relu_backward", relu_backward_reference),
+    "relu_squared": (relu_squared_reference, "relu_squared_backward", relu_squared_backward_reference),
+}
+
+
+@pytest.mark.parametrize("op", RELU)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [0, 1, 7, 63, 8192, 10001])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_relu(kernels, op, dtype, n, offset):
+    reference, backward, backward_reference = RELU[op]
+    x = draw(n + offset, dtype=dtype)
+    if n >= 63:
+        x[offset : offset + 5] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0])
+    x = x.to(kernels.device)[offset:]
+    dy = draw(n + offset, dtype=dtype, seed=1).to(kernels.device)[offset:]
+    y = kernels[op](x)
+    assert_close(y, reference(x.cpu().double()))
+    saved = y if op == "relu" else x
+    assert_close(kernels[backward](dy, saved), backward_reference(dy.cpu().double(), saved.cpu().double()))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_relu_layouts(kernels, layout):
+    x = draw(12, 70).to(kernels.device)
+    x = {"transposed": x.mT, "sliced": x[:, ::2], "expanded": x[:1].expand(5, 70)}[layout]
+    y = kernels["relu"](x)
+    assert y.stride() == torch.empty_like(x).stride()
+    assert_close(y, x.cpu().double().relu())
+    dy = torch.ones((), device=kernels.device).expand(x.shape)  # as .sum() passes it back
+    assert_close(kernels["relu_backward"](dy, y), (x.cpu() > 0).double())
+
+
+# --- bias_act ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("act", ["relu", "relu_squared"])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(1, 1), (0, 5), (3, 0), (300, 70), (129, 513), (2, 3, 256), (1000, 3)])
+def test_bias_act(kernels, act, dtype, shape):
+    x, bias, dy = draw(*shape, dtype=dtype), draw(shape[-1], dtype=dtype), draw(*shape, dtype=dtype, seed=1)
+    on = [t.to(kernels.device) for t in (x, bias, dy)]
+    y = kernels["bias_act"](on[0], on[1], act, 0.0, None)
+    assert_close(y, bias_act_reference(x.double(), bias.double(), act, 0.0, None), ulps=3)
+    saved = y if act == "relu" else on[0]
+    dx, dbias = kernels["bias_act_backward"](on[2], saved, on[1], act)
+    want = bias_act_backward_reference(dy.double(), saved.cpu().double(), bias.double(), act)
+    assert_close(dx, want[0], ulps=3)
+    if dbias.numel() > 0 and want[1].norm() > 0:
+        assert_near(dbias, want[1], 4 * torch.finfo(dtype).eps)
+    else:
+        assert torch.equal(dbias.cpu().double(), want[1])
+
+
+# --- Adam -------------------------------------------------------------------------------------------------------------
+def adam_lists(dtype: torch.dtype, sizes: list[int], amsgrad: bool) -> list[list[Tensor]]:
+    lists = [[draw(n, dtype=dtype, seed=s) for n in sizes] for s in range(3)]
+    lists += [[draw(n, dtype=dtype, seed=s).square() for n in sizes] for s in (3, 4)]
+    if not amsgrad:
+        lists[4] = []
+    return [*lists, [torch.tensor(float(i % 5)) for i in range(len(sizes))]]
+
+
+def check_adam(kernels, lists: list[list[Tensor]], options: tuple) -> None:
+    exact = [[t.double().clone() for t in tensors] for tensors in lists[:5]]
+    exact.append([t.clone() for t in lists[5]])
+    dtype = lists[0][0].dtype
+    ours = [[t.to(kernels.device) if t.is_contiguous() else t for t in tensors] for tensors in lists[:5]]
+    ours.append(lists[5])
+    with torch.no_grad():
+        kernels["adam_"](*ours, *options)
+        adam_reference(*exact, *options)
+    # An update is a difference of numbers around 1, each the result of a few roundings.
+    eps = torch.finfo(dtype).eps
+    for got, want in zip(ours[:5], exact[:5], strict=True):
+        for a, b in zip(got, want, strict=True):
+            assert a.dtype == dtype
+            error = (a.cpu().double() - b).abs() / b.abs().clamp_min(1.0)
+            assert error.numel() == 0 or error.max() <= 4 * eps
+    assert ours[5] == exact[5]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_adam(kernels, dtype, decoupled, amsgrad):
+    lists = adam_lists(dtype, [0, 1, 63, 8193, 257], amsgrad)
+    check_adam(kernels, lists, (0.1, 0.9, 0.99, 1e-6, 0.1, decoupled, amsgrad, amsgrad))
+
+
+def test_adam_more_tensors_than_a_launch_takes(kernels):
+    check_adam(
+        kernels, adam_lists(torch.float32, list(range(1, 120)), True), (0.1, 0.9, 0.99, 1e-6, 0.0, True, True, False)
+    )
+
+
+def test_adam_mixed_dtypes_in_one_call(kernels):
+    lists = [
+        [*a, *b]
+        for a, b in zip(
+            adam_lists(torch.float32, [5, 9], False), adam_lists(torch.bfloat16, [5, 9], False), strict=True
+        )
+    ]
+    before = [t.clone() for t in lists[0]]
+    moved = [[t.to(kernels.device) for t in tensors] for tensors in lists[:5]]
+    kernels["adam_"](*moved, lists[5], 0.1, 0.9, 0.99, 1e-6, 0.0, True, False, False)
+    assert all(not torch.equal(a.cpu(), b) for a, b in zip(moved[0], before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adam_strides_stay_in_place(kernels, dtype):
+    """Parameters that are views, and lists whose strides differ from theirs: stepped where they are, around nothing."""
+    options = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False)
+    dense = adam_lists(dtype, [120], True)
+    want = [[t.to(kernels.device).view(6, 20) for t in tensors] for tensors in dense[:5]]
+    base = [torch.full((20, 13), SENTINEL, dtype=dtype, device=kernels.device) for _ in range(5)]
+    views = [[b[:, 1::2].T] for b in base]  # (6, 20)
+    for (view,), (value,) in zip(views, want, strict=True):
+        view.copy_(value)
+    kernels["adam_"](*views, [torch.tensor(1.0)], *options)
+    kernels["adam_"](*want, [torch.tensor(1.0)], *options)
+    for b, (view,), (value,) in zip(base, views, want, strict=True):
+        assert torch.equal(view, value)
+        assert (b[:, ::2] == SENTINEL).all()
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+def exact_attention(q, k, v, causal, window, scale):
+    """In float64 by the definition; also the log-sum-exp."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    q_len, k_len = q.shape[2], k.shape[2]
+    distance = torch.arange(k_len) - torch.arange(q_len)[:, None] - (0 if causal == 2 else k_len - q_len)
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if causal:
+        visible &= distance <= 0
+    if window[0] >= 0:
+        visible &= distance >= -window[0]
+    if window[1] >= 0:
+        visible &= distance <= window[1]
+    s = torch.where(visible, (q @ k.mT) * scale, -math.inf)
+    lse = s.logsumexp(-1)
+    p = torch.where(visible, torch.exp(s - torch.where(lse == -math.inf, 0, lse).unsqueeze(-1)), 0)
+    # Where no row sees it, whatever a key holds must not count.
+    return torch.where(p.unsqueeze(-1) > 0, p.unsqueeze(-1) * v.unsqueeze(2), 0).sum(3), lse
+
+
+def laid_out(x: Tensor, layout: str, device: torch.device) -> Tensor:
+    x = x.to(device)
+    if layout == "bthd":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "misaligned":
+        return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+    if layout == "columns":
+        return x.mT.contiguous().mT
+    return x
+
+
+def options(causal=0, window=(-1, -1), scale=1.0):
+    return (None,) * 7 + (0, 0, causal, *window, scale, 0.0, 0.0, True)
+
+
+# batch, query heads, key heads, queries, keys, head dim, value dim, causal, window, layout
+ATTENTION = [
+    (1, 1, 1, 64, 64, 64, 64, 0, (-1, -1), "plain"),
+    (1, 2, 1, 130, 130, 64, 64, 1, (-1, -1), "plain"),
+    (2, 4, 2, 70, 100, 40, 40, 1, (-1, -1), "bthd"),
+    (1, 1, 1, 100, 70, 111, 111, 1, (-1, -1), "plain"),
+    (1, 1, 1, 65, 129, 128, 96, 2, (-1, -1), "plain"),
+    (1, 1, 1, 129, 65, 192, 192, 1, (-1, -1), "plain"),
+    (1, 2, 2, 40, 70, 200, 256, 0, (-1, -1), "bthd"),
+    (1, 1, 1, 1, 1, 8, 8, 1, (-1, -1), "plain"),
+    (1, 6, 2, 63, 65, 16, 16, 2, (-1, -1), "misaligned"),
+    (1, 2, 1, 66, 66, 32, 32, 0, (-1, -1), "columns"),
+    (1, 1, 1, 20, 80, 64, 256, 1, (-1, -1), "plain"),
+    (1, 1, 1, 150, 150, 64, 64, 1, (20, -1), "plain"),
+    (1, 1, 1, 90, 140, 24, 24, 0, (30, 10), "plain"),
+    (1, 1, 1, 90, 140, 1, 3, 0, (-1, 0), "plain"),
+]
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
+
+
+def check_attention(kernels, dtype, case, tolerance=None):
+    batch, heads, heads_k, q_len, k_len, width, width_v, causal, window, layout = case
+    tolerance = tolerance or TOLERANCE[dtype]
+    q, k, v = (
+        draw(batch, h, t, d, dtype=dtype, seed=i)
+        for i, (h, t, d) in enumerate([(heads, q_len, width), (heads_k, k_len, width), (heads_k, k_len, width_v)])
+    )
+    do, dlse = draw(batch, heads, q_len, width_v, dtype=dtype, seed=3), draw(batch, heads, q_len, seed=4)
+    scale = width**-0.5
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    o, lse = exact_attention(*leaves, causal, window, scale)
+    blind = lse == -math.inf
+    dlse = torch.where(blind, 0, dlse)
+    want = torch.autograd.grad((o * do.double()).sum() + (torch.where(blind, 0, lse) * dlse).sum(), leaves)
+
+    q, k, v, do = (laid_out(t, layout, kernels.device) for t in (q, k, v, do))
+    got_o, got_lse = kernels["attention"](q, k, v, *options(causal, window, scale))
+    assert got_o.dtype == dtype and got_lse.dtype == torch.float32
+    assert torch.equal(got_lse.cpu() == -math.inf, blind)
+    assert (got_o.cpu()[blind] == 0).all()
+    assert_near(got_o, o.detach(), tolerance)
+    assert_near(torch.where(blind, 0, got_lse.cpu()), torch.where(blind, 0, lse.detach()), 1e-5)
+    saved = (do, dlse.to(kernels.device), q, k, v, got_o, got_lse)
+    got = kernels["attention_backward"](*saved, *options(causal, window, scale), [True] * 3 + [False] * 3)
+    for name, a, b, t in zip("qkv", got[:3], want, (q, k, v), strict=True):
+        assert a.dtype == dtype and a.stride() == torch.empty_like(t).stride(), name
+        assert_near(a, b.nan_to_num(0), 2 * tolerance)
+    assert all(x.numel() == 0 for x in got[3:])
+    return got_o, got_lse, got
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attention(kernels, dtype, case):
+    check_attention(kernels, dtype, case)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", ATTENTION[::3], ids=str)
+def test_attention_without_tensor_cores(kernels, dtype, case, monkeypatch):
+    """16-bit dtypes through the fp32 kernels, as devices older than sm_80 run them."""
+    if not kernels.emulated:
+        pytest.skip("the device decides")
+    monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", "75")
+    check_attention(kernels, dtype, case)
+
+
+@pytest.mark.parametrize("sizes", [(0, 2, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0)], ids=str)
+def test_attention_of_nothing(kernels, sizes):
+    batch, heads, q_len, k_len = sizes
+    q = torch.zeros(batch, heads, q_len, 16, dtype=torch.float16, device=kernels.device)
+    k = torch.zeros(batch, heads, k_len, 16, dtype=torch.float16, device=kernels.device)
+    o, lse = kernels["attention"](q, k, k, *options())
+    assert (o == 0).all() and (lse == -math.inf).all()
+    dq, dk, dv, *_ = kernels["attention_backward"](o, None, q, k, k, o, lse, *options(), [True] * 3 + [False] * 3)
+    assert dq.shape == q.shape and (dq == 0).all() and (dk == 0).all() and (dv == 0).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_attention_computes_what_is_wanted(kernels, dtype, wanted):
+    q, k, v = (draw(1, 2, 70, 32, dtype=dtype, seed=i).to(kernels.device) for i in range(3))
+    o, lse = kernels["attention"](q, k, v, *options(1))
+    flags = [False] * 3
+    every = kernels["attention_backward"](None, lse, q, k, v, o, lse, *options(1), [True] * 3 + flags)
+    some = kernels["attention_backward"](None, lse, q, k, v, o, lse, *options(1), [*wanted, *flags])
+    for a, b, want in zip(every, some, wanted, strict=False):
+        assert torch.equal(a, b) if want else b.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("width", [64, 100])
+def test_attention_hidden_positions_do_not_count(kernels, dtype, value, width):
+    """What a row must not see stays out of its results, also where it is no number."""
+    length, bad = 100, 70
+    q, k, v, do = (draw(1, 1, length, width, dtype=dtype, seed=i).to(kernels.device) for i in range(4))
+    backward = options(1, scale=0.1) + ([True] * 3 + [False] * 3,)
+    o, lse = kernels["attention"](q, k, v, *options(1, scale=0.1))
+    clean = kernels["attention_backward"](do, None, q, k, v, o, lse, *backward)
+    k2, v2, q2, do2 = k.clone(), v.clone(), q.clone(), do.clone()
+    for t in (k2, v2):
+        t[:, :, bad] = value
+    o2, lse2 = kernels["attention"](q, k2, v2, *options(1, scale=0.1))
+    assert_near(o2[:, :, :bad], o[:, :, :bad].cpu(), TOLERANCE[dtype])
+    assert torch.equal(lse2[:, :, :bad], lse[:, :, :bad])
+    assert not o2[:, :, bad:].isfinite().all(-1).any()
+    # Queries before it do not feel it in their gradient.
+    dq = kernels["attention_backward"](do, None, q, k2, v2, o2, lse2, *backward)[0]
+    assert_near(dq[:, :, :bad], clean[0][:, :, :bad].cpu(), TOLERANCE[dtype])
+    # Nor do keys after a query that is no number, nor one whose incoming gradient is none.
+    for t in (q2, do2):
+        t[:, :, 30] = value
+    o2, lse2 = kernels["attention"](q2, k, v, *options(1, scale=0.1))
+    _, dk, dv, *_ = kernels["attention_backward"](do2, None, q2, k, v, o2, lse2, *backward)
+    assert_near(dk[:, :, 31:], clean[1][:, :, 31:].cpu(), TOLERANCE[dtype])
+    assert_near(dv[:, :, 31:], clean[2][:, :, 31:].cpu(), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_is_bitwise_repeatable(kernels, dtype):
+    case = (1, 4, 2, 130, 150, 64, 64, 1, (-1, -1), "plain")
+    first, second = (check_attention(kernels, dtype, case) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    assert all(torch.equal(a, b) for a, b in zip(first[2], second[2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_extreme_scores(kernels, dtype):
+    q, k, v = (draw(1, 1, 65, 64, dtype=dtype, seed=i) for i in range(3))
+    for scale in (20.0, -3.0, 0.0):
+        want, lse = exact_attention(q.double(), k.double(), v.double(), 1, (-1, -1), scale)
+        got, got_lse = kernels["attention"](*(t.to(kernels.device) for t in (q, k, v)), *options(1, scale=scale))
+        assert_near(got, want, TOLERANCE[dtype])
+        assert_near(got_lse, lse, 1e-5)
+
+
+def test_attention_refusals(kernels):
+    q = torch.zeros(1, 1, 4, 16, device=kernels.device)
+    assert kernels.refusal("attention", q, q, q, *options()) is None
+    assert "float64" in kernels.refusal("attention", *[q.double()] * 3, *options())
+    assert "mask" in kernels.refusal("attention", q, q, q, q > 0, *options()[1:])
+    wide = torch.zeros(1, 1, 4, 257, device=kernels.device)
+    assert "257" in kernels.refusal("attention", wide, wide, wide, *options())
+
+
+# --- the memory around outputs ----------------------------------------------------------------------------------------
+class Canaries:
+    """Allocates tensors with a margin of sentinels on both sides, and looks whether they live."""
+
+    MARGIN = 64
+
+    def __init__(self, device):
+        self.device = device
+        self.buffers: list[Tensor] = []
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        numel = math.prod(shape)
+        buffer = torch.full((numel + 2 * self.MARGIN,), SENTINEL, dtype=dtype, device=self.device)
+        buffer[self.MARGIN : self.MARGIN + numel] = math.nan
+        self.buffers.append(buffer)
+        return buffer[self.MARGIN : self.MARGIN + numel].view(shape)
+
+    def check(self) -> None:
+        for buffer in self.buffers:
+            assert (buffer[: self.MARGIN] == SENTINEL).all() and (buffer[-self.MARGIN :] == SENTINEL).all()
+            assert not buffer.isnan().any(), "an element was not written"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 40, 64, 111, 128, 250])
+def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
+    module, stream = kernels.module, kernels.stream()
+    canaries = Canaries(kernels.device)
+    rows = 67
+    x, dy = (draw(rows, width, dtype=dtype, seed=i).to(kernels.device) for i in range(2))
+    bias = draw(width, dtype=dtype).to(kernels.device)
+    for squared in (False, True):
+        y, dx = canaries.empty(rows, width, dtype=dtype), canaries.empty(rows, width, dtype=dtype)
+        module.relu_forward(x, y, squared, stream)
+        module.relu_backward(dy, x, dx, squared, stream)
+        y, dx = canaries.empty(rows, width, dtype=dtype), canaries.empty(rows, width, dtype=dtype)
+        sums = canaries.empty(width, dtype=torch.float32)
+        partial = canaries.empty(module.bias_act_chunks(rows), width, dtype=torch.float32)
+        module.bias_act_forward(x, bias, y, squared, stream)
+        module.bias_act_backward(dy, x, bias, dx, sums, partial, squared, stream)
+    q, k, v = (draw(1, 2, rows, width, dtype=dtype, seed=i).to(kernels.device) for i in range(3))
+    o, dq, dk, dv = (canaries.empty(1, 2, rows, width, dtype=dtype) for _ in range(4))
+    lse = canaries.empty(1, 2, rows, dtype=torch.float32)
+    stats = canaries.empty(1, 2, rows, 2, dtype=torch.float32)
+    module.attention_forward(q, k, v, o, lse, -rows, 0, 0.1, stream)
+    module.attention_backward(q, None, q, k, v, o, lse, dq, dk, dv, stats, -rows, 0, 0.1, stream)
+    canaries.check()
+
+
+# --- bad arguments ----------------------------------------------------------------------------------------------------
+def test_bindings_refuse_what_they_cannot_do(kernels):
+    module, stream = kernels.module, kernels.stream()
+    x = torch.zeros(4, 6, device=kernels.device)
+    with pytest.raises(ValueError, match="relu: tensors must share dtype, sizes and strides"):
+        module.relu_forward(x, x.double(), False, stream)
+    with pytest.raises(ValueError, match="relu: tensors must be dense"):
+        module.relu_forward(x[:, ::2], x[:, ::2], False, stream)
+    with pytest.raises(ValueError, match="bias_act: bias must be contiguous"):
+        module.bias_act_forward(x, x[0, :3], x, False, stream)
+    q, lse = torch.zeros(1, 3, 4, 8, device=kernels.device), torch.zeros(1, 3, 4, device=kernels.device)
+    with pytest.raises(ValueError, match="heads of q, 3, must be a multiple of those of k, 2"):
+        module.attention_forward(q, q[:, :2], q[:, :2], q, lse, 0, 0, 1.0, stream)
+    with pytest.raises(ValueError, match=r"attention: v must be float32 \(1, 3, 4, 8\)"):
+        module.attention_forward(q, q, q[:, :, :2], q, lse, 0, 0, 1.0, stream)
+    with pytest.raises(ValueError, match="attention: lse must be float32 contiguous"):
+        module.attention_forward(q, q, q, q, lse.half(), 0, 0, 1.0, stream)
+    steps = [torch.tensor(0.0)]
+    with pytest.raises(ValueError, match=r"grads\[0\] must have the dtype and sizes of params\[0\]"):
+        module.adam_step([x], [x[:2]], [x], [x], [], steps, 1, 0.9, 0.9, 1e-8, 0, True, False, False, stream)
+    with pytest.raises(ValueError, match=r"params\[0\] is written, so no two of its elements"):
+        e = x[:1].expand(4, 6)
+        module.adam_step([e], [x], [x], [x], [], steps, 1, 0.9, 0.9, 1e-8, 0, True, False, False, stream)
+    assert steps[0] == 0
