@@ -121,7 +121,9 @@ class Kernels:
                 _library.load_kernels("native", family)
             self.module = _native.cuda
             self.kernels = {
-                op: found for (op, kind, device), found in _library._kernels.items() if (kind, device) == ("native", "cuda")
+                op: found
+                for (op, kind, device), found in _library._kernels.items()
+                if (kind, device) == ("native", "cuda")
             }
             self.device = torch.device("cuda", torch.cuda.current_device())
 

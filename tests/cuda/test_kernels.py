@@ -306,7 +306,7 @@ def test_attention_hidden_positions_do_not_count(kernels, dtype, value, width):
     """What a row must not see stays out of its results, also where it is no number."""
     length, bad = 100, 70
     q, k, v, do = (draw(1, 1, length, width, dtype=dtype, seed=i).to(kernels.device) for i in range(4))
-    backward = options(1, scale=0.1) + ([True] * 3 + [False] * 3,)
+    backward = (*options(1, scale=0.1), [True] * 3 + [False] * 3)
     o, lse = kernels["attention"](q, k, v, *options(1, scale=0.1))
     clean = kernels["attention_backward"](do, None, q, k, v, o, lse, *backward)
     k2, v2, q2, do2 = k.clone(), v.clone(), q.clone(), do.clone()
