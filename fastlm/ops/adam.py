@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from fastlm._library import define_op
 from torch import Tensor
+
+from fastlm._library import define_op
 
 
 def adam_reference(

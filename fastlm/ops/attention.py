@@ -171,16 +171,19 @@ def attention_backward_reference(
     dv = kept.transpose(-1, -2) @ wide_do
     dk, dv = (g.unflatten(1, (k.shape[1], -1)).sum(2) if k.shape[1] else g for g in (dk, dv))
 
-    none = s.new_empty(0)
-    dbias = ds.sum_to_size(bias.shape).to(bias.dtype) if wanted[0] else none
-    dslopes = none
-    if wanted[1]:
+    none = q.new_empty(0)
+    grads = [
+        _in_order_of(g.to(t.dtype), t) if w else none
+        for g, t, w in zip((dq, dk, dv), (q, k, v), wanted[:3], strict=True)
+    ]
+    dbias = dslopes = dsinks = none
+    if wanted[3]:
+        dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
+    if wanted[4]:
         dslopes = -(ds * offset.abs()).sum((2, 3))
         dslopes = (dslopes if alibi_slopes.dim() == 2 else dslopes.sum(0)).to(alibi_slopes.dtype)
-    dsinks = none
-    if wanted[2]:
+    if wanted[5]:
         dsinks = -(torch.exp(sinks.to(s.dtype)[None, :, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
-    grads = (_in_order_of(g.to(t.dtype), t) for g, t in ((dq, q), (dk, k), (dv, v)))
     return (*grads, *(g.contiguous() for g in (dbias, dslopes, dsinks)))
 
 
@@ -191,11 +194,10 @@ def _fake(q, k, v, *options):
 
 
 def _fake_backward(do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, *options):
-    wanted = options[-1]
-    grads = (_in_order_of(t.new_empty(t.shape), t) for t in (q, k, v))
-    none = q.new_empty(0, dtype=lse.dtype)
-    extras = (bias, alibi_slopes, sinks)
-    return (*grads, *(t.new_empty(t.shape) if w else none for t, w in zip(extras, wanted, strict=True)))
+    wanted, none = options[-1], q.new_empty(0)
+    grads = [_in_order_of(t.new_empty(t.shape), t) if w else none for t, w in zip((q, k, v), wanted[:3], strict=True)]
+    extras = zip((bias, alibi_slopes, sinks), wanted[3:], strict=True)
+    return (*grads, *(t.new_empty(t.shape) if w else none for t, w in extras))
 
 
 def _save(args, outputs):
@@ -203,9 +205,9 @@ def _save(args, outputs):
 
 
 def _backward(ops, saved, wanted, do, dlse):
-    # wanted follows the schema: q, k, v, mask, bias, alibi_slopes, sinks, ...
-    dq, dk, dv, dbias, dslopes, dsinks = ops.attention_backward(do, dlse, *saved, list(wanted[4:7]))
-    extras = (g if w else None for g, w in zip((dbias, dslopes, dsinks), wanted[4:7], strict=True))
+    mine = [*wanted[:3], *wanted[4:7]]  # q, k, v and, after the mask, bias, alibi_slopes, sinks
+    found = ops.attention_backward(do, dlse, *saved, mine)
+    dq, dk, dv, *extras = (g if w else None for g, w in zip(found, mine, strict=True))
     return (dq, dk, dv, None, *extras)
 
 
@@ -225,13 +227,13 @@ def _samples_backward(device: str) -> list[tuple]:
     samples = []
     for q, k, v, *options in _samples(device):
         o, lse = attention_reference(q, k, v, *options)
-        samples.append((o.flip(2), lse.flip(1), q, k, v, o, lse, *options, [False] * 3))
+        samples.append((o.flip(2), lse.flip(1), q, k, v, o, lse, *options, [True] * 3 + [False] * 3))
     return samples
 
 
 define_op(
     f"attention_backward(Tensor? do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, "
-    f"{_OPTIONS}, bool[] wanted=[]) "
+    f"{_OPTIONS}, bool[] wanted=[True, True, True, False, False, False]) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks)",
     reference=attention_backward_reference,
     fake=_fake_backward,
