@@ -1,4 +1,4 @@
-"""Compile Triton kernels to machine code on a machine without a GPU: `python compile_triton.py 90 < code.py`.
+"""Compile Triton kernels to machine code on a machine without a GPU: `python compile_triton.py 80 90 < code.py`.
 
 The code calls the wrappers in fastlm.kernels.triton on CPU tensors. Each launch is compiled with the types, constants
 and configuration that the wrapper gave it, instead of being run. The first of each kind prints a line of JSON: kernel,
@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastlm.kernels.triton import _common
+from fastlm.kernels.triton import _common, attention
 
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
           torch.int64: "i64", torch.int32: "i32", torch.uint8: "u8", torch.bool: "i1"}  # fmt: skip
@@ -87,7 +87,8 @@ def compile_only(architecture):
 
 
 if __name__ == "__main__":
-    capability = int(sys.argv[1])
-    JITFunction.run = compile_only(capability)
-    _common.capability = lambda device: divmod(capability, 10)
-    exec(compile(sys.stdin.read(), "<code>", "exec"), {"torch": torch})
+    code = compile(sys.stdin.read(), "<code>", "exec")
+    for number in map(int, sys.argv[1:]):
+        JITFunction.run = compile_only(number)
+        _common.capability = attention.capability = lambda device, number=number: divmod(number, 10)
+        exec(code, {"torch": torch})

@@ -42,11 +42,7 @@ def assert_close(got, want, *, dtype=None, ulps=4, stock=None, factor=2):
 def compile_for_gpu(code, architectures=(80, 90)):
     """Compile what `code` launches for each architecture, without a GPU: a list of dicts, see compile_triton.py."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_triton.py")
-    compiled = []
-    for architecture in architectures:
-        command = [sys.executable, str(script), str(architecture)]
-        done = subprocess.run(command, input=code, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-4000:]
-        compiled += [json.loads(line) for line in done.stdout.splitlines()]
-    return compiled
+    command = [sys.executable, str(Path(__file__).with_name("compile_triton.py")), *map(str, architectures)]
+    done = subprocess.run(command, input=code, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
