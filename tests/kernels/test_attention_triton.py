@@ -19,11 +19,11 @@ def options(causal=0, left=-1, right=-1, scale=0.3, softcap=0.0):
 
 
 def visible(T, S, causal=0, left=-1, right=-1):
-    i = torch.arange(T)[:, None] + (0 if causal == 2 else S - T)
+    i = torch.arange(T)[:, None] + S - T
     j = torch.arange(S)[None, :]
     seen = torch.ones(T, S, dtype=torch.bool)
     if causal:
-        seen &= j <= i
+        seen &= j <= (i if causal == 1 else i - S + T)
     if left >= 0:
         seen &= j >= i - left
     if right >= 0:
@@ -62,6 +62,8 @@ CASES = [
     ((1, 3, 1, 97, 63, 32, 16), {"causal": 1}),
     ((2, 1, 1, 70, 100, 111, 111), {"causal": 2}),
     ((1, 1, 1, 100, 70, 24, 24), {"causal": 2}),
+    ((1, 1, 1, 40, 70, 16, 16), {"causal": 2, "left": 35}),
+    ((1, 1, 1, 40, 33, 16, 16), {"causal": 2, "right": 3}),
     ((1, 1, 1, 130, 130, 16, 16), {"causal": 1, "left": 33}),
     ((1, 1, 1, 130, 97, 16, 16), {"left": 20, "right": 40, "softcap": 2.0}),
     ((1, 1, 1, 40, 40, 16, 16), {"left": 0, "right": 0}),

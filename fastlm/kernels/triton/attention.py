@@ -419,12 +419,14 @@ class _Problem:
         self.Hk, self.S, self.DV = k.shape[1], k.shape[2], v.shape[3]
         self.dtype, self.capability = q.dtype, capability(q.device)
         self.BD, self.BDV = (max(16, triton.next_power_of_2(d)) for d in (self.D, self.DV))
-        # Position i of the queries stands beside position i + offset of the keys.
-        offset = 0 if causal == 2 else self.S - self.T
-        right = 0 if causal and window_right < 0 else min(0, window_right) if causal else window_right
-        self.has_lo, self.has_hi = window_left >= 0, right >= 0
-        self.lo = max(-_FAR, min(_FAR, offset - window_left)) if self.has_lo else 0
-        self.hi = max(-_FAR, min(_FAR, offset + right)) if self.has_hi else 0
+        # A window counts from the last query at the last key, whatever the alignment of the causal mask.
+        aligned = self.S - self.T
+        limits = [aligned + window_right] if window_right >= 0 else []
+        if causal:
+            limits.append(aligned if causal == 1 else 0)
+        self.has_lo, self.has_hi = window_left >= 0, bool(limits)
+        self.lo = max(-_FAR, min(_FAR, aligned - window_left)) if self.has_lo else 0
+        self.hi = max(-_FAR, min(_FAR, *limits)) if self.has_hi else 0
         # Scores are tanh(qk * scale) * cap with a cap, else qk * scale, in units of log 2.
         self.scale = scale / softcap if softcap > 0 else scale * _LOG2E
         self.cap = softcap * _LOG2E
@@ -436,12 +438,10 @@ class _Problem:
         return {**chosen, **even, **sizes, "HAS_LO": self.has_lo, "HAS_HI": self.has_hi, "SOFTCAP": self.cap > 0}
 
 
-def _output_like(q: Tensor, DV: int) -> Tensor:
-    """An empty (B, H, T, DV) whose dimensions lie in memory in the order of q's."""
-    if q.shape[-1] == DV:
-        return torch.empty_like(q)
-    order = sorted(range(4), key=q.stride, reverse=True)
-    return torch.empty_permuted((*q.shape[:3], DV), order, dtype=q.dtype, device=q.device)
+def _empty_like(t: Tensor, width: int) -> Tensor:
+    """An empty dense (B, H, T, width) whose dimensions lie in memory in the order of t's."""
+    order = sorted(range(4), key=t.stride, reverse=True)
+    return torch.empty_permuted((*t.shape[:3], width), order, dtype=t.dtype, device=t.device)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -461,7 +461,7 @@ def attention(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     p = _Problem(q, k, v, causal, window_left, window_right, scale, softcap)
-    out = _output_like(q, p.DV)
+    out = _empty_like(q, p.DV)
     lse = torch.empty(p.B, p.H, p.T, device=q.device, dtype=torch.float32)
     q, k, v, o = _rows(q), _rows(k), _rows(v), _rows(out)
     chosen = p.configuration("fwd")
@@ -483,7 +483,7 @@ def attention_backward(
     p = _Problem(q, k, v, causal, window_left, window_right, scale, softcap)
     none = q.new_empty(0)
     dq, dk, dv = none, none, none
-    out = [torch.empty_like(t) for t in (q, k, v)]
+    out = [_empty_like(t, t.shape[-1]) for t in (q, k, v)]
     do = torch.zeros_like(o) if do is None else do
     dlse = dlse.contiguous() if dlse is not None else None
     q, k, v, o, do, lse = _rows(q), _rows(k), _rows(v), _rows(o), _rows(do), lse.contiguous()
