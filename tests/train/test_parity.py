@@ -74,7 +74,7 @@ def compare(config: TrainConfig, seeds: list[int], progress: Progress | None = N
 def test_fifty_steps_are_the_same_on_the_kernels_and_on_the_reference(precision, corpus, tmp_path):
     config = PRESETS["tiny"].replace(
         data=str(corpus), tokenizer="byte", steps=50, batch_size=2, block_size=128, evaluations=5,
-        evaluation_tokens=1024, sample_tokens=0, device="cpu", precision=precision,
+        evaluation_tokens=1024, sample_tokens=0, device="cpu", precision=precision, threads=1,
     )  # fmt: skip
     ours = run(config.replace(out=str(tmp_path / "ours")), "auto")
     reference = run(config.replace(out=str(tmp_path / "reference")), "reference")
