@@ -2,13 +2,57 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY      = $(VENV)/bin/python
+# pip with the versions that CI tests. Its own settings hold: to take torch's smaller CPU-only build,
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+PIP     = $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEMO    = --data stdlib --minutes 5
 # CUDA is compiled where there is a GPU to run it, unless FASTLM_CUDA says otherwise.
 FASTLM_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
 export FASTLM_CUDA
+# A change of what is built is another wheel.
+WHEEL   = $(VENV)/wheel-cuda-$(FASTLM_CUDA)$(subst ;,-,$(CUDAARCHS))
+SOURCES := $(shell find csrc cmake fastlm -type f ! -name '*.pyc' ! -name '*.so' ! -name build_report.txt) \
+           pyproject.toml CMakeLists.txt $(wildcard README.md LICENSE)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 
 .PHONY: help
 help:  ## Print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+.PHONY: demo
+demo: $(VENV)/demo  ## Train a small GPT on the Python library's sources, at most 5 minutes on 2 cores
+	cd $(VENV) && bin/fastlm train $(DEMO) --out $(abspath runs/demo) --overwrite $(ARGS)
+
+# Tests import the installed package, as users do: bin/pytest, unlike `python -m pytest`, leaves the source folder
+# out of sys.path.
+.PHONY: test
+test: $(VENV)/test  ## Run the tests on the installed package; ARGS="-k relu" and the like go to pytest
+	$(VENV)/bin/pytest $(ARGS)
+
+.PHONY: bench
+bench: $(VENV)/test  ## Measure the ops and the training step beside torch, results in bench/results
+	$(VENV)/bin/fastlm bench --out bench/results $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/test  ## Check style, types and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+.PHONY: wheel
+wheel: $(WHEEL) $(VENV)/torch  ## Build the wheel and the source distribution into dist/
+	$(PIP) build
+	$(PY) -m build --quiet --sdist --outdir dist .
+	cp $(VENV)/dist/*.whl dist/
+	@ls dist
+
+.PHONY: clean
+clean:  ## Remove what the other targets made, training runs and results excepted
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	find fastlm tests bench -name __pycache__ -prune -exec rm -rf {} +
+	rm -f fastlm/_cpu*.so fastlm/_cuda*.so fastlm/build_report.txt
 
 .PHONY: inplace
 inplace:  ## Build the compiled modules into fastlm/ with the Python on PATH, for work on the C++ sources
@@ -16,3 +60,47 @@ inplace:  ## Build the compiled modules into fastlm/ with the Python on PATH, fo
 	  -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)"
 	cmake --build build/inplace --parallel
 	cmake --install build/inplace --prefix .
+
+# --- what the targets set up ------------------------------------------------------------------------------------------
+# Each file in $(VENV) marks a step that is done.
+.PHONY: check
+check:
+	@missing() { echo "fastlm needs $$1. On Debian and Ubuntu:"; echo "apt install python3-venv python3-dev make g++"; exit 1; }; \
+	command -v "$(PYTHON)" >/dev/null || missing "Python 3.10 or newer, and there is no '$(PYTHON)'"; \
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  missing "Python 3.10 or newer ('make PYTHON=...' names one), and $(PYTHON) is $$("$(PYTHON)" --version 2>&1)"; \
+	"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || missing "the venv module of $(PYTHON)"; \
+	"$(PYTHON)" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || \
+	  missing "the headers of $(PYTHON) (Python.h)"; \
+	command -v $(firstword $(CXX)) >/dev/null || missing "a C++ compiler, and there is no '$(firstword $(CXX))'"
+
+$(VENV)/venv: | check
+	"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@
+
+# torch comes first and alone, so that nothing that follows chooses another build of it.
+$(VENV)/torch: $(VENV)/venv constraints.txt
+	$(PIP) torch
+	@touch $@
+
+$(WHEEL): $(VENV)/venv $(SOURCES)
+	rm -rf $(VENV)/dist $(VENV)/wheel-cuda-*
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(VENV)/dist .
+	@touch $@
+
+# $(1): extras. The second step is for a wheel of the same version with other contents.
+define install
+$(PIP) "$$(echo $(VENV)/dist/fastlm-*.whl)[$(1)]"
+$(PIP) --force-reinstall --no-deps $(VENV)/dist/fastlm-*.whl
+@touch $@
+endef
+
+$(VENV)/demo: $(VENV)/torch $(WHEEL)
+	$(call install,train)
+
+$(VENV)/test: $(VENV)/torch $(WHEEL)
+	$(call install,train$(COMMA)triton$(COMMA)test$(COMMA)bench)
+	$(PIP) ruff mypy build
+	@touch $@
+
+COMMA := ,
