@@ -10,6 +10,7 @@
 #include "cpu/adam.h"
 #include "cpu/attention.h"
 #include "cpu/isa.h"
+#include "cpu/limits.h"
 #include "cpu/parallel.h"
 #include "cpu/relu.h"
 #include "tensor_view.h"
@@ -243,6 +244,30 @@ void attention_backward(const TensorView& dout, const OptionalTensor& dlse, cons
     cpu::attention_backward(q.dtype, b, dout.data, dlse ? dlse->data : nullptr, q.data, k.data, v.data, o.data, lse.data,
                             dq.data, dk.data, dv.data, threads);
   });
+int64_t run_products(const std::string& dtype, int64_t rounds, int threads) {
+  FASTLM_CHECK(dtype == "float32" || dtype == "bfloat16", "run_products: dtype must be float32 or bfloat16, got ", dtype);
+  py::gil_scoped_release release;
+  return cpu::run_products(dtype == "float32" ? DType::kF32 : DType::kBF16, rounds, threads);
+}
+
+float* dense_floats(const char* op, const TensorView& t) {
+  FASTLM_CHECK(t.dtype == DType::kF32 && !t.cuda && t.contiguous(), op,
+               ": tensors must be contiguous float32 on cpu, got ", t.describe());
+  return static_cast<float*>(t.data);
+}
+
+int64_t run_read(const TensorView& a, int threads) {
+  const float* data = dense_floats("run_read", a);
+  py::gil_scoped_release release;
+  return cpu::run_read(data, a.numel(), threads);
+}
+
+int64_t run_update(const TensorView& a, const TensorView& b, int threads) {
+  float* data = dense_floats("run_update", a);
+  const float* added = dense_floats("run_update", b);
+  FASTLM_CHECK(same_layout(a, b), "run_update: b must be like a, ", a.describe(), ", got ", b.describe());
+  py::gil_scoped_release release;
+  return cpu::run_update(data, added, a.numel(), threads);
 }
 
 }  // namespace
@@ -268,4 +293,9 @@ PYBIND11_MODULE(_cpu, m) {
   // diagonal: query i sees key j iff j <= i + diagonal
   m.def("attention_forward", &fastlm::attention_forward);
   m.def("attention_backward", &fastlm::attention_backward);
+
+  // For fastlm/benchmarks/limits.py: each returns the FLOPs or bytes that it did.
+  m.def("run_products", &fastlm::run_products);
+  m.def("run_read", &fastlm::run_read);
+  m.def("run_update", &fastlm::run_update);
 }

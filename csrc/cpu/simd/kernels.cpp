@@ -3,6 +3,7 @@
 
 #include "adam-inl.h"
 #include "attention-inl.h"
+#include "limits-inl.h"
 #include "relu-inl.h"
 
 #define FASTLM_STRING_(x) #x
@@ -11,6 +12,6 @@
 namespace fastlm::cpu::FASTLM_ISA {
 
 extern const Kernels kTable;
-const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kReluKernels, kAdamKernels, kAttentionKernels};
+const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kReluKernels, kAdamKernels, kAttentionKernels, kLimitsKernels};
 
 }  // namespace fastlm::cpu::FASTLM_ISA

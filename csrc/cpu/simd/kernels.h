@@ -6,6 +6,7 @@
 #include "../../dtype.h"
 #include "adam.h"
 #include "attention.h"
+#include "limits.h"
 #include "relu.h"
 
 namespace fastlm::cpu {
@@ -15,6 +16,7 @@ struct Kernels {
   ReluKernels relu;
   AdamKernels adam;
   AttentionKernels attention;
+  LimitsKernels limits;
 };
 
 }  // namespace fastlm::cpu
