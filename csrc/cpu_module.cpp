@@ -244,6 +244,8 @@ void attention_backward(const TensorView& dout, const OptionalTensor& dlse, cons
     cpu::attention_backward(q.dtype, b, dout.data, dlse ? dlse->data : nullptr, q.data, k.data, v.data, o.data, lse.data,
                             dq.data, dk.data, dv.data, threads);
   });
+}
+
 int64_t run_products(const std::string& dtype, int64_t rounds, int threads) {
   FASTLM_CHECK(dtype == "float32" || dtype == "bfloat16", "run_products: dtype must be float32 or bfloat16, got ", dtype);
   py::gil_scoped_release release;
