@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY      = $(VENV)/bin/python
 # pip with the versions that CI tests. Its own settings hold: to take torch's smaller CPU-only build,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
-PIP     = $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP     = $(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 DEMO    = --data stdlib --minutes 5
 # CUDA is compiled where there is a GPU to run it, unless FASTLM_CUDA says otherwise.
 FASTLM_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
@@ -85,7 +85,7 @@ $(VENV)/torch: $(VENV)/venv constraints.txt
 
 $(WHEEL): $(VENV)/venv $(SOURCES)
 	rm -rf $(VENV)/dist $(VENV)/wheel-cuda-*
-	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir $(VENV)/dist .
+	$(PY) -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir $(VENV)/dist .
 	@touch $@
 
 # $(1): extras. The second step is for a wheel of the same version with other contents.

@@ -1,0 +1,54 @@
+"""What the cases share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def leaf(shape: Sequence[int], dtype: torch.dtype, device: str, seed: int) -> Tensor:
+    """Normal values that require a gradient, the same ones for a seed on every device."""
+    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return values.to(device, dtype).requires_grad_()
+
+
+def forward_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], object]:
+    """One forward and backward pass; the gradients are returned, not accumulated."""
+    return lambda: torch.autograd.grad(function(*inputs), inputs, dy)
+
+
+def outputs_of(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], dict[str, Tensor]]:
+    """The value and every gradient, by name."""
+
+    def outputs() -> dict[str, Tensor]:
+        y = function(*inputs)
+        grads = torch.autograd.grad(y, inputs, dy)
+        return {"output": y} | {f"gradient {i}": g for i, g in enumerate(grads)}
+
+    return outputs
+
+
+def in_float64(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], dict[str, Tensor]]:
+    """The same from float64 copies of the inputs."""
+
+    def outputs() -> dict[str, Tensor]:
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        return outputs_of(function, exact, dy.double())()
+
+    return outputs
+
+
+def no_compiler(quick: bool) -> str | None:
+    """Why torch.compile has no variant here, or None."""
+    if quick:
+        return "left out of quick runs"
+    if not torch.compiler.is_dynamo_supported():
+        return "torch.compile does not support this Python"
+    if not torch.cuda.is_available() and not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        return "torch.compile needs a C++ compiler"
+    return None

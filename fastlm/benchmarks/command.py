@@ -1,0 +1,105 @@
+"""fastlm bench: chooses cases, measures them, prints and keeps the results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fastlm.benchmarks import report
+from fastlm.benchmarks.cases import GROUPS, case, cases
+from fastlm.benchmarks.harness import (
+    BenchmarkError,
+    Case,
+    Local,
+    Remote,
+    Row,
+    as_json,
+    describe_machine,
+    measure,
+    measure_limits,
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastlm bench",
+        description="Time fastlm's ops and training step beside torch's, as a share of what this machine can do.",
+    )
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"what to measure, of {', '.join(GROUPS)}; all if none")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, if not given")
+    parser.add_argument("--quick", action="store_true", help="few and small cases: whether all works, not how fast")
+    parser.add_argument("--rounds", type=int, help="turns of each variant; 9 if not given, 3 when quick")
+    parser.add_argument("--threads", type=int, help="of the CPU; torch's choice if not given")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="directory for bench.json and bench.png")
+    return parser
+
+
+def run(argv: Sequence[str] | None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    unknown = [name for name in options.cases if name not in GROUPS]
+    if unknown:
+        parser.error(f"CASE must be one of {', '.join(GROUPS)}, got {unknown[0]}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA GPU on this machine")
+    for name in ("rounds", "threads"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rounds = options.rounds or (3 if options.quick else 9)
+    seconds = 0.02 if options.quick else 0.1
+
+    machine = describe_machine(device, shlex.join(["fastlm", "bench", *arguments]))
+    limits = measure_limits(device)
+    on = machine["device"] if device == "cuda" else f"{machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+    print(f"fastlm {machine['fastlm']} ({machine['commit'] or 'no checkout'}), torch {machine['torch']}; {on}")
+    print(
+        f"limits, measured now: float32 {limits['float32'] / 1e9:,.0f} GFLOP/s, "
+        f"bfloat16 {limits['bfloat16'] / 1e9:,.0f} GFLOP/s, memory {limits['bandwidth'] / 1e9:,.1f} GB/s"
+    )
+    rows: list[Row] = []
+    status = 0
+    for group in options.cases or GROUPS:
+        in_group: list[Row] = []
+        for found in cases(group, device, options.quick):
+            try:
+                in_group += _measure(found, limits, rounds, seconds, options.quick)
+            except BenchmarkError as error:
+                print(f"fastlm bench: {error}", file=sys.stderr)
+                status = 1
+        if in_group:
+            report.print_table(group, in_group)
+        rows += in_group
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    kept = options.out / "bench.json"
+    kept.write_text(json.dumps(as_json(rows, machine, limits), indent=1) + "\n")
+    picture = options.out / "bench.png"
+    drawn = bool(rows) and report.draw(rows, machine, picture)
+    print(f"\n{kept}" + (f", {picture}" if drawn else "; no picture without matplotlib"))
+    return status
+
+
+def _measure(found: Case, limits: dict[str, float], rounds: int, seconds: float, quick: bool) -> list[Row]:
+    hosts: dict[str, Local | Remote] = {}
+    try:
+        if found.allocators and found.device == "cpu" and platform.libc_ver()[0] == "glibc":
+            find = ("fastlm.benchmarks.cases:case", (found.group, found.name, found.device, quick))
+            for allocator in ("system", "kept"):
+                hosts[allocator] = Remote(found, allocator, find)
+        else:
+            hosts["system"] = Local(found)
+        return measure(found, hosts, limits, rounds, seconds)
+    finally:
+        for host in hosts.values():
+            host.close()

@@ -1,0 +1,137 @@
+"""What was measured, as a table, JSON and a picture."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastlm.benchmarks.harness import Row
+
+_COLOURS = {"fastlm": "#c8102e", "torch": "#8a8d91", "torch.compile": "#4a6fa5", "torch default": "#c9cbce"}
+
+
+def seconds(value: float) -> str:
+    """In the unit that leaves one to three digits before the point."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}" if value / size < 100 else f"{value / size:.0f} {unit}"
+    return f"{value / 1e-9:.3g} ns"
+
+
+def rate(row: Row) -> str:
+    if row.items:
+        return f"{row.items / row.seconds:,.0f} tokens/s"
+    if row.flops:
+        return f"{row.flops / row.seconds / 1e9:,.0f} GFLOP/s"
+    return f"{row.bytes / row.seconds / 1e9:,.1f} GB/s" if row.bytes else ""
+
+
+def _cells(row: Row) -> list[str]:
+    if row.missing:
+        return [row.case, row.variant, row.allocator, "-", row.missing, "", "", ""]
+    spread = (row.quartiles[1] - row.quartiles[0]) / row.seconds
+    low, high = row.ratio_quartiles
+    ratio = f"{row.ratio:.2f} ({low:.2f}-{high:.2f})"
+    if math.isnan(row.ratio) or low == high == 1:
+        ratio = ""
+    share = "" if math.isnan(row.share) else f"{100 * row.share:.0f} %"
+    remark = ", ".join(word for word, true in (("noisy", row.noisy), ("loaded machine", row.loaded)) if true)
+    return [row.case, row.variant, row.allocator, seconds(row.seconds), rate(row), share, ratio, remark or f"±{50 * spread:.0f} %"]
+
+
+HEADINGS = ["case", "variant", "allocator", "median", "rate", "of limit", "times faster", "spread"]
+
+
+def print_table(group: str, rows: Sequence[Row]) -> None:
+    """With rich where it is installed, plain otherwise."""
+    cells = [_cells(row) for row in rows]
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(line[i]) for line in [HEADINGS, *cells]) for i in range(len(HEADINGS))]
+        print(f"\n{group}")
+        for line in [HEADINGS, *cells]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
+    table = Table(title=group, title_justify="left", box=None, header_style="bold")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right" if heading in ("median", "rate", "of limit") else "left")
+    before = None
+    for row, line in zip(rows, cells, strict=True):
+        line[0] = "" if row.case == before else line[0]
+        before = row.case
+        table.add_row(*line, style="bold" if row.variant == "fastlm" else None)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print()
+    console.print(table)
+
+
+def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> bool:
+    """A bar for every variant: its share of the machine's limit where it has one, its time otherwise. False without
+    matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measured = [row for row in rows if not row.missing]
+    groups = list(dict.fromkeys(row.group for row in measured))
+    heights = [len({(r.case, r.allocator, r.variant) for r in measured if r.group == g}) for g in groups]
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(10, 0.24 * sum(heights) + 1.1 * len(groups) + 0.8), squeeze=False,
+        height_ratios=[h + 2.0 for h in heights], layout="constrained",
+    )  # fmt: skip
+    for axis, group in zip(axes[:, 0], groups, strict=True):
+        _draw_group(axis, group, [row for row in measured if row.group == group])
+    figure.suptitle(
+        f"fastlm {machine['fastlm']} beside torch {machine['torch']}: {machine['device']}"
+        + (f", {machine['cpu']}, {machine['threads']} threads, {machine['isa']}" if machine["device"] == "cpu" else ""),
+        fontsize=11,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return True
+
+
+def _draw_group(axis: Any, group: str, rows: list[Row]) -> None:
+    shares = not any(math.isnan(row.share) for row in rows)
+    values = [100 * row.share if shares else 1e6 * row.seconds for row in rows]
+    y, ticks, names = 0.0, [], []
+    longest = max(values)
+    before = None
+    for row, value in zip(rows, values, strict=True):
+        if before is not None and (row.case, row.allocator) != before:
+            y += 0.6
+        if (row.case, row.allocator) != before:
+            ticks.append(y)
+            names.append(row.case + (f"  [{row.allocator}]" if row.allocator == "kept" else ""))
+        before = (row.case, row.allocator)
+        axis.barh(y, value, height=0.9, color=_COLOURS.get(row.variant, "#b8860b"), label=row.variant)
+        text = rate(row) or seconds(row.seconds)
+        if row.variant == "fastlm" and not math.isnan(row.ratio):
+            text += f"   {row.ratio:.2f}x"
+        axis.text(value + longest * 0.01, y, text, va="center", fontsize=8,
+                  fontweight="bold" if row.variant == "fastlm" else "normal")  # fmt: skip
+        y += 1
+    axis.set_yticks(ticks, names, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xscale("linear" if shares else "log")
+    if shares:
+        axis.set_xlim(0, max(115, 1.25 * longest))
+        axis.axvline(100, color="black", linewidth=0.8, linestyle=":")
+        axis.set_xlabel("% of the limit measured in the same run", fontsize=8)
+    else:
+        axis.set_xlim(min(values) / 2, longest * 4)
+        axis.set_xlabel("µs", fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set_title(group, loc="left", fontsize=10, fontweight="bold")
+    axis.spines[["top", "right"]].set_visible(False)
+    handles = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axis.legend(handles.values(), handles.keys(), fontsize=7, frameon=False, loc="lower right")
