@@ -23,23 +23,24 @@ help:  ## Print this list
 
 .PHONY: demo
 demo: $(VENV)/demo  ## Train a small GPT on the Python library's sources, at most 5 minutes on 2 cores
-	cd $(VENV) && bin/fastlm train $(DEMO) --out $(abspath runs/demo) --overwrite $(ARGS)
+	cd $(VENV) && bin/fastlm train $(DEMO) --out $(CURDIR)/runs/demo --overwrite $(ARGS)
 
-# Tests import the installed package, as users do: bin/pytest, unlike `python -m pytest`, leaves the source folder
-# out of sys.path.
+# Tests import the installed package, as users do. They run in another folder, since every Python that a test starts
+# finds the working directory's fastlm first, and the sources are not built.
+TESTS   = tests
+PYTEST  = cd $(VENV) && bin/pytest --rootdir $(CURDIR) --config-file $(CURDIR)/pyproject.toml
 .PHONY: test
-test: $(VENV)/test  ## Run the tests on the installed package; ARGS="-k relu" and the like go to pytest
-	$(VENV)/bin/pytest $(ARGS)
+test: $(VENV)/test  ## Run the tests on the installed package; TESTS=tests/ops and ARGS="-k relu" choose some
+	$(PYTEST) $(addprefix $(CURDIR)/,$(TESTS)) $(ARGS)
 
 .PHONY: bench
-bench: $(VENV)/test  ## Measure the ops and the training step beside torch, results in bench/results
-	$(VENV)/bin/fastlm bench --out bench/results $(ARGS)
+bench: $(VENV)/test  ## Measure the ops and the training step beside torch; ARGS="attention --quick" and the like
+	cd $(VENV) && bin/fastlm bench --out $(CURDIR)/runs/bench $(ARGS)
 
 .PHONY: lint
-lint: $(VENV)/test  ## Check style, types and format
+lint: $(VENV)/lint  ## Check style and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
 
 .PHONY: wheel
 wheel: $(WHEEL) $(VENV)/torch  ## Build the wheel and the source distribution into dist/
@@ -100,7 +101,9 @@ $(VENV)/demo: $(VENV)/torch $(WHEEL)
 
 $(VENV)/test: $(VENV)/torch $(WHEEL)
 	$(call install,train$(COMMA)triton$(COMMA)test$(COMMA)bench)
-	$(PIP) ruff mypy build
+
+$(VENV)/lint: $(VENV)/venv constraints.txt
+	$(PIP) ruff
 	@touch $@
 
 COMMA := ,

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fastlm.benchmarks import report
-from fastlm.benchmarks.cases import GROUPS, case, cases
+from fastlm.benchmarks.cases import GROUPS, cases
 from fastlm.benchmarks.harness import (
     BenchmarkError,
     Case,
@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="fastlm bench",
         description="Time fastlm's ops and training step beside torch's, as a share of what this machine can do.",
     )
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"what to measure, of {', '.join(GROUPS)}; all if none")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(GROUPS)}; all if none is named")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, if not given")
     parser.add_argument("--quick", action="store_true", help="few and small cases: whether all works, not how fast")
     parser.add_argument("--rounds", type=int, help="turns of each variant; 9 if not given, 3 when quick")

@@ -22,7 +22,9 @@ def forward_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor], 
     return lambda: torch.autograd.grad(function(*inputs), inputs, dy)
 
 
-def outputs_of(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], dict[str, Tensor]]:
+def outputs_of(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor
+) -> Callable[[], dict[str, Tensor]]:
     """The value and every gradient, by name."""
 
     def outputs() -> dict[str, Tensor]:
@@ -33,7 +35,9 @@ def outputs_of(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Te
     return outputs
 
 
-def in_float64(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], dict[str, Tensor]]:
+def in_float64(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor
+) -> Callable[[], dict[str, Tensor]]:
     """The same from float64 copies of the inputs."""
 
     def outputs() -> dict[str, Tensor]:

@@ -38,7 +38,5 @@ def cases(device: str, quick: bool) -> list[Case]:
             # Forward reads x and writes y; backward reads dy and what was saved and writes dx.
             size = 5 * shape[0] * shape[1] * dtype.itemsize
             label = f"{op} {shape[0]}x{shape[1]} {name}"
-            made.append(
-                Case("relu", label, partial(build, op, dtype, shape, device, quick), bytes=size, device=device)
-            )
+            made.append(Case("relu", label, partial(build, op, dtype, shape, device, quick), bytes=size, device=device))
     return made

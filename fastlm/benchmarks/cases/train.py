@@ -109,7 +109,8 @@ def cases(device: str, quick: bool) -> list[Case]:
     for shape, B in QUICK if quick else SIZES[device]:
         tokens = B * shape.block_size
         for name, dtype in DTYPES.items():
-            label = f"{shape.n_layer} layers, {shape.n_embd}, T={shape.block_size}, B={B}, vocab {shape.vocab_size} {name}"
+            size = f"{shape.n_layer} layers of {shape.n_embd}, vocabulary {shape.vocab_size}"
+            label = f"{size}, ({B}, {shape.block_size}) tokens, {name}"
             made.append(
                 Case(
                     "train",
