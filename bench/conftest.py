@@ -1,0 +1,58 @@
+"""Timing under pytest-benchmark: `pytest bench --benchmark-only`, FASTLM_BENCH=full for the sizes of `fastlm bench`."""
+
+import os
+
+import pytest
+import torch
+
+from fastlm.benchmarks import cases
+from fastlm.benchmarks.harness import Case, Local
+
+QUICK = os.environ.get("FASTLM_BENCH") != "full"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def built():
+    """A case with its variants, checked against float64. Built once, and only the last one is kept in memory."""
+    last: dict[Case, Local] = {}
+
+    def build(case: Case) -> Local:
+        if case not in last:
+            last.clear()
+            last[case] = Local(case)
+        return last[case]
+
+    return build
+
+
+@pytest.fixture
+def measure(benchmark, built):
+    """Times a case's baseline and fastlm in turns; the ratio goes into extra_info."""
+
+    def run(case: Case) -> float:
+        host = built(case)
+        names = [case.baseline, "fastlm"]
+        counts = {name: host.prepare(name, 0.01) for name in names}
+        taken: dict[str, list[float]] = {name: [] for name in names}
+
+        def one_round():
+            for name in names:
+                taken[name].append(host.time(name, counts[name]) / counts[name])
+
+        benchmark.pedantic(one_round, rounds=5, warmup_rounds=1)
+        ratios = sorted(a / b for a, b in zip(taken[case.baseline], taken["fastlm"], strict=True))
+        ratio = ratios[len(ratios) // 2]
+        benchmark.extra_info.update(
+            case=case.name,
+            baseline_seconds=sorted(taken[case.baseline])[len(ratios) // 2],
+            fastlm_seconds=sorted(taken["fastlm"])[len(ratios) // 2],
+            times_faster=ratio,
+        )
+        return ratio
+
+    return run
+
+
+def listed(group: str) -> list:
+    return [pytest.param(case, id=case.name) for case in cases.cases(group, DEVICE, QUICK)]
