@@ -45,11 +45,10 @@ int64_t part_begin(const AttentionShape& s, int64_t i, int64_t parts) {
   if (i == 0) return 0;
   if (i == parts) return s.k_len;
   auto seen = [&](int64_t key) { return std::max<int64_t>(0, s.q_len - std::max<int64_t>(0, key - s.diagonal)); };
-  constexpr int64_t kTile = 64;
   double total = 0, sum = 0;
-  for (int64_t j = 0; j < s.k_len; j += kTile) total += seen(j);
+  for (int64_t j = 0; j < s.k_len; j += kKeyTile) total += seen(j);
   int64_t j = 0;
-  for (; j < s.k_len && sum < total * i / parts; j += kTile) sum += seen(j);
+  for (; j < s.k_len && sum < total * i / parts; j += kKeyTile) sum += seen(j);
   return std::min(j, s.k_len);
 }
 
@@ -61,17 +60,21 @@ void attention_forward(DType dtype, const AttentionBatch& b, const void* q, cons
   const int type = static_cast<int>(dtype);
   const AttentionKernels& kernel = kernels_for(dtype).attention;
   const int64_t size = size_of(dtype), group = b.q_heads / std::max<int64_t>(1, b.k_heads);
-  const int64_t blocks = (s.q_len + kQueryBlock - 1) / kQueryBlock, tasks = b.batch * b.q_heads * blocks;
+  const int64_t heads = b.batch * b.q_heads;
+  // Smaller blocks where there would be too few to share out; a row's result does not depend on its block.
+  const bool few = heads * ((s.q_len + kQueryBlock - 1) / kQueryBlock) < 4 * int64_t{threads};
+  const int64_t rows = few ? kQueryBlock / 2 : kQueryBlock;
+  const int64_t blocks = (s.q_len + rows - 1) / rows, tasks = heads * blocks;
   if (tasks == 0) return;
   Workspace work(min_threads(threads, tasks), kernel.forward_bytes[type](s));
   parallel_tasks(threads, tasks, [&](int64_t task, int thread) {
     // Heads one after the other, since their queries share keys; within a head the longest block first.
     int64_t block = blocks - 1 - task % blocks, head = task / blocks % b.q_heads, n = task / blocks / b.q_heads;
-    int64_t k_head = head / group, begin = block * kQueryBlock;
+    int64_t k_head = head / group, begin = block * rows;
     kernel.forward[type](s, at(q, n * b.q.batch + head * b.q.head, size), at(k, n * b.k.batch + k_head * b.k.head, size),
                          at(v, n * b.v.batch + k_head * b.v.head, size), at(o, n * b.o.batch + head * b.o.head, size),
                          at(lse, (n * b.q_heads + head) * s.q_len, size_of_sum(dtype)), begin,
-                         std::min(s.q_len, begin + kQueryBlock), work.piece(thread));
+                         std::min(s.q_len, begin + rows), work.piece(thread));
   });
 }
 

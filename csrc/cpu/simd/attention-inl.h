@@ -22,7 +22,6 @@
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-constexpr int64_t kKeyTile = 64;    // keys in the cache at a time
 constexpr int64_t kQueryTile = 64;  // queries in the cache at a time, in the backward
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 

@@ -27,7 +27,9 @@ struct AttentionGroup {
 };
 
 // Queries of a forward call: enough that packing a tile of keys costs little beside the products with it.
-constexpr int64_t kQueryBlock = 96;
+constexpr int64_t kQueryBlock = 192;
+// Keys in the cache at a time.
+constexpr int64_t kKeyTile = 128;
 
 // Sums, lse and statistics are float, or double for float64. Indexed by DType; `work` is uninitialised memory of the
 // stated size, aligned to 64 bytes.
