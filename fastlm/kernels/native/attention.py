@@ -78,12 +78,10 @@ def _writing(run: Callable[..., Any], *outputs: Tensor) -> None:
             x.copy_(y)
 
 
-def _output_like(q: Tensor, v_dim: int) -> Tensor:
-    """An empty (B, H, Tq, Dv) whose dimensions lie in memory in the order of q's."""
-    if v_dim == q.shape[-1]:
-        return torch.empty_like(q)
-    order = sorted(range(4), key=q.stride, reverse=True)
-    return torch.empty_permuted((*q.shape[:3], v_dim), order, dtype=q.dtype, device=q.device)
+def _empty(like: Tensor, last: int) -> Tensor:
+    """Empty and dense, with `last` as the last size and the dimensions in memory in the order of those of `like`."""
+    order = sorted(range(4), key=lambda i: (-like.stride(i), i))
+    return torch.empty_permuted((*like.shape[:3], last), order, dtype=like.dtype, device=like.device)
 
 
 if _native.cpu is not None:
@@ -92,7 +90,7 @@ if _native.cpu is not None:
     @kernel("attention", backend="native", device="cpu", supports=_unsupported)
     def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         causal, scale = options[9], options[12]
-        o = _output_like(q, v.shape[-1])
+        o = _empty(q, v.shape[-1])
         lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
         q, k, v = _readable(q), _readable(k), _readable(v)
         diagonal = _diagonal(causal, q.shape[2], k.shape[2])
@@ -104,7 +102,7 @@ if _native.cpu is not None:
         do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
     ) -> tuple[Tensor, ...]:
         causal, scale, wanted = options[9], options[12], options[16]
-        outputs = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        outputs = [_empty(x, x.shape[-1]) for x in (q, k, v)]
         do = torch.zeros_like(o) if do is None else do
         read = [_readable(do), None if dlse is None else dlse.contiguous(), *map(_readable, (q, k, v, o))]
         read.append(lse.contiguous())
@@ -145,7 +143,7 @@ if _native.cuda is not None:
     @kernel("attention", backend="native", device="cuda", supports=_unsupported_cuda)
     def attention_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         causal, window_left, window_right, scale = options[9:13]
-        o = _output_like(q, v.shape[-1])
+        o = _empty(q, v.shape[-1])
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         q, k, v = _readable(q), _readable(k), _readable(v)
         diagonals = _diagonals(causal, window_left, window_right, q.shape[2], k.shape[2])
