@@ -79,7 +79,7 @@ class TrainConfig:
     # Evaluation
     evaluations: int = 20
     """Evaluations and checkpoints during the run, evenly spread."""
-    evaluation_tokens: int = 32768
+    evaluation_tokens: int = 16384
     """Held-out tokens in each of them; the last one takes all."""
     sample_tokens: int = 256
     """Length of the sample text at the end; 0 for none."""
@@ -177,9 +177,12 @@ def option(field: str) -> str:
 
 
 def prepare_machine(config: TrainConfig) -> TrainConfig:
-    """Applies threads and allocator to this process; returns the configuration with device and precision decided."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    """Applies threads and allocator to this process; returns the configuration with what was left open decided.
+
+    The number of threads is decided too: sums depend on it, so a run must be resumed with the number it began with.
+    """
+    threads = config.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
     if config.keep_memory:
         keep_freed_memory()
     device = config.device
@@ -190,7 +193,7 @@ def prepare_machine(config: TrainConfig) -> TrainConfig:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"
-    return config.replace(device=device, precision=precision)
+    return config.replace(device=device, precision=precision, threads=threads)
 
 
 def has_fast_bf16(device: str) -> bool:

@@ -33,6 +33,7 @@ def evaluate(
     limit: take only every k-th row, for at most about this many tokens, always the same ones. Bits per byte are then
     those of the whole stream, if the rest is like them.
     """
+    training = model.training
     model.eval()
     total, count = 0.0, 0
     for x, y in _rows(tokens, config, limit):
@@ -40,7 +41,7 @@ def evaluate(
             loss = model(x.to(config.device), y.to(config.device))[1]
         total += loss.item() * y.numel()  # nats, summed in fp64
         count += y.numel()
-    model.train()
+    model.train(training)
     return Evaluation(total / count, bits_per_byte(total / count * (len(tokens) - 1), text_bytes), count)
 
 

@@ -101,7 +101,6 @@ def write_run(out: Path, config: TrainConfig, dataset: Dataset) -> None:
         "corpus_sha256": dataset.corpus_sha256,
         "fastlm": __version__,
         "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         "backend": os.environ.get("FASTLM_BACKEND", "auto"),
     }
     write_atomically(out / "config.json", (json.dumps(content, indent=2) + "\n").encode())
@@ -145,7 +144,7 @@ def load_model(
     checkpoint that was passed over.
     """
     config, dataset = open_run(out)
-    config = prepare_machine(config.replace(device="auto"))  # sampled elsewhere than it was trained, perhaps
+    config = prepare_machine(config.replace(device="auto", threads=0))  # perhaps elsewhere than it was trained
     load = checkpoints.load_best if which == "best" else checkpoints.load_newest
     checkpoint = load(Path(out) / "checkpoints", warn)
     model = GPT(GPTConfig.from_dict(checkpoint.model_config)).to(config.device).eval()

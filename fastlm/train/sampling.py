@@ -32,22 +32,20 @@ def stream_text(
     ids = [tokenizer.eot, *tokenizer.encode(prompt).tolist()]
     generator = torch.Generator(config.device).manual_seed(seed)
     idx = torch.tensor([ids], device=config.device)  # (1, T)
-    # Tokens the tokenizer does not have only pad the head; they are never drawn once the model is trained.
     held: list[int] = []
     yield prompt
-    with autocast(config):
-        drawn = model.generate(
-            idx, tokens, temperature=temperature, top_k=top_k, generator=generator, use_cache=use_cache
-        )
-        for token in drawn:
-            if (number := token.item()) == tokenizer.eot:
-                break
-            if number >= tokenizer.vocab_size:
-                continue
-            held.append(number)
-            text = tokenizer.decode(held)
-            if not text.endswith("\ufffd") or len(held) > 4:  # not inside a character of several tokens
-                yield text
-                held.clear()
+    drawn = model.generate(idx, tokens, temperature=temperature, top_k=top_k, generator=generator, use_cache=use_cache)
+    while True:
+        with autocast(config):  # around the draw alone: while this waits, the caller's own code runs
+            token = next(drawn, None)
+        if token is None or (number := token.item()) == tokenizer.eot:
+            break
+        if number >= tokenizer.vocab_size:
+            continue  # it only pads the head; an untrained model may draw it
+        held.append(number)
+        text = tokenizer.decode(held)
+        if not text.endswith("\ufffd") or len(held) > 4:  # not inside a character of several tokens
+            yield text
+            held.clear()
     if held:
         yield tokenizer.decode(held)
