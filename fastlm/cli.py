@@ -7,6 +7,7 @@ does.
 
 # No `from __future__ import annotations`: tyro reads the annotations of options declared inside functions.
 import dataclasses
+import os
 import platform
 import signal
 import sys
@@ -36,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.name is not None and error.name.split(".")[0] in _EXTRAS:
             return _fail(1, f"`fastlm {name}` needs the package {error.name}; pip install 'fastlm[train]'")
         raise
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         return _fail(1, error.strerror if error.filename is None and error.strerror else error)
     except KeyboardInterrupt:

@@ -21,8 +21,8 @@ class TrainConfig:
     preset: str = "tiny"
     """Preset that the other values start from: tiny, small or gpt2."""
     out: str | None = None
-    """Directory of the run: its configuration, tokens, checkpoints, metrics.jsonl, loss.png and sample.txt. By default
-    the first free one of runs/PRESET-1, runs/PRESET-2, ..."""
+    """Directory of the run: its configuration, tokens, checkpoints, metrics.jsonl, loss.png and sample.txt. If not
+    given, the first free one of runs/PRESET-1, runs/PRESET-2, ..."""
 
     # Text
     data: str = "stdlib"
@@ -34,13 +34,19 @@ class TrainConfig:
 
     # Model
     n_layer: int = 4
+    """Blocks of attention and MLP."""
     n_head: int = 3
+    """Attention heads in each block."""
     n_embd: int = 192
+    """Width of the model, a multiple of twice the heads."""
     block_size: int = 256
     """Tokens in a row, and the longest context of the model."""
     act: Literal["relu_squared", "relu", "gelu"] = "relu_squared"
+    """Activation of the MLP."""
     bias: bool = False
+    """Biases in linear layers and norms."""
     dropout: float = 0.0
+    """Share of the embedded input and of each residual branch that is zeroed in training."""
 
     # Length of the run
     steps: int = 2000
@@ -52,6 +58,7 @@ class TrainConfig:
     accumulation: int = 1
     """Forward and backward passes in one step."""
     seed: int = 0
+    """Decides the first weights, the batches, dropout and the sample."""
 
     # Optimizer: AdamW, linear warm-up, cosine decay
     learning_rate: float = 3e-3
@@ -63,12 +70,15 @@ class TrainConfig:
     weight_decay: float = 0.1
     """Of matrices; norms and biases have none."""
     beta1: float = 0.9
+    """Decay of AdamW's mean of gradients."""
     beta2: float = 0.95
+    """Decay of AdamW's mean of squared gradients."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
 
     # Machine
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a CUDA GPU if torch sees one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Products in bf16 with fp32 weights and sums (autocast), or all in fp32. auto: bf16 where it is in hardware."""
     threads: int = 0
