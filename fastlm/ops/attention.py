@@ -171,12 +171,9 @@ def attention_backward_reference(
     dv = kept.transpose(-1, -2) @ wide_do
     dk, dv = (g.unflatten(1, (k.shape[1], -1)).sum(2) if k.shape[1] else g for g in (dk, dv))
 
-    none = q.new_empty(0)
-    grads = [
-        _in_order_of(g.to(t.dtype), t) if w else none
-        for g, t, w in zip((dq, dk, dv), (q, k, v), wanted[:3], strict=True)
-    ]
-    dbias = dslopes = dsinks = none
+    triples = zip((dq, dk, dv), (q, k, v), wanted[:3], strict=True)
+    grads = [_in_order_of(g.to(t.dtype), t) if w else q.new_empty(0) for g, t, w in triples]
+    dbias, dslopes, dsinks = (q.new_empty(0) for _ in range(3))  # an op's outputs must not share memory
     if wanted[3]:
         dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
     if wanted[4]:
@@ -194,10 +191,13 @@ def _fake(q, k, v, *options):
 
 
 def _fake_backward(do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, *options):
-    wanted, none = options[-1], q.new_empty(0)
-    grads = [_in_order_of(t.new_empty(t.shape), t) if w else none for t, w in zip((q, k, v), wanted[:3], strict=True)]
+    wanted = options[-1]
+    pairs = zip((q, k, v), wanted[:3], strict=True)
     extras = zip((bias, alibi_slopes, sinks), wanted[3:], strict=True)
-    return (*grads, *(t.new_empty(t.shape) if w else none for t, w in extras))
+    return (
+        *(_in_order_of(t.new_empty(t.shape), t) if w else q.new_empty(0) for t, w in pairs),
+        *(t.new_empty(t.shape) if w else q.new_empty(0) for t, w in extras),
+    )
 
 
 def _save(args, outputs):
@@ -268,12 +268,16 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_options(q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, causal, dropout_p, softcap):
+def _check_options(
+    q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, causal, window, dropout_p, softcap
+):  # fmt: skip
     op = "fastlm.attention"
     B, Hq, Tq, _ = q.shape
     full = (B, Hq, Tq, k.shape[2])
     if causal not in _CAUSAL:
         raise ValueError(f"{op}: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}")
+    if not (window is None or isinstance(window, int) or (isinstance(window, (tuple, list)) and len(window) == 2)):
+        raise ValueError(f"{op}: window must be an int or (left, right), got {window!r}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
     if softcap is not None and not softcap > 0:
@@ -326,7 +330,7 @@ def _arguments(
     """The schema's arguments from the public ones, checked."""
     _check("attention", q, k, v)
     _check_options(
-        q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, causal, dropout_p, softcap
+        q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, causal, window, dropout_p, softcap
     )  # fmt: skip
     left, right = (-1, -1) if window is None else (window, window) if isinstance(window, int) else window
     if dropout_p == 0:

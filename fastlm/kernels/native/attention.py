@@ -108,10 +108,9 @@ if _native.cpu is not None:
         read.append(lse.contiguous())
         diagonal = _diagonal(causal, q.shape[2], k.shape[2])
         _writing(lambda *written: _backward(*read, *written, diagonal, scale, torch.get_num_threads()), *outputs)
-        nothing = q.new_empty(0)
         # The three come from one pass; the other gradients belong to options that this kernel does not take.
-        gradients = [x if want else nothing for x, want in zip(outputs, wanted, strict=False)]
-        return (*gradients, nothing, nothing, nothing)
+        gradients = [x if want else q.new_empty(0) for x, want in zip(outputs, wanted, strict=False)]
+        return (*gradients, *(q.new_empty(0) for _ in range(3)))
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
@@ -156,7 +155,6 @@ if _native.cuda is not None:
     ) -> tuple[Tensor, ...]:
         causal, window_left, window_right, scale = options[9:13]
         wanted = options[16]
-        nothing = q.new_empty(0)
         dq = torch.empty_like(q) if wanted[0] else None
         # These two come from one pass.
         dk, dv = (torch.empty_like(k), torch.empty_like(v)) if wanted[1] or wanted[2] else (None, None)
@@ -172,5 +170,5 @@ if _native.cuda is not None:
             _cuda.attention_backward(*read, *written, stats, *diagonals, scale, current_stream(q))
 
         _writing(run, *(x for x in (dq, dk, dv) if x is not None))
-        gradients = [x if want else nothing for x, want in zip((dq, dk, dv), wanted, strict=False)]
-        return (*gradients, nothing, nothing, nothing)
+        gradients = [x if want else q.new_empty(0) for x, want in zip((dq, dk, dv), wanted, strict=False)]
+        return (*gradients, *(q.new_empty(0) for _ in range(3)))

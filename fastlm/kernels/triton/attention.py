@@ -481,8 +481,7 @@ def attention_backward(
     deterministic: bool, wanted: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p = _Problem(q, k, v, causal, window_left, window_right, scale, softcap)
-    none = q.new_empty(0)
-    dq, dk, dv = none, none, none
+    dq, dk, dv, *extras = (q.new_empty(0) for _ in range(6))  # outputs of an op must not share memory
     out = [_empty_like(t, t.shape[-1]) for t in (q, k, v)]
     do = torch.zeros_like(o) if do is None else do
     dlse = dlse.contiguous() if dlse is not None else None
@@ -500,8 +499,8 @@ def attention_backward(
             attention_bwd_dkdv_kernel, triton.cdiv(p.S, chosen["BS"]) * p.B * p.Hk, q, k, v, do, lse, delta, dk, dv,
             *_strides(q, k, v, do, dk, dv), *numbers, **chosen,
         )  # fmt: skip
-        dk = (dk if dk is out[1] else out[1].copy_(dk)) if wanted[1] else none
-        dv = (dv if dv is out[2] else out[2].copy_(dv)) if wanted[2] else none
+        dk = (dk if dk is out[1] else out[1].copy_(dk)) if wanted[1] else q.new_empty(0)
+        dv = (dv if dv is out[2] else out[2].copy_(dv)) if wanted[2] else q.new_empty(0)
     if wanted[0]:
         dq = _rows(out[0])
         chosen = p.configuration("dq")
@@ -510,4 +509,4 @@ def attention_backward(
             *_strides(q, k, v, do, dq), *numbers, **chosen,
         )  # fmt: skip
         dq = dq if dq is out[0] else out[0].copy_(dq)
-    return dq, dk, dv, none, none, none
+    return dq, dk, dv, *extras

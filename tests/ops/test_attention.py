@@ -1,0 +1,306 @@
+"""attention through the op: every option, gradient and transform on the reference, and the other backends beside it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_testing import BACKENDS, DTYPES, ISAS, assert_as_exact_as_torch, overload, running
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, hessian, jvp, vmap
+
+import fastlm
+
+
+def numbers(shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def qkv(B=2, Hq=4, Hk=2, Tq=5, Tk=7, D=3, Dv=4, dtype=torch.float64):
+    shapes = ((B, Hq, Tq, D), (B, Hk, Tk, D), (B, Hk, Tk, Dv))
+    return [numbers(s, dtype, seed).requires_grad_() for seed, s in enumerate(shapes)]
+
+
+MASK = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(9)) > 0.4
+OPTIONS = {
+    "plain": {},
+    "bottom right": {"causal": True},
+    "top left": {"causal": "top_left"},
+    "more queries than keys": {"causal": True, "lengths": (7, 5)},  # the first two queries see nothing
+    "window": {"window": (2, 1)},
+    "causal window": {"causal": True, "window": 2},
+    "mask": {"mask": MASK},
+    "row without a key": {"mask": MASK & (torch.arange(5) != 2)[:, None]},
+    "softcap": {"softcap": 1.5, "causal": True},
+    "dropout": {"dropout_p": 0.3, "seed": torch.tensor(5)},
+    "scale": {"scale": 0.3},
+    "packed": {"cu_seqlens_q": torch.tensor([0, 2, 2, 5]), "cu_seqlens_k": torch.tensor([0, 3, 4, 7]), "causal": True},
+}
+
+
+def problem(name):
+    options = dict(OPTIONS[name])
+    Tq, Tk = options.pop("lengths", (5, 7))
+    return qkv(B=1 if name == "packed" else 2, Tq=Tq, Tk=Tk), options
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_gradients_of_every_order(name):
+    inputs, options = problem(name)
+
+    def f(*t):
+        return fastlm.attention(*t, **options, return_lse=True)
+
+    def finite(*t):
+        o, lse = f(*t)
+        return o, torch.where(lse.isfinite(), lse, 0)
+
+    assert gradcheck(finite, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(finite, inputs)
+
+
+@pytest.mark.parametrize("backend", ["native-baseline", "reference"] if ISAS else ["reference"])
+@pytest.mark.parametrize("causal", [False, True, "top_left"])
+def test_gradients_through_the_kernels(causal, backend):
+    with running(backend):
+        inputs = qkv()
+        assert gradcheck(lambda *t: fastlm.attention(*t, causal=causal, return_lse=True), inputs)
+        assert gradgradcheck(lambda *t: fastlm.attention(*t, causal=causal, return_lse=True), inputs)
+
+
+def test_gradients_of_bias_slopes_and_sinks():
+    q, k, v = qkv()
+    extras = [numbers(s, torch.float64, i).requires_grad_() for i, s in enumerate([(1, 4, 5, 7), (4,), (4,), (5, 1)])]
+
+    def f(q, k, v, bias, slopes, sinks, row_bias):
+        o = fastlm.attention(
+            q, k, v, bias=bias, alibi_slopes=slopes, sinks=sinks, causal=True, softcap=2.0, dropout_p=0.2,
+            seed=torch.tensor(3), return_lse=True,
+        )  # fmt: skip
+        return *o, fastlm.attention(q, k, v, bias=row_bias)
+
+    assert gradcheck(f, (q, k, v, *extras), check_forward_ad=True)
+    assert gradgradcheck(f, (q, k, v, *extras))
+
+
+def test_third_derivative():
+    q, k, v = qkv(B=1, Hq=1, Hk=1, Tq=3, Tk=3, D=2, Dv=2)
+
+    def third(attend):
+        g = attend(q, k, v).pow(3).sum()
+        for _ in range(3):
+            (g,) = torch.autograd.grad(g.sum(), q, create_graph=True)
+        return g
+
+    def plain(q, k, v):
+        s = (q @ k.mT * 2**-0.5).masked_fill(torch.ones(3, 3).triu(1).bool(), -torch.inf)
+        return s.softmax(-1) @ v
+
+    torch.testing.assert_close(third(lambda *t: fastlm.attention(*t, causal=True)), third(plain))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_exact_as_torch(backend, dtype):
+    for B, Hq, Hk, Tq, Tk, D, causal in [
+        (2, 4, 4, 65, 65, 64, True), (1, 4, 1, 63, 130, 40, False), (1, 2, 2, 1, 77, 111, False),
+        (2, 2, 1, 129, 129, 128, True), (0, 2, 2, 3, 3, 8, True), (1, 2, 2, 0, 3, 8, False), (1, 1, 1, 3, 0, 8, False),
+    ]:  # fmt: skip
+        inputs = [t.detach() for t in qkv(B, Hq, Hk, Tq, Tk, D, D, torch.float32)]
+        do = numbers((B, Hq, Tq, D), dtype, 7)
+        results = []
+        theirs = F.scaled_dot_product_attention
+        for attend, of in (
+            (fastlm.scaled_dot_product_attention, dtype), (theirs, torch.float64), (theirs, dtype)
+        ):  # fmt: skip
+            leaves = [t.to(dtype).to(of, copy=True).requires_grad_() for t in inputs]
+            with running(backend):
+                o = attend(*leaves, is_causal=causal, enable_gqa=Hq != Hk)
+            o.backward(do.to(of))
+            results.append([o.detach(), *(t.grad for t in leaves)])
+        for what, factor, *values in zip(("o", "dq", "dk", "dv"), (2, 3, 3, 3), *results, strict=True):
+            assert_as_exact_as_torch(*values, factor, f"{what} at {(B, Hq, Hk, Tq, Tk, D, causal)}")
+
+
+def test_drop_in_shapes_and_masks():
+    q, k, v = (numbers((2, 3, 4, 9, 8), seed=i) for i in range(3))
+    mask = numbers((9, 9), seed=4) > -0.5
+    for lead in (..., 0, (0, 0), (0, 0, 0)):
+        for attn_mask in (None, mask, mask.float(), mask[:1], numbers((9, 1), seed=3)):
+            ours, theirs = (
+                f(q[lead], k[lead], v[lead], attn_mask)
+                for f in (fastlm.scaled_dot_product_attention, F.scaled_dot_product_attention)
+            )
+            torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        fastlm.scaled_dot_product_attention(q, k[:1], v[:, :1, :1], is_causal=True, scale=0.2),
+        F.scaled_dot_product_attention(q, k[:1].expand_as(q), v[:, :1, :1].expand_as(q), is_causal=True, scale=0.2),
+    )
+    dropped = fastlm.scaled_dot_product_attention(q, k, torch.ones_like(v), dropout_p=0.5)
+    assert abs(dropped.mean().item() - 1) < 0.1 and dropped.std() > 0.1
+
+
+def test_packed_sequences_equal_separate_ones():
+    q, k, v = (t.detach() for t in qkv(B=1, Tq=9, Tk=9, D=8, Dv=8))
+    cu = torch.tensor([0, 4, 4, 9], dtype=torch.int32)
+    packed = fastlm.attention(q, k, v, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=5, max_seqlen_k=5)
+    apart = [fastlm.attention(*(t[:, :, a:b] for t in (q, k, v)), causal=True) for a, b in ((0, 4), (4, 9))]
+    torch.testing.assert_close(packed, torch.cat(apart, dim=2))
+
+
+def test_alibi_and_sinks_mean_what_they_say():
+    q, k, v = (t.detach() for t in qkv())
+    i, j = torch.arange(5)[:, None], torch.arange(7)
+    slopes, sinks = torch.rand(4).double(), torch.randn(4).double()
+    torch.testing.assert_close(
+        fastlm.attention(q, k, v, alibi_slopes=slopes),
+        fastlm.attention(q, k, v, bias=-slopes[:, None, None] * (i + 2 - j).abs()),
+    )
+    o, lse = fastlm.attention(q, k, v, return_lse=True)
+    with_sink, lse_sink = fastlm.attention(q, k, v, sinks=sinks, return_lse=True)
+    torch.testing.assert_close(lse_sink, torch.logaddexp(lse, sinks[:, None].expand_as(lse)))
+    torch.testing.assert_close(with_sink, o * (lse - lse_sink).exp()[..., None])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_seen_does_not_leak(backend):
+    q, k, v = (t.detach().float() for t in qkv(B=1, Hq=2, Hk=2, Tq=70, Tk=70, D=16, Dv=16))
+    clean = [t.clone().requires_grad_() for t in (q, k, v)]
+    dirty = [t.clone() for t in (q, k, v)]
+    dirty[1][:, :, 66], dirty[2][:, :, 67], dirty[2][:, :, 68] = float("nan"), float("inf"), float("nan")
+    dirty = [t.requires_grad_() for t in dirty]
+    with running(backend):
+        results = []
+        for inputs in (clean, dirty):
+            o = fastlm.attention(*inputs, causal=True)
+            results.append((o[:, :, :66], *torch.autograd.grad(o[:, :, :66].sum(), inputs)))
+    torch.testing.assert_close(results[1][0], results[0][0])
+    torch.testing.assert_close(results[1][1][:, :, :66], results[0][1][:, :, :66])
+    with running(backend):
+        assert fastlm.attention(*dirty, causal=True)[:, :, 66:].isnan().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_that_see_nothing(backend):
+    q, k, v = (t.detach().float().requires_grad_() for t in qkv(Tq=7, Tk=5, D=8, Dv=8))
+    with running(backend):
+        o, lse = fastlm.attention(q, k, v, causal=True, return_lse=True)
+    assert (o[:, :, :2] == 0).all() and (lse[:, :, :2] == -torch.inf).all()
+    (dq,) = torch.autograd.grad(o.sum(), q)
+    assert (dq[:, :, :2] == 0).all() and dq.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_and_strides(backend):
+    packed = numbers((2, 65, 3, 4, 24))  # (B, T, 3, H, D), as a fused projection gives it
+    q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))
+    before = packed.clone()
+    with running(backend):
+        o = fastlm.attention(q, k, v, causal=True)
+        want = fastlm.attention(*(t.contiguous() for t in (q, k, v)), causal=True)
+        torch.testing.assert_close(o, want)
+        assert o.transpose(1, 2).is_contiguous()
+        last = numbers((2, 4, 24, 65)).transpose(-1, -2)
+        torch.testing.assert_close(fastlm.attention(last, k, v), fastlm.attention(last.contiguous(), k, v))
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        fastlm.attention(*leaves).sum().backward()  # an expanded gradient
+        want = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+        F.scaled_dot_product_attention(*want).sum().backward()
+        for ours, theirs in zip(leaves, want, strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-5, rtol=1e-4)
+    assert torch.equal(packed, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend):
+    inputs = [t.detach().float().requires_grad_() for t in qkv(D=8, Dv=8)]
+    torch.library.opcheck(overload("attention", backend), inputs)
+    with running(backend):
+        o, lse = (t.detach() for t in fastlm.attention(*inputs, return_lse=True))
+    torch.library.opcheck(overload("attention_backward", backend), (o, None, *inputs, o, lse))
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_compile(choice):
+    torch._dynamo.reset()
+    with fastlm.use_backend(choice):
+        compiled = torch.compile(lambda q, k, v: fastlm.attention(q * 2, k, v, causal=True).sin(), fullgraph=True)
+        for T in (16, 24, 33):
+            a, b = ([t.detach().float().requires_grad_() for t in qkv(Tq=T, Tk=T, D=8, Dv=8)] for _ in range(2))
+            out = compiled(*a)
+            want = fastlm.attention(b[0] * 2, b[1], b[2], causal=True).sin()
+            out.sum().backward()
+            want.sum().backward()
+            torch.testing.assert_close(out, want)
+            for ours, theirs in zip(a, b, strict=True):
+                torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-5, rtol=1e-4)
+
+
+def test_transforms():
+    q, k, v = (t.detach() for t in qkv(Hq=2, Hk=2, Tq=4, Tk=4, D=3, Dv=3))
+
+    def ours(q):
+        return fastlm.attention(q[None], k[:1], v[:1], causal=True).pow(2).sum()
+
+    def theirs(q):
+        s = (q[None] @ k[:1].mT * 3**-0.5).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf)
+        return (s.softmax(-1) @ v[:1]).pow(2).sum()
+
+    for transform, x in (
+        (grad, q[0]),
+        (hessian, q[0]),
+        (lambda f: vmap(grad(f)), q),
+        (lambda f: grad(lambda t: vmap(f)(t).sum()), q),
+        (lambda f: lambda t: jvp(f, (t,), (t.flip(0),))[1], q[0]),
+    ):
+        torch.testing.assert_close(transform(ours)(x), transform(theirs)(x))
+
+
+def test_autocast_and_checkpointing():
+    q, k, v = (t.detach().float().requires_grad_() for t in qkv(D=8, Dv=8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fastlm.attention(q, k, v).dtype == torch.bfloat16
+
+    def f(q, k, v):
+        return fastlm.attention(q, k, v, dropout_p=0.4)
+
+    torch.manual_seed(0)
+    want = torch.autograd.grad(f(q, k, v).sum(), v)
+    torch.manual_seed(0)
+    got = torch.autograd.grad(torch.utils.checkpoint.checkpoint(f, q, k, v, use_reentrant=False).sum(), v)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"q": torch.ones(5, 3)}, ValueError, "q must have 4 dimensions (B, H, T, D), got (5, 3)"),
+        ({"k": torch.ones(2, 2, 7, 4)}, ValueError,
+         "k must be (B, Hk, Tk, D) = (2, 2, 7, 3) to match q, got (2, 2, 7, 4)"),
+        ({"k": torch.ones(2, 3, 7, 3)}, ValueError, "the heads of q must be a multiple of those of k, got 4 and 3"),
+        ({"v": torch.ones(2, 2, 6, 3)}, ValueError,
+         "v must be (B, Hk, Tk, Dv) = (2, 2, 7, Dv) to match k, got (2, 2, 6, 3)"),
+        ({"v": torch.ones(2, 2, 7, 3).half()}, TypeError,
+         "v must have the dtype of q, torch.float32, got torch.float16"),
+        ({"q": torch.ones(2, 4, 5, 3).long()}, TypeError, "q must be floating point, got torch.int64"),
+        ({"k": torch.ones(2, 2, 7, 3, device="meta")}, ValueError, "k must be on the device of q, cpu, got meta"),
+        ({"causal": "left"}, ValueError,
+         "causal must be False, True, 'bottom_right' or 'top_left', got 'left'"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p must be in [0, 1), got 1.0"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive or None, got -1.0"),
+        ({"mask": torch.ones(5, 7)}, TypeError,
+         "mask must be bool (True: visible), got torch.float32; an additive mask is called bias"),
+        ({"bias": torch.ones(5, 6)}, ValueError,
+         "bias must broadcast to (B, Hq, Tq, Tk) = (2, 4, 5, 7), got (5, 6)"),
+        ({"alibi_slopes": torch.ones(3)}, ValueError,
+         "alibi_slopes must be (Hq,) = (4,) or (B, Hq) = (2, 4), got (3,)"),
+        ({"sinks": torch.ones(2)}, ValueError, "sinks must be (Hq,) = (4,), got (2,)"),
+        ({"cu_seqlens_q": torch.tensor([0, 5])}, ValueError, "cu_seqlens_q and cu_seqlens_k must be given together"),
+        ({"cu_seqlens_q": torch.tensor([0, 5]), "cu_seqlens_k": torch.tensor([0, 7])}, ValueError,
+         "packed sequences must come as one batch, q (1, H, total, D), got B = 2"),
+        ({"window": (1, 2, 3)}, ValueError, "window must be an int or (left, right), got (1, 2, 3)"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_a_sentence(change, error, text):
+    arguments = {"q": torch.ones(2, 4, 5, 3), "k": torch.ones(2, 2, 7, 3), "v": torch.ones(2, 2, 7, 3), **change}
+    with pytest.raises(error) as caught:
+        fastlm.attention(**arguments)
+    assert str(caught.value) == f"fastlm.attention: {text}"

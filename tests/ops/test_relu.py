@@ -1,0 +1,275 @@
+"""relu, relu_squared and bias_act: values, every gradient, transforms, layouts, NaN, bad input, on every backend."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_testing import BACKENDS, DTYPES, ISAS, LAYOUTS, assert_as_exact_as_torch, overload, poisoned, running  # noqa: F401
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+import fastlm
+
+OPS = {
+    "relu": (fastlm.relu, torch.relu),
+    "relu_squared": (fastlm.relu_squared, lambda x: torch.relu(x).square()),
+    "bias_act relu": (lambda x: fastlm.bias_act(x, _bias(x), "relu"), lambda x: torch.relu(x + _bias(x))),
+    "bias_act relu_squared": (
+        lambda x: fastlm.bias_act(x, _bias(x), "relu_squared"),
+        lambda x: torch.relu(x + _bias(x)).square(),
+    ),
+}
+SHAPES = [(0,), (1,), (63,), (64,), (65,), (3, 0), (0, 5), (7, 1), (2, 3, 17), (513, 129), (40000, 3)]
+ACTS = ["none", "relu", "relu_squared", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"]
+
+
+def _bias(x):
+    return torch.linspace(-1, 1, x.shape[-1], dtype=torch.float64).to(x.dtype)
+
+
+def _numbers(shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with running(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_value_and_gradient(name, dtype, backend, poisoned):  # noqa: F811
+    ours, theirs = OPS[name]
+    for shape in SHAPES:
+        x, dy = _numbers(shape, dtype), _numbers(shape, dtype, seed=1)
+        results = []
+        for f, of in ((ours, dtype), (theirs, torch.float64), (theirs, dtype)):
+            leaf = x.to(of, copy=True).requires_grad_()
+            y = f(leaf)
+            y.backward(dy.to(of))
+            results.append((y.detach(), leaf.grad))
+        for what, factor, *values in zip(("y", "dx"), (2, 3), *results, strict=True):
+            assert_as_exact_as_torch(*values, factor, f"{what} of {name} at {shape}")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_bias_gradient_over_many_rows(dtype, backend):
+    x, dy = _numbers((5000, 37), dtype), _numbers((5000, 37), dtype, seed=1)
+    results = []
+    for f, of in ((fastlm.bias_act, dtype), (lambda x, b: torch.relu(x + b), torch.float64),
+                  (lambda x, b: torch.relu(x + b), dtype)):  # fmt: skip
+        bias = _bias(x).to(of).requires_grad_()
+        f(x.to(of), bias).backward(dy.to(of))
+        results.append(bias.grad)
+    assert_as_exact_as_torch(*results, 3, "dbias")
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(name, layout, backend, poisoned):  # noqa: F811
+    ours, theirs = OPS[name]
+    x, dy = _numbers((6, 5, 35)), _numbers((6, 5, 35), seed=1)
+    before = x.clone()
+    for gradient in ("same", "sum", "transposed", "cat"):
+        results = []
+        for f in (ours, theirs):
+            leaf = LAYOUTS[layout](x).detach().requires_grad_()
+            y = f(leaf)
+            if gradient == "sum":
+                y.sum().backward()  # an expanded gradient, of stride 0
+            elif gradient == "cat":
+                torch.cat([y, y * 2]).sum().backward()
+            else:
+                y.backward(LAYOUTS["transposed" if gradient == "transposed" else layout](dy))
+            results.append((y.detach(), leaf.grad))
+        torch.testing.assert_close(*results, msg=lambda m, g=gradient: f"gradient {g}: {m}")
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_special_values(name, backend):
+    ours, theirs = OPS[name]
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-25, 1e25, -1e-30] * 5)
+    if name.startswith("bias"):
+        x = x[:1].repeat(40).where(torch.arange(40) % 8 == 0, x)
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    ours(a).backward(torch.ones(40))
+    theirs(b).backward(torch.ones(40))
+    torch.testing.assert_close(ours(x), theirs(x), equal_nan=True)
+    torch.testing.assert_close(a.grad, b.grad, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["native-baseline", "reference"] if ISAS else ["reference"])
+@pytest.mark.parametrize("name", OPS)
+def test_gradients_of_every_order(name, backend):
+    x = _numbers((4, 5), torch.float64).requires_grad_()
+    with running(backend):
+        assert gradcheck(OPS[name][0], (x,), check_forward_ad=True, check_batched_grad=True)
+        assert gradgradcheck(OPS[name][0], (x,), check_batched_grad=True)
+        third = [x]
+        for f in OPS[name]:
+            g = x
+            for _ in range(3):
+                (g,) = torch.autograd.grad(f(x).pow(3).sum() if g is x else g.sum(), x, create_graph=True)
+            third.append(g)
+    torch.testing.assert_close(third[1], third[2])
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_bias_act_gradients(act):
+    x, b = _numbers((3, 4), torch.float64).requires_grad_(), _numbers((4,), torch.float64, 1).requires_grad_()
+    assert gradcheck(fastlm.bias_act, (x, b, act), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(fastlm.bias_act, (x, b, act))
+    exact = {
+        "none": lambda t: t,
+        "relu_squared": lambda t: torch.relu(t).square(),
+        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+    }
+    torch.testing.assert_close(
+        fastlm.bias_act(x, b, act), (exact.get(act) or getattr(F, act, None) or getattr(torch, act))(x + b)
+    )
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_transforms(name, backend):
+    ours, theirs = (lambda x, f=f: f(x).pow(2).sum() for f in OPS[name])
+    x = _numbers((3, 4))
+    for transform in (
+        grad, jacrev, jacfwd, hessian,
+        lambda f: vmap(grad(f)),
+        lambda f: grad(lambda t: vmap(f)(t).sum()),
+        lambda f: lambda t: jvp(f, (t,), (t.flip(0),))[1],
+    ):  # fmt: skip
+        torch.testing.assert_close(transform(ours)(x), transform(theirs)(x))
+
+
+@pytest.mark.parametrize(
+    "name", ["relu", "relu_backward", "relu_squared", "relu_squared_backward", "bias_act", "bias_act_backward"]
+)
+def test_opcheck(name, backend):
+    x = _numbers((3, 4)).requires_grad_()
+    b = _numbers((4,)).requires_grad_()
+    args = {1: (x,), 2: (x.detach().exp().requires_grad_(), x)}[2 if name.startswith("relu") and "back" in name else 1]
+    if name.startswith("bias_act"):
+        args = (
+            (x, b, "relu_squared") if name == "bias_act" else (x, x.exp().detach().requires_grad_(), b, "relu_squared")
+        )
+    torch.library.opcheck(overload(name, backend), args)
+
+
+@pytest.mark.parametrize("choice", ["auto", "native", "reference"])
+@pytest.mark.parametrize("name", OPS)
+def test_compile(name, choice):
+    if choice == "native" and not ISAS:
+        pytest.skip("no compiled CPU module")
+    torch._dynamo.reset()
+    ours, theirs = OPS[name]
+    with fastlm.use_backend(choice):
+        compiled = torch.compile(lambda x: ours(x).sin(), fullgraph=True)
+        for rows in (3, 5):
+            a, b = (_numbers((rows, 16)).requires_grad_() for _ in range(2))
+            out, want = compiled(a), theirs(b).sin()
+            # .sum() gives an expanded gradient: Inductor may drop a .contiguous() and hand it on as it is.
+            out.sum().backward()
+            want.sum().backward()
+            torch.testing.assert_close((out, a.grad), (want, b.grad))
+
+
+def test_compile_follows_the_backend():
+    torch._dynamo.reset()
+    seen = []
+
+    def record(graph, inputs):
+        seen.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+        return graph
+
+    compiled = torch.compile(lambda x: fastlm.relu(x), backend=record, fullgraph=True)
+    x = _numbers((4,))
+    for choice in ("auto", "reference", "auto"):
+        with fastlm.use_backend(choice):
+            compiled(x)
+    assert seen == [[seen[0][0]], ["fastlm_reference.relu.default"]]
+    assert "fastlm" not in seen[0][0]  # plain torch, for Inductor to fuse
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+def test_dropout(act):
+    x, b = _numbers((200, 300)), _numbers((300,))
+    seed = torch.tensor(1234)
+    y = fastlm.bias_act(x, b, act, dropout_p=0.25, seed=seed)
+    full = fastlm.bias_act(x, b, act)
+    kept = y != 0
+    torch.testing.assert_close(y[kept], (full / 0.75)[kept])
+    share = (~kept)[full != 0].double().mean().item()
+    n = (full != 0).sum().item()
+    assert abs(share - 0.25) < 5 * (0.25 * 0.75 / n) ** 0.5
+    assert torch.equal(y, fastlm.bias_act(x, b, act, dropout_p=0.25, seed=seed))
+    assert not torch.equal(y, fastlm.bias_act(x, b, act, dropout_p=0.25, seed=seed + 1))
+    torch.manual_seed(3)
+    first = fastlm.bias_act(x, b, act, dropout_p=0.25)
+    torch.manual_seed(3)
+    assert torch.equal(first, fastlm.bias_act(x, b, act, dropout_p=0.25))
+
+
+def test_dropout_bits_are_philox():
+    """The known answers of Random123 for Philox4x32-10: counter and key all zero, and all ones."""
+    from fastlm._dropout import philox
+
+    words = philox(torch.tensor([0]), torch.tensor(0))
+    assert [hex(int(w)) for w in words] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
+
+
+def test_autocast_takes_the_bias_to_the_type_of_x():
+    x, b = _numbers((3, 4), torch.bfloat16), _numbers((4,)).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = fastlm.bias_act(x, b)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert b.grad.dtype == torch.float32
+
+
+def test_inputs_stay_as_they_are_and_retained_graphs_repeat(backend):
+    for ours, _ in OPS.values():
+        x = _numbers((9, 33)).requires_grad_()
+        before, version = x.detach().clone(), x._version
+        y = ours(x)
+        (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        (second,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(first, second) and torch.equal(x, before) and x._version == version
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda x: fastlm.bias_act(x, x[0], "swish"), ValueError,
+         "fastlm.bias_act: act must be one of none, relu, relu_squared, gelu, gelu_tanh, silu, sigmoid, tanh, "
+         "got 'swish'"),
+        (lambda x: fastlm.bias_act(x, x), ValueError,
+         "fastlm.bias_act: bias must be (N,) for x (..., N) = (2, 3), got (2, 3)"),
+        (lambda x: fastlm.bias_act(x, x[0].double()), TypeError,
+         "fastlm.bias_act: bias must have the dtype of x, torch.float32, got torch.float64"),
+        (lambda x: fastlm.bias_act(x.int(), x[0].int()), TypeError,
+         "fastlm.bias_act: x must be floating point, got torch.int32"),
+        (lambda x: fastlm.bias_act(x, x[0], dropout_p=1.0), ValueError,
+         "fastlm.bias_act: dropout_p must be in [0, 1), got 1.0"),
+        (lambda x: fastlm.bias_act(x, x[0].to("meta")), ValueError,
+         "fastlm.bias_act: bias must be on the device of x, cpu, got meta"),
+    ],
+)  # fmt: skip
+def test_bad_input_gets_a_sentence(call, error, text):
+    with pytest.raises(error) as caught:
+        call(torch.ones(2, 3))
+    assert str(caught.value) == text
+
+
+def test_relu_takes_floating_point_alone():
+    for f in (fastlm.relu, fastlm.relu_squared):
+        with pytest.raises(TypeError, match="must be floating point"):
+            f(torch.arange(3))
+
+
+@pytest.mark.parametrize("f", [fastlm.relu, fastlm.relu_squared])
+def test_meta_and_marked_tensors(f):
+    assert f(torch.empty(3, 4, device="meta")).shape == (3, 4)
+    z = torch.randn(5, dtype=torch.complex64)
+    torch.testing.assert_close(f(z.conj().imag), f(-z.imag))  # a real tensor whose memory holds the opposite

@@ -1,0 +1,202 @@
+"""The choice of backend, the front door, and what an op refuses."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlm
+from fastlm import _library, _native
+
+needs_cpu_module = pytest.mark.skipif(_native.cpu is None, reason=_native.reasons.get("cpu", ""))
+
+
+def run_python(code, **env):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_use_backend_chooses_the_namespace_and_comes_back():
+    x = torch.randn(3)
+    for name, namespace in _library.NAMESPACES.items():
+        if name == "triton" or (name == "native" and _native.cpu is None):
+            continue
+        with Recorder() as recorder, fastlm.use_backend(name):
+            fastlm.relu(x)
+        assert recorder.seen[0] == f"{namespace}.relu.default"
+    with pytest.raises(KeyError), fastlm.use_backend("reference"):
+        raise KeyError
+    with Recorder() as recorder:
+        fastlm.relu(x)
+    expected = _library.NAMESPACES[os.environ.get("FASTLM_BACKEND") or "auto"]
+    assert recorder.seen[0] == f"{expected}.relu.default"
+
+
+def test_backward_runs_where_the_forward_ran():
+    x = torch.randn(3, requires_grad=True)
+    with fastlm.use_backend("reference"):
+        y = fastlm.relu(x)
+    with Recorder() as recorder:
+        y.sum().backward()
+    assert "fastlm_reference.relu_backward.default" in recorder.seen
+
+
+def test_use_backend_is_per_thread():
+    seen = []
+
+    def work():
+        seen.append(_library._state.backend)
+
+    with fastlm.use_backend("reference"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen == [os.environ.get("FASTLM_BACKEND") or "auto"]
+
+
+def test_unknown_backends_get_a_sentence():
+    with pytest.raises(ValueError) as caught:
+        fastlm.use_backend("cudnn")
+    assert str(caught.value) == ("fastlm.use_backend: name must be one of auto, native, triton, reference, got 'cudnn'")
+    done = run_python("import fastlm", FASTLM_BACKEND="fast")
+    assert done.returncode != 0
+    assert "ValueError: FASTLM_BACKEND must be one of auto, native, triton, reference, got 'fast'" in done.stderr
+
+
+@needs_cpu_module
+def test_an_unknown_instruction_set_gets_a_sentence():
+    done = run_python("import torch, fastlm; fastlm.relu(torch.ones(3))", FASTLM_CPU_ISA="sse9")
+    assert done.returncode != 0 and "FASTLM_CPU_ISA must be one of" in done.stderr and "got sse9" in done.stderr
+
+
+@needs_cpu_module
+@pytest.mark.parametrize("isa", _native.cpu.usable_isas() if _native.cpu else [])
+def test_a_forced_instruction_set_is_the_one_that_runs(isa):
+    done = run_python("from fastlm import _native; print(_native.cpu.active_isa())", FASTLM_CPU_ISA=isa)
+    assert done.stdout.strip() == isa, done.stderr
+
+
+def test_backends_says_who_can_and_why_not():
+    statuses = {name: (usable, reason) for name, usable, reason in fastlm.backends("relu")}
+    assert list(statuses) == ["native", "triton", "reference"]
+    assert statuses["reference"] == (True, "")
+    assert statuses["native"][0] == (_native.cpu is not None)
+    assert fastlm.backends().keys() == _library._ops.keys()
+    with pytest.raises(ValueError, match=r"fastlm\.backends: op must be one of .*, got 'conv'"):
+        fastlm.backends("conv")
+
+
+@needs_cpu_module
+def test_what_a_kernel_cannot_do_goes_to_the_next_visibly():
+    q = torch.randn(1, 2, 5, 8)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    native, *_ = fastlm.backends("attention", q=q, k=q, v=q, mask=mask)
+    assert native == ("native", False, "does not take mask")
+    with fastlm.use_backend("reference"):
+        want = fastlm.attention(q, q, q, mask=mask)
+    with fastlm.use_backend("auto"):
+        torch.testing.assert_close(fastlm.attention(q, q, q, mask=mask), want)
+    with fastlm.use_backend("native"), pytest.raises(NotImplementedError) as caught:
+        fastlm.attention(q, q, q, mask=mask)
+    assert str(caught.value) == "fastlm.attention on cpu: native does not take mask"
+
+
+def test_a_missing_kernel_is_an_error_only_where_it_was_asked_for(monkeypatch):
+    monkeypatch.setattr(_library, "load_kernels", _raise_import_error)
+    op = _library._ops["relu"]
+    monkeypatch.setattr(op, "_chosen", {})
+    assert [s.reason for s in op.choices("auto", "cpu")[1]] == ["no compiler", "no compiler", ""]
+    with pytest.raises(NotImplementedError, match=r"fastlm\.relu on cpu: native no compiler"):
+        op._chooser("native", "cpu")(torch.ones(3))
+
+
+def _raise_import_error(backend, family):
+    raise ImportError("no compiler")
+
+
+def test_in_place_ops_refuse_to_be_differentiated():
+    p = torch.ones(3, requires_grad=True)
+    states = [[torch.zeros(3)] for _ in range(2)]
+    args = ([p], [torch.ones(3)], *states, [], [torch.tensor(0.0)], 0.1, 0.9, 0.99, 1e-8, 0.0, False, False, False)
+    with pytest.raises(RuntimeError, match="changes its arguments in place"):
+        torch.ops.fastlm.adam_(*args)
+
+
+def test_torch_function_modes_and_subclasses_are_not_bypassed():
+    class Loud(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    seen = []
+    y = fastlm.relu(torch.randn(3).as_subclass(Loud))
+    assert isinstance(y, Loud) and any("relu" in name for name in seen)
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(f"mode {func}")
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        fastlm.relu(torch.randn(3))
+    assert any(name.startswith("mode") and "relu" in name for name in seen)
+
+
+def test_tracing_records_the_op():
+    with pytest.warns(DeprecationWarning):
+        traced = torch.jit.trace(fastlm.relu, torch.randn(3), check_trace=False)
+    x = torch.tensor([-1.0, 2.0, -3.0])
+    assert torch.equal(traced(x), torch.relu(x))
+
+
+@needs_cpu_module
+def test_kernels_run_on_one_thread_in_a_forked_child():
+    code = """
+import os, torch, fastlm
+from fastlm import _native
+x = torch.randn(1 << 20)
+want = fastlm.relu(x)  # starts the threads that the child will not have
+pid = os.fork()
+if pid == 0:
+    y = fastlm.relu(x)
+    torch.set_num_threads(1)  # torch's own threads are not to be had here either
+    ok = not _native.cpu.threads_usable() and torch.equal(y, want)
+    os._exit(0 if ok else 3)
+_, status = os.waitpid(pid, 0)
+assert _native.cpu.threads_usable()
+raise SystemExit(os.waitstatus_to_exitcode(status))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_two_threads_at_once_agree_with_one():
+    x = torch.randn(1 << 18)
+    want = fastlm.relu(x)
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            if not torch.equal(fastlm.relu(x), want):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
