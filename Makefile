@@ -107,3 +107,5 @@ $(VENV)/lint: $(VENV)/venv constraints.txt
 	@touch $@
 
 COMMA := ,
+
+include gpu.mk

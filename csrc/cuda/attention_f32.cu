@@ -132,7 +132,7 @@ template <int kD> struct ForwardTiles {
   static constexpr int kSharedBytes = 4 * ((kRows + kCols) * (kD + kPad) + kRows * (kCols + 1));
 };
 
-template <int kD> __global__ void __launch_bounds__(kThreads) attention_f32_fwd_kernel(const ForwardArgs args) {
+template <int kD> __global__ void __launch_bounds__(kThreads, 2) attention_f32_fwd_kernel(const ForwardArgs args) {
   constexpr int kRows = ForwardTiles<kD>::kRows, kCols = ForwardTiles<kD>::kCols;
   constexpr int kOwnRows = kRows / kSide, kOwnCols = kCols / kSide;
   const Problem& problem = args.problem;
@@ -219,7 +219,7 @@ template <int kD> struct BackwardTiles {  // up to 128 columns within the 64 KB 
 };
 
 template <int kD, Role kRole>
-__global__ void __launch_bounds__(kThreads) attention_f32_bwd_kernel(const BackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, 2) attention_f32_bwd_kernel(const BackwardArgs args) {
   constexpr int kRows = BackwardTiles<kD>::kRows, kCols = BackwardTiles<kD>::kCols;
   constexpr int kOwnRows = kRows / kSide, kOwnCols = kCols / kSide;
   constexpr bool kKeys = kRole == Role::kKeys;

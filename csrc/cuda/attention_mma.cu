@@ -22,17 +22,23 @@ constexpr int kWarpRows = 16;
 template <class T, int kTileRows, int kD>
 __device__ void load_tile(T* tile, const T* matrix, int64_t stride, int first, int rows, int width, bool aligned) {
   constexpr int kChunks = kD / 8;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) {
+  auto load = [&](int i, bool whole) {
     int row = i / kChunks, chunk = i % kChunks;
     bool inside = first + row < rows && 8 * chunk < width;
     T* to = tile + tile_offset(row, chunk, kChunks);
     const T* from = inside ? matrix + (first + row) * stride + 8 * chunk : matrix;
-    if (aligned) {
+    if (whole) {
       copy_async<16>(to, from, inside);
     } else {
       *reinterpret_cast<Vector<T>*>(to) = load_count(from, inside ? width - 8 * chunk : 0, false);
     }
+  };
+  if (aligned) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) load(i, true);
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kTileRows * kChunks; i += kThreads) load(i, false);
   }
 }
 

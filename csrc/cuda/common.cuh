@@ -1,6 +1,8 @@
 // Shared by all CUDA kernels: 16-byte accesses, reductions, the step from a dtype to a type.
 #pragma once
 
+#include <cstring>
+
 #include "../dtype.h"
 #include "device.cuh"
 
@@ -58,8 +60,9 @@ template <class T> __device__ Vector<T> load_count(const T* p, int64_t count, bo
 
 template <class T> __device__ void store_count(T* p, const Vector<T>& v, int64_t count, bool aligned) {
   if (aligned && count >= kVector<T>) {
-    *reinterpret_cast<Vector<T>*>(p) = v;
-    return;
+    uint32_t words[4];
+    memcpy(words, &v, 16);
+    return store16(p, words);
   }
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) {

@@ -274,6 +274,11 @@ template <class T> uint32_t pack(float low, float high) {
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 
+inline void store16(void* to, const uint32_t (&words)[4]) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::fail("16-byte store to a misaligned address");
+  std::memcpy(to, words, 16);
+}
+
 // --- a warp and its memory --------------------------------------------------------------------------------------------
 inline void __syncthreads() { emulation::wait(emulation::machine.block, blockDim.x); }
 inline int __syncthreads_or(int predicate) { return emulation::wait(emulation::machine.block, blockDim.x, predicate != 0); }

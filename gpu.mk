@@ -1,0 +1,42 @@
+# For a machine with a CUDA GPU and no network: builds into a Python that has torch, and leaves a few small files.
+#   make gpu PYTHON=/opt/torch/bin/python RESULTS=results COMMIT=$(git rev-parse HEAD)
+RESULTS ?= gpu-results
+COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
+# Machine code for the GPUs that are there; the letter brings Hopper's own instructions.
+GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | tr -d . | \
+              sed 's/^90$$/90a/; s/$$/-real/' | paste -sd';' -)
+GPU_TESTS ?= tests/cuda/test_kernels.py tests/cuda/test_gpu.py tests/kernels
+SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) /usr/local/cuda/bin/compute-sanitizer)
+GPU_PYTHON = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
+# Run from the results, so that Python finds the installed package and not the sources.
+IN_RESULTS = cd "$(RESULTS)" && export PYTHONPATH= PYTHONDONTWRITEBYTECODE=1 &&
+
+.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
+gpu: gpu-build  ## Build, test, sanitize and measure on a CUDA GPU, with PYTHON's torch and no network
+	@status=0; for part in test sanitize bench; do $(MAKE) --no-print-directory gpu-$$part || status=1; done; exit $$status
+
+gpu-build:  ## Build the CUDA module for the GPUs of this machine and install fastlm into PYTHON
+	mkdir -p "$(RESULTS)"
+	FASTLM_CUDA=ON CUDAARCHS="$${CUDAARCHS:-$(GPU_ARCHS)}" "$(GPU_PYTHON)" -m pip install -v --no-index --no-build-isolation \
+	  --no-deps --force-reinstall . > "$(RESULTS)/build.log" 2>&1 || { tail -n 60 "$(RESULTS)/build.log"; exit 1; }
+	$(IN_RESULTS) "$(GPU_PYTHON)" "$(CURDIR)/tests/cuda/versions.py" "$(COMMIT)" > versions.json
+	@cat "$(RESULTS)/versions.json"
+
+gpu-test:  ## Run the GPU tests on the fastlm that PYTHON has
+	mkdir -p "$(RESULTS)"
+	$(IN_RESULTS) timeout 540 "$(GPU_PYTHON)" -m pytest -q -p no:cacheprovider -k "not emulated" \
+	  --junitxml=test.xml $(addprefix $(CURDIR)/,$(GPU_TESTS))
+
+gpu-sanitize:  ## Run each CUDA kernel under NVIDIA's four sanitizers
+	mkdir -p "$(RESULTS)"
+	$(IN_RESULTS) export PYTORCH_NO_CUDA_MEMORY_CACHING=1 && : > sanitizer.log && status=0 && \
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  echo "=== $$tool" >> sanitizer.log; \
+	  timeout 140 "$(SANITIZER)" --tool $$tool --error-exitcode 9 --print-limit 20 \
+	    "$(GPU_PYTHON)" "$(CURDIR)/tests/cuda/sanitize.py" >> sanitizer.log 2>&1; \
+	  code=$$?; echo "=== $$tool: exit $$code" | tee -a sanitizer.log; [ $$code = 0 ] || status=1; \
+	done; exit $$status
+
+gpu-bench:  ## Measure the ops and the training step on the GPU
+	mkdir -p "$(RESULTS)"
+	$(IN_RESULTS) timeout 540 "$(GPU_PYTHON)" -m fastlm.cli bench --device cuda --quick --out .

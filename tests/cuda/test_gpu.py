@@ -1,0 +1,146 @@
+"""What only a GPU can show: streams, devices, graphs, memory, sizes. Skipped where there is none."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cuda_testing import Kernels
+from test_kernels import TOLERANCE, assert_near, check_attention, draw, options
+
+import fastlm
+from fastlm import _native
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels("gpu")
+
+
+@pytest.mark.parametrize("op", ["relu", "relu_squared", "bias_act", "adam_", "attention"])
+@pytest.mark.parametrize("backward", ["", "_backward"])
+def test_self_check_passes(op, backward):
+    if op == "adam_" and backward:
+        pytest.skip("adam_ has no backward")
+    statuses = {s.backend: s for s in fastlm.backends(op + backward)}
+    assert statuses["native"].usable, statuses["native"].reason
+
+
+def test_driver_is_new_enough():
+    assert _native.cuda.driver_problem() is None
+    assert _native.cuda.driver_version() >= 12000
+
+
+def slow_stream() -> torch.cuda.Stream:
+    """A stream that is busy for some milliseconds: what does not wait in it comes too early."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+    return stream
+
+
+def test_kernels_run_on_the_current_stream(kernels):
+    x = draw(1 << 20).to(kernels.device)
+    q = draw(1, 2, 256, 64, dtype=torch.float16).to(kernels.device)
+    source = torch.zeros_like(x), torch.zeros_like(q)
+    want = kernels["relu"](x), kernels["attention"](q, q, q, *options(1))[0]
+    torch.cuda.synchronize()
+    stream = slow_stream()
+    with torch.cuda.stream(stream):
+        source[0].copy_(x)
+        source[1].copy_(q)
+        got = kernels["relu"](source[0]), kernels["attention"](source[1], source[1], source[1], *options(1))[0]
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_second_device(kernels):
+    q = draw(1, 2, 130, 64, dtype=torch.float16)
+    want = kernels["attention"](*[q.to("cuda:0")] * 3, *options(1))
+    got = kernels["attention"](*[q.to("cuda:1")] * 3, *options(1))
+    assert torch.cuda.current_device() == 0
+    assert all(b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(want, got, strict=True))
+    with pytest.raises(ValueError, match="one CUDA device"):
+        x = torch.zeros(4, device="cuda:0")
+        kernels.module.relu_forward(x, x.to("cuda:1"), False, kernels.stream())
+
+
+def test_graph_capture(kernels):
+    """No call synchronises or allocates behind torch's back."""
+    q = draw(1, 2, 256, 64, dtype=torch.bfloat16).to(kernels.device)
+    kernels["attention"](q, q, q, *options(1))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, lse = kernels["attention"](q, q, q, *options(1))
+        gradients = kernels["attention_backward"](q, None, q, q, q, o, lse, *options(1), [True] * 3 + [False] * 3)
+        y = kernels["relu"](o)
+    q.copy_(draw(1, 2, 256, 64, dtype=torch.bfloat16, seed=5))
+    graph.replay()
+    o2, lse2 = kernels["attention"](q, q, q, *options(1))
+    again = kernels["attention_backward"](q, None, q, q, q, o2, lse2, *options(1), [True] * 3 + [False] * 3)
+    assert torch.equal(o, o2) and torch.equal(lse, lse2) and torch.equal(y, o2.relu())
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("causal", [0, 1, 2])
+def test_attention_of_real_sizes(kernels, dtype, width, causal):
+    case = (2, 8, 2, 700, 900, width, width, causal, (-1, -1), "bthd")
+    first = check_attention(kernels, dtype, case)
+    for _ in range(5):  # a race need not show at once
+        again = check_attention(kernels, dtype, case)
+        assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+        assert all(torch.equal(a, b) for a, b in zip(first[2], again[2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_memory(kernels, dtype):
+    """At 16,384 keys the extra memory stays within 4 times the output: no scores in device memory."""
+    q, k, v = (torch.randn(1, 2, 16384, 64, device=kernels.device, dtype=dtype) for _ in range(3))
+    kernels["attention"](q[:, :, :64], k[:, :, :64], v[:, :, :64], *options(1))
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    o, lse = kernels["attention"](q, k, v, *options(1, scale=0.125))
+    assert torch.cuda.max_memory_allocated() - before <= 4 * o.numel() * o.element_size()
+    rows = torch.tensor([0, 1, 63, 64, 5000, 16383])
+    for i in rows.tolist():
+        s = (q[:, :, i : i + 1].double() @ k[:, :, : i + 1].double().mT) * 0.125
+        assert_near(o[:, :, i : i + 1], (s.softmax(-1) @ v[:, :, : i + 1].double()).cpu(), TOLERANCE[dtype])
+        assert_near(lse[:, :, i : i + 1], s.logsumexp(-1).cpu(), 1e-5)
+
+
+def test_more_elements_than_32_bits_count(kernels):
+    numel = 2**31 + 4096
+    if torch.cuda.mem_get_info()[0] < 5 * 2 * numel:
+        pytest.skip(f"needs {5 * 2 * numel / 2**30:.0f} GiB of free GPU memory")
+    x = torch.ones(numel, dtype=torch.bfloat16, device=kernels.device)
+    x[-3:] = torch.tensor([-1.0, 2.0, math.nan])
+    y = kernels["relu"](x)
+    assert y[-4:-1].tolist() == [1.0, 0.0, 2.0] and y[-1].isnan()
+    dx = kernels["relu_backward"](x, y)
+    assert dx[-3:-1].tolist() == [0.0, 2.0]
+    del y, dx
+    rows = x.view(-1, 4096)
+    y = kernels["bias_act"](rows, torch.ones(4096, dtype=torch.bfloat16, device=kernels.device), "relu", 0.0, None)
+    assert y[-1, -4:-1].tolist() == [2.0, 0.0, 3.0]
+
+
+def test_training_step_matches_the_reference():
+    """Through the public functions: gradients on the CUDA kernels and on the reference."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 96, 3, 4, 32, device="cuda")
+    found = {}
+    for backend in ("native", "reference"):
+        with fastlm.use_backend(backend):
+            leaf = x.clone().requires_grad_()
+            q, k, v = (t.transpose(1, 2) for t in leaf.unbind(2))
+            y = fastlm.relu_squared(fastlm.attention(q, k, v, causal=True))
+            y.square().sum().backward()
+            found[backend] = leaf.grad
+    assert_near(found["native"], found["reference"].cpu(), 1e-5)
