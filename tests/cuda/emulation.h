@@ -1,9 +1,8 @@
 // csrc/cuda/device.cuh in plain C++: runs the CUDA kernels and their launchers, unchanged, on the CPU.
 //
-// Every CUDA thread is a fiber. A fiber runs until it meets a barrier or a warp-wide instruction and then lets the others
-// catch up, in an order that differs from launch to launch, so that a missing barrier shows as a wrong result.
-// Asynchronous copies arrive either at once or as late as allowed, alternating by launch: the first finds a tile that is
-// overwritten while still read, the second one that is read before it came. Shared memory starts as NaN. What the
+// Every CUDA thread is a fiber. One warp runs as far as it can without the others, then another, in random order, so that
+// a missing barrier shows as a wrong result. Asynchronous copies arrive either at once or as late as allowed, decided
+// by launch: the first finds a tile that is overwritten while still read, the second one that is read before it came. Shared memory starts as NaN. What the
 // instructions do is written from NVIDIA's PTX ISA manual (sections "ldmatrix" and "Matrix fragments for
 // mma.m16n8k16"), not from the kernels.
 #pragma once
@@ -150,6 +149,27 @@ inline void enter() {
   _longjmp(machine.scheduler, 1);
 }
 
+// Runs a thread up to its next wait; whether that was its end.
+inline bool resume(int i) {
+  Machine& m = machine;
+  Fiber& f = m.fibers[i];
+  if (f.done) return false;
+  m.current = i;
+  threadIdx = dim3(i, 0, 0);
+  if (_setjmp(m.scheduler) == 0) {
+    if (f.started) _longjmp(f.resume, 1);
+    f.started = true;
+    getcontext(&f.start);
+    f.start.uc_stack.ss_sp = f.stack.get();
+    f.start.uc_stack.ss_size = kStack;
+    f.start.uc_link = nullptr;
+    makecontext(&f.start, enter, 0);
+    setcontext(&f.start);
+  }
+  return machine.fibers[i].done;
+}
+
+// `order`: the threads, warp by warp.
 inline void run_block(const std::vector<int>& order) {
   Machine& m = machine;
   std::memset(m.shared, 0xff, sizeof m.shared);
@@ -161,26 +181,17 @@ inline void run_block(const std::vector<int>& order) {
     f.groups.clear();
     f.open.clear();
   }
+  // One warp runs until nothing but the rest of the block can let it go on, then the next: as far apart as barriers allow.
   for (size_t left = m.fibers.size(); left > 0;) {
-    m.progress = false;
-    for (int i : order) {
-      Fiber& f = m.fibers[i];
-      if (f.done) continue;
-      m.current = i;
-      threadIdx = dim3(i, 0, 0);
-      if (_setjmp(m.scheduler) == 0) {
-        if (f.started) _longjmp(f.resume, 1);
-        f.started = true;
-        getcontext(&f.start);
-        f.start.uc_stack.ss_sp = f.stack.get();
-        f.start.uc_stack.ss_size = kStack;
-        f.start.uc_link = nullptr;
-        makecontext(&f.start, enter, 0);
-        setcontext(&f.start);
-      }
-      if (f.done) --left;
+    bool any_progress = false;
+    for (size_t begin = 0; begin < order.size(); begin += kLanes) {
+      do {
+        m.progress = false;
+        for (size_t at = begin; at < begin + kLanes; ++at) left -= resume(order[at]);
+        any_progress |= m.progress;
+      } while (m.progress);
     }
-    if (!m.progress && left > 0) fail("deadlock: threads wait at different barriers");
+    if (!any_progress && left > 0) fail("deadlock: threads wait at different barriers");
   }
 }
 
@@ -202,13 +213,14 @@ void launch(const Target&, const char*, void (*kernel)(Params...), dim3 grid, in
   gridDim = grid;
   blockDim = dim3(threads);
   std::mt19937 random(++m.launches);
-  m.late_copies = m.launches % 2 == 0;
-  std::vector<int> order(threads);
-  for (int i = 0; i < threads; ++i) order[i] = i;
+  m.late_copies = random() % 2 == 0;
+  std::vector<int> warps(threads / kLanes), order(threads);
+  for (size_t i = 0; i < warps.size(); ++i) warps[i] = int(i);
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
-        for (int i = threads - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
+        for (size_t i = warps.size() - 1; i > 0; --i) std::swap(warps[i], warps[random() % (i + 1)]);
+        for (int i = 0; i < threads; ++i) order[i] = warps[i / kLanes] * kLanes + i % kLanes;
         blockIdx = dim3(x, y, z);
         run_block(order);
       }
