@@ -72,7 +72,8 @@ def resources(built) -> dict[tuple[str, str], dict[str, int]]:
     pattern = re.compile(
         r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\S+)'.*\n"
         r"ptxas info\s+: Function properties for (?P=name)\s*\n"
-        r"\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\s*\n"
+        r"\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
+        r"(?P<loads>\d+) bytes spill loads\s*\n"
         r"ptxas info\s+: Used (?P<registers>\d+) registers"
     )
     text = (built / "ptxas.log").read_text()

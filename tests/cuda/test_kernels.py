@@ -179,10 +179,11 @@ def exact_attention(q, k, v, causal, window, scale):
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     q_len, k_len = q.shape[2], k.shape[2]
-    distance = torch.arange(k_len) - torch.arange(q_len)[:, None] - (0 if causal == 2 else k_len - q_len)
+    ahead = torch.arange(k_len) - torch.arange(q_len)[:, None]
+    distance = ahead - (k_len - q_len)
     visible = torch.ones_like(distance, dtype=torch.bool)
     if causal:
-        visible &= distance <= 0
+        visible &= (distance if causal == 1 else ahead) <= 0
     if window[0] >= 0:
         visible &= distance >= -window[0]
     if window[1] >= 0:
@@ -225,6 +226,7 @@ ATTENTION = [
     (1, 1, 1, 150, 150, 64, 64, 1, (20, -1), "plain"),
     (1, 1, 1, 90, 140, 24, 24, 0, (30, 10), "plain"),
     (1, 1, 1, 90, 140, 1, 3, 0, (-1, 0), "plain"),
+    (1, 1, 1, 90, 70, 32, 32, 2, (30, 5), "plain"),
 ]
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 

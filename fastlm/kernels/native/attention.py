@@ -129,11 +129,12 @@ def _backward_unsupported_cuda(do, dlse, q, k, v, o, lse, *rest) -> str | None:
 
 def _diagonals(causal: int, window_left: int, window_right: int, q_len: int, k_len: int) -> tuple[int, int]:
     """Query i sees key j iff i + lower <= j <= i + upper."""
-    offset = 0 if causal == 2 else k_len - q_len  # key i + offset stands beside query i
-    lower = offset - window_left if window_left >= 0 else -q_len
+    last = k_len - q_len  # windows count from key i + last, which ends together with the queries
+    lower = last - window_left if window_left >= 0 else -q_len
+    upper = last + window_right if window_right >= 0 else k_len
     if causal:
-        return lower, offset
-    return lower, offset + window_right if window_right >= 0 else k_len
+        upper = min(upper, last if causal == 1 else 0)
+    return lower, upper
 
 
 if _native.cuda is not None:
