@@ -117,7 +117,8 @@ if _native.cpu is not None:
 def _unsupported_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
     if q.dtype == torch.float64:
         return "does not take float64"
-    return _unsupported(q, k, v, *options[:10], -1, -1, *options[12:])  # it takes windows
+    without_window = [*options[:10], -1, -1, *options[12:]]  # it takes windows
+    return _unsupported(q, k, v, *without_window)
 
 
 def _backward_unsupported_cuda(do, dlse, q, k, v, o, lse, *rest) -> str | None:
@@ -171,5 +172,7 @@ if _native.cuda is not None:
             _cuda.attention_backward(*read, *written, stats, *diagonals, scale, current_stream(q))
 
         _writing(run, *(x for x in (dq, dk, dv) if x is not None))
-        gradients = [x if want else q.new_empty(0) for x, want in zip((dq, dk, dv), wanted, strict=False)]
+        gradients = [
+            x if want and x is not None else q.new_empty(0) for x, want in zip((dq, dk, dv), wanted, strict=False)
+        ]
         return (*gradients, *(q.new_empty(0) for _ in range(3)))
