@@ -25,7 +25,9 @@ if _native.cpu is not None:
 
     def _gradient(dy: Tensor, saved: Tensor, squared: bool) -> Tensor:
         dx = empty_like(saved)
-        _backward(as_laid_out(dy, dx), as_laid_out(saved, dx), dx, squared, get_num_threads())
+        if not (dy.is_contiguous() and saved.is_contiguous()):
+            dy, saved = as_laid_out(dy, dx), as_laid_out(saved, dx)
+        _backward(dy, saved, dx, squared, get_num_threads())
         return dx
 
     @kernel("relu_backward", backend="native", device="cpu")
