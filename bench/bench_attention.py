@@ -1,9 +1,7 @@
 """The cases of fastlm/benchmarks/cases/attention.py under pytest-benchmark."""
 
-import pytest
-from conftest import listed
+GROUP = "attention"
 
 
-@pytest.mark.parametrize("case", listed("attention"))
 def bench_attention(measure, case):
-    assert measure(case) > 0
+    measure(case)

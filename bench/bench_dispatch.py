@@ -1,9 +1,7 @@
 """The cases of fastlm/benchmarks/cases/dispatch.py under pytest-benchmark."""
 
-import pytest
-from conftest import listed
+GROUP = "dispatch"
 
 
-@pytest.mark.parametrize("case", listed("dispatch"))
 def bench_dispatch(measure, case):
-    assert measure(case) > 0
+    measure(case)

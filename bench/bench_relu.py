@@ -1,9 +1,7 @@
 """The cases of fastlm/benchmarks/cases/relu.py under pytest-benchmark."""
 
-import pytest
-from conftest import listed
+GROUP = "relu"
 
 
-@pytest.mark.parametrize("case", listed("relu"))
 def bench_relu(measure, case):
-    assert measure(case) > 0
+    measure(case)

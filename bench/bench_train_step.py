@@ -1,9 +1,7 @@
 """The cases of fastlm/benchmarks/cases/train.py under pytest-benchmark."""
 
-import pytest
-from conftest import listed
+GROUP = "train"
 
 
-@pytest.mark.parametrize("case", listed("train"))
 def bench_train_step(measure, case):
-    assert measure(case) > 0
+    measure(case)

@@ -30,7 +30,7 @@ def built():
 def measure(benchmark, built):
     """Times a case's baseline and fastlm in turns; the ratio goes into extra_info."""
 
-    def run(case: Case) -> float:
+    def run(case: Case) -> None:
         host = built(case)
         names = [case.baseline, "fastlm"]
         counts = {name: host.prepare(name, 0.01) for name in names}
@@ -42,17 +42,17 @@ def measure(benchmark, built):
 
         benchmark.pedantic(one_round, rounds=5, warmup_rounds=1)
         ratios = sorted(a / b for a, b in zip(taken[case.baseline], taken["fastlm"], strict=True))
-        ratio = ratios[len(ratios) // 2]
         benchmark.extra_info.update(
             case=case.name,
             baseline_seconds=sorted(taken[case.baseline])[len(ratios) // 2],
             fastlm_seconds=sorted(taken["fastlm"])[len(ratios) // 2],
-            times_faster=ratio,
+            times_faster=ratios[len(ratios) // 2],
         )
-        return ratio
 
     return run
 
 
-def listed(group: str) -> list:
-    return [pytest.param(case, id=case.name) for case in cases.cases(group, DEVICE, QUICK)]
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        found = cases.cases(metafunc.module.GROUP, DEVICE, QUICK)
+        metafunc.parametrize("case", found, ids=[case.name for case in found])

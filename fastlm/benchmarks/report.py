@@ -102,7 +102,8 @@ def draw(rows: Sequence[Row], machine: dict[str, Any], path: Path) -> bool:
 
 def _draw_group(axis: Any, group: str, rows: list[Row]) -> None:
     shares = not any(math.isnan(row.share) for row in rows)
-    values = [100 * row.share if shares else 1e6 * row.seconds for row in rows]
+    unit, scale = ("ms", 1e3) if max(row.seconds for row in rows) > 1e-3 else ("µs", 1e6)
+    values = [100 * row.share if shares else scale * row.seconds for row in rows]
     y, ticks, names = 0.0, [], []
     longest = max(values)
     before = None
@@ -111,25 +112,24 @@ def _draw_group(axis: Any, group: str, rows: list[Row]) -> None:
             y += 0.6
         if (row.case, row.allocator) != before:
             ticks.append(y)
-            names.append(row.case + (f"  [{row.allocator}]" if row.allocator == "kept" else ""))
+            names.append(row.case + (", freed memory kept" if row.allocator == "kept" else ""))
         before = (row.case, row.allocator)
         axis.barh(y, value, height=0.9, color=_COLOURS.get(row.variant, "#b8860b"), label=row.variant)
         text = rate(row) or seconds(row.seconds)
         if row.variant == "fastlm" and not math.isnan(row.ratio):
             text += f"   {row.ratio:.2f}x"
-        axis.text(value + longest * 0.01, y, text, va="center", fontsize=8,
-                  fontweight="bold" if row.variant == "fastlm" else "normal")  # fmt: skip
+        weight = "bold" if row.variant == "fastlm" else "normal"
+        axis.annotate(text, (value, y), (4, 0), textcoords="offset points", va="center", fontsize=8, fontweight=weight)
         y += 1
     axis.set_yticks(ticks, names, fontsize=8)
     axis.invert_yaxis()
-    axis.set_xscale("linear" if shares else "log")
     if shares:
         axis.set_xlim(0, max(115, 1.25 * longest))
         axis.axvline(100, color="black", linewidth=0.8, linestyle=":")
-        axis.set_xlabel("% of the limit measured in the same run", fontsize=8)
+        axis.set_xlabel("% of the limit measured in the same run, more is better", fontsize=8)
     else:
-        axis.set_xlim(min(values) / 2, longest * 4)
-        axis.set_xlabel("µs", fontsize=8)
+        axis.set_xlim(0, 1.25 * longest)
+        axis.set_xlabel(f"{unit}, less is better", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_title(group, loc="left", fontsize=10, fontweight="bold")
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""What a call costs beyond its arithmetic: relu of 64 elements, and the import."""
+"""What a call costs beyond its arithmetic: relu of 64 elements."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from functools import partial
 import torch
 
 import fastlm
-from fastlm.benchmarks.harness import Built, Case, Variant, python
-
-IMPORT = "import time; {before}; t = time.perf_counter(); import {name}; print(time.perf_counter() - t)"
+from fastlm.benchmarks.harness import Built, Case, Variant
 
 
 def build(function: str, context, gradient: bool, device: str) -> Built:
@@ -33,16 +31,6 @@ def _named(op, x):
     return {"output": op(x)}
 
 
-def _import_seconds(name: str, count: int) -> float:
-    before = "pass" if name == "torch" else "import torch"
-    return sum(float(python(IMPORT.format(before=before, name=name))) for _ in range(count))
-
-
-def build_import() -> Built:
-    timers = {name: partial(_import_seconds, name) for name in ("torch", "fastlm")}
-    return Built({name: Variant(timer, seconds=timer) for name, timer in timers.items()})
-
-
 def cases(device: str, quick: bool) -> list[Case]:
     listed = [
         ("fastlm.relu, no gradient wanted", "fastlm.relu", contextlib.nullcontext, False),
@@ -50,9 +38,7 @@ def cases(device: str, quick: bool) -> list[Case]:
         ("torch.ops.fastlm.relu, no gradient wanted", "torch.ops.fastlm.relu", contextlib.nullcontext, False),
         ("fastlm.relu, forward and backward", "fastlm.relu", contextlib.nullcontext, True),
     ]
-    made = [
+    return [
         Case("dispatch", name, partial(build, function, context, gradient, device), device=device, allocators=False)
         for name, function, context, gradient in listed
     ]
-    made.append(Case("dispatch", "import, fastlm's beyond torch's", build_import, allocators=False, compare=False))
-    return made

@@ -1,0 +1,164 @@
+"""The harness: what it refuses, what it measures, what it writes."""
+
+import json
+import math
+import re
+import time
+
+import pytest
+import torch
+
+from fastlm import _native
+from fastlm.benchmarks import cases, main, measure_bandwidth, measure_peak
+from fastlm.benchmarks.harness import (
+    BenchmarkError,
+    Built,
+    Case,
+    LoadMeter,
+    Local,
+    Variant,
+    as_json,
+    measure,
+    time_runs,
+)
+from fastlm.benchmarks.report import seconds
+from fastlm.benchmarks.stock import StockGPT
+from fastlm.models import GPT, GPTConfig
+
+
+def taking(duration):
+    """A variant whose every run takes exactly so long, on a busy machine too."""
+    return Variant(lambda: None, seconds=lambda count: count * duration)
+
+
+def test_ratio_and_share():
+    case = Case("group", "case", lambda: Built({"torch": taking(0.004), "fastlm": taking(0.002)}), flops=1e6)
+    rows = measure(case, {"system": Local(case)}, {"float32": 1e9, "bandwidth": 1e9}, rounds=5, seconds=0.01)
+    stock, ours = rows
+    assert (stock.variant, ours.variant) == ("torch", "fastlm")
+    assert stock.ratio == 1
+    assert ours.ratio == pytest.approx(2)
+    assert ours.share == pytest.approx(0.5)  # 1 ms at the limit, 2 ms taken
+    assert ours.quartiles == pytest.approx((0.002, 0.002))
+
+
+def test_runs_are_timed():
+    variant = Variant(lambda: time.sleep(0.01))
+    assert time_runs(variant, 3, "cpu") >= 0.03
+
+
+def test_a_wrong_result_is_refused():
+    exact = torch.linspace(0, 1, 100, dtype=torch.float64)
+
+    def built():
+        right = Variant(lambda: None, lambda: {"y": exact.float()})
+        wrong = Variant(lambda: None, lambda: {"y": exact.float() + 1e-4})
+        return Built({"torch": right, "fastlm": wrong}, lambda: {"y": exact})
+
+    with pytest.raises(BenchmarkError, match=r"fastlm is not timed, since its y is off by 0\.0001"):
+        Local(Case("group", "case", built))
+
+
+def test_a_result_that_is_not_a_number_is_refused():
+    def built():
+        y = Variant(lambda: None, lambda: {"y": torch.tensor([math.nan])})
+        return Built(
+            {"torch": Variant(lambda: None, lambda: {"y": torch.ones(1)}), "fastlm": y}, lambda: {"y": torch.ones(1)}
+        )
+
+    with pytest.raises(BenchmarkError, match="is off by nan"):
+        Local(Case("group", "case", built))
+
+
+def test_the_load_of_this_process_is_not_that_of_others():
+    meter = LoadMeter()
+    began = time.perf_counter()
+    while time.perf_counter() - began < 0.3:
+        pass
+    busy, own = (now - then for now, then in zip(meter._read()[1:], meter._began[1:], strict=True))
+    assert own > 0.05
+    assert math.isnan(busy) or busy >= own - 0.05  # /proc counts in hundredths of a second
+
+
+def test_limits_are_positive_and_a_bad_dtype_is_named():
+    assert measure_peak("float32") > 1e8
+    assert measure_peak(torch.bfloat16, threads=1) > 1e7
+    assert measure_bandwidth() > 1e8
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, got int8"):
+        measure_peak("int8")
+
+
+@pytest.mark.skipif(_native.cpu is None, reason="fastlm._cpu was not built")
+def test_probes_do_what_they_count():
+    a, b = torch.full((1000,), 4.0), torch.full((1000,), 1.0)
+    assert _native.cpu.run_update(a, b, 2) == 12 * 1000
+    assert torch.equal(a, torch.full((1000,), 3.0))
+    assert _native.cpu.run_read(a, 2) == 4 * 1000
+    assert _native.cpu.run_products("float32", 10, 2) == 2 * _native.cpu.run_products("float32", 10, 1) > 0
+    with pytest.raises(ValueError, match="contiguous float32"):
+        _native.cpu.run_update(a.double(), b, 1)
+
+
+@pytest.mark.parametrize("act", ["relu", "relu_squared", "gelu"])
+def test_stock_model_is_the_same_function(act):
+    config = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, vocab_size=11, act=act, bias=True)
+    torch.manual_seed(0)
+    ours, stock = GPT(config), StockGPT(config)
+    with torch.no_grad():
+        for p in ours.parameters():
+            p.normal_(std=0.3)
+    stock.load_state_dict(ours.state_dict())
+    idx = torch.randint(11, (3, 12))
+    torch.testing.assert_close(ours(idx, idx.roll(-1))[1], stock(idx, idx.roll(-1))[1])
+
+
+@pytest.mark.parametrize("group", [g for g in cases.GROUPS if g != "import_time"])
+def test_quick_cases_are_right(group):
+    """Each passes the gate: the variants do the same work."""
+    for case in cases.cases(group, "cpu", quick=True):
+        local = Local(case)
+        assert {"torch", "fastlm"} <= set(local.names()[0])
+        assert case.flops or case.bytes or group == "dispatch"
+
+
+def test_command_writes_json_and_a_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["dispatch", "--quick", "--rounds", "2", "--out", str(tmp_path / "new")]) == 0
+    kept = json.loads((tmp_path / "new" / "bench.json").read_text())
+    assert {"machine", "limits", "rows"} == set(kept)
+    assert kept["machine"]["command"].startswith("fastlm bench dispatch --quick")
+    assert all(row["seconds"] > 0 for row in kept["rows"])
+    assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "fastlm.relu, no gradient wanted" in capsys.readouterr().out
+
+
+def test_command_runs_both_allocators(tmp_path):
+    assert main(["relu", "--quick", "--rounds", "1", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {row["allocator"] for row in rows} == {"system", "kept"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["norms"], "CASE must be one of .*dispatch.*, got norms"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_get_a_sentence(arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_json_has_no_nan():
+    case = Case("group", "case", lambda: Built({"torch": taking(0.1)}, missing={"fastlm": "gone"}), compare=False)
+    rows = measure(case, {"system": Local(case)}, {}, rounds=1, seconds=0.001)
+    assert "NaN" not in json.dumps(as_json(rows, {}, {}))
+    assert rows[1].missing == "gone"
+
+
+@pytest.mark.parametrize(("value", "text"), [(1.5, "1.5 s"), (0.25, "250 ms"), (2.5e-6, "2.5 µs"), (3e-8, "30 ns")])
+def test_seconds_in_a_readable_unit(value, text):
+    assert seconds(value) == text
