@@ -23,11 +23,12 @@ def stream_text(
     top_k: int | None = 50,
     seed: int = 0,
     use_cache: bool = True,
+    one_document: bool = True,
 ) -> Iterator[str]:
     """Yields the prompt and then the text of up to `tokens` tokens more, in pieces of whole characters.
 
     The model sees the end-of-document token and then the prompt, as at the start of a document; drawing it again ends
-    the text. The same seed gives the same text.
+    the text, or a document of it if one_document is False. The same seed gives the same text.
     """
     ids = [tokenizer.eot, *tokenizer.encode(prompt).tolist()]
     generator = torch.Generator(config.device).manual_seed(seed)
@@ -38,8 +39,14 @@ def stream_text(
     while True:
         with autocast(config):  # around the draw alone: while this waits, the caller's own code runs
             token = next(drawn, None)
-        if token is None or (number := token.item()) == tokenizer.eot:
+        if token is None:
             break
+        if (number := token.item()) == tokenizer.eot:
+            if one_document:
+                break
+            yield tokenizer.decode(held) + "\n\n"
+            held.clear()
+            continue
         if number >= tokenizer.vocab_size:
             continue  # it only pads the head; an untrained model may draw it
         held.append(number)

@@ -151,7 +151,10 @@ def _run(
     evaluation = evaluate(model, config, dataset.val, dataset.val_bytes)
     text = None
     if config.sample_tokens:
-        text = "".join(stream_text(model, config, dataset.tokenizer, "", config.sample_tokens, seed=config.seed))
+        pieces = stream_text(
+            model, config, dataset.tokenizer, "", config.sample_tokens, seed=config.seed, one_document=False
+        )
+        text = "".join(pieces)
         write_atomically(out / "sample.txt", text.encode())
     summary = {
         "step": best.step,
