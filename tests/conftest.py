@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import FullDisk
 
 import fastlm
 from fastlm import _native
+
+try:
+    import hypothesis
+except ImportError:  # the GPU tests do without it
+    pass
+else:
+    hypothesis.settings.register_profile("fastlm", deadline=None)  # a limit per example would test the machine's load
+    hypothesis.settings.load_profile("fastlm")
 
 SOURCE = Path(__file__).parents[1]
 
@@ -33,3 +42,8 @@ def pytest_report_header(config):
     cpu = f"_cpu on {_native.cpu.active_isa()}" if _native.cpu is not None else _native.reasons["cpu"]
     backend = os.environ.get("FASTLM_BACKEND") or "auto"
     return f"fastlm {fastlm.__version__} from {fastlm.__path__[0]}, torch {torch.__version__}, {cpu}, backend {backend}"
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    return FullDisk(monkeypatch)

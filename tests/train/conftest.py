@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import random
 from pathlib import Path
 
@@ -81,28 +79,3 @@ def final_state():
         }
 
     return hashes
-
-
-class FullDisk:
-    """Counts the calls that can need disk space; from the `fail_at`-th on they raise ENOSPC."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.count, self.fail_at = 0, None
-        for name in ("open", "write", "fsync", "replace", "rename", "mkdir"):
-            monkeypatch.setattr(os, name, self._counted(name, getattr(os, name)))
-
-    def _counted(self, name, call):
-        def wrapper(*args, **kwargs):
-            if name == "open" and not args[1] & os.O_CREAT:
-                return call(*args, **kwargs)  # reading needs no space
-            self.count += 1
-            if self.fail_at is not None and self.count >= self.fail_at:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return call(*args, **kwargs)
-
-        return wrapper
-
-
-@pytest.fixture
-def full_disk(monkeypatch):
-    return FullDisk(monkeypatch)

@@ -6,10 +6,6 @@ import errno
 import os
 
 import pytest
-from hypothesis import settings
-
-settings.register_profile("data", deadline=None)  # a time limit per example would test the machine's load
-settings.load_profile("data")
 
 
 class FullDisk:
@@ -54,8 +50,3 @@ class FullDisk:
                 return
             yield k, failure
         raise AssertionError(f"more than {most} writes")
-
-
-@pytest.fixture
-def full_disk(monkeypatch):
-    return FullDisk(monkeypatch)
