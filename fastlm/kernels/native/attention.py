@@ -80,7 +80,7 @@ def _writing(run: Callable[..., Any], *outputs: Tensor) -> None:
 
 def _empty(like: Tensor, last: int) -> Tensor:
     """Empty and dense, with `last` as the last size and the dimensions in memory in the order of those of `like`."""
-    order = sorted(range(4), key=lambda i: (-like.stride(i), i))
+    order = sorted(range(4), key=lambda i: (-like.stride()[i], i))
     return torch.empty_permuted((*like.shape[:3], last), order, dtype=like.dtype, device=like.device)
 
 
