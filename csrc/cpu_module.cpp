@@ -93,22 +93,6 @@ void bias_act_backward(const TensorView& dy, const TensorView& saved, const Tens
   });
 }
 
-// False where every element surely has a place of its own: each dimension steps over all that the smaller ones span.
-bool overlaps_itself(const TensorView& t) {
-  if (t.numel() == 0) return false;
-  for (int i = 0; i < t.ndim; ++i) {
-    if (t.shape[i] == 1) continue;
-    int64_t span = 0;
-    for (int j = 0; j < t.ndim; ++j) {
-      if (j == i || t.shape[j] == 1) continue;
-      if (t.strides[j] == t.strides[i]) return true;
-      if (t.strides[j] < t.strides[i]) span += (t.shape[j] - 1) * t.strides[j];
-    }
-    if (t.strides[i] <= span) return true;
-  }
-  return false;
-}
-
 double read_step(const TensorView& t) {
   return t.dtype == DType::kF64 ? *static_cast<double*>(t.data) : *static_cast<float*>(t.data);
 }
@@ -137,7 +121,7 @@ void adam_step(const std::vector<TensorView>& params, const std::vector<TensorVi
   std::vector<cpu::AdamItem> items(params.size());
   std::unordered_set<void*> written;
   auto check_written = [&](const char* name, size_t i, const TensorView& tensor) {
-    FASTLM_CHECK(!overlaps_itself(tensor), "adam_: ", name, "[", i,
+    FASTLM_CHECK(!tensor.overlaps_itself(), "adam_: ", name, "[", i,
                  "] is written, so no two of its elements may share memory, got ", tensor.describe());
     FASTLM_CHECK(tensor.numel() == 0 || written.insert(tensor.data).second, "adam_: ", name, "[", i,
                  "] shares its memory with another tensor that this call writes");

@@ -66,14 +66,27 @@ struct TensorView {
     for (int i = 0; i < ndim; ++i) n *= shape[i];
     return n;
   }
-  // Occupies exactly numel() elements of memory, in whatever order of dimensions.
-  bool dense() const {
-    int64_t span = 1;
+  // Some two elements may share memory: a dimension does not step over all that the smaller ones span.
+  bool overlaps_itself() const {
+    if (numel() == 0) return false;
     for (int i = 0; i < ndim; ++i) {
-      if (shape[i] == 0) return true;
-      span += (shape[i] - 1) * strides[i];
+      if (shape[i] == 1) continue;
+      int64_t span = 0;
+      for (int j = 0; j < ndim; ++j) {
+        if (j == i || shape[j] == 1) continue;
+        if (strides[j] == strides[i]) return true;
+        if (strides[j] < strides[i]) span += (shape[j] - 1) * strides[j];
+      }
+      if (strides[i] <= span) return true;
     }
-    return span == numel();
+    return false;
+  }
+  // Fills exactly numel() elements of memory, in whatever order of dimensions.
+  bool dense() const {
+    if (contiguous()) return true;
+    int64_t span = 1;
+    for (int i = 0; i < ndim; ++i) span += (shape[i] - 1) * strides[i];
+    return span == numel() && !overlaps_itself();
   }
   bool contiguous() const {
     int64_t expected = 1;

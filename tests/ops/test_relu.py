@@ -273,3 +273,14 @@ def test_meta_and_marked_tensors(f):
     assert f(torch.empty(3, 4, device="meta")).shape == (3, 4)
     z = torch.randn(5, dtype=torch.complex64)
     torch.testing.assert_close(f(z.conj().imag), f(-z.imag))  # a real tensor whose memory holds the opposite
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
+def test_memory_that_elements_share_is_not_dense():
+    """Sizes (2, 4) with strides (7, 0) span 8 elements as a dense tensor does, and hold 2."""
+    from fastlm import _native
+
+    x = torch.randn(8).as_strided((2, 4), (7, 0))
+    with pytest.raises(ValueError, match="tensors must be dense"):
+        _native.cpu.relu_forward(x, x, False, 1)
+    torch.testing.assert_close(fastlm.relu(x), torch.relu(x))
