@@ -122,7 +122,7 @@ def sample(arguments: list[str]) -> int:
         """Beginning of the text."""
         tokens: int = 256
         """Tokens to add at most."""
-        temperature: float = 0.8
+        temperature: float = 0.6
         """0 takes the likeliest token, 1 draws from the model as it is."""
         top_k: int = 50
         """Draw from so many likeliest tokens; 0 from all."""

@@ -12,7 +12,13 @@ from torch import Tensor
 from fastlm._library import define_op
 
 
+def _require_floating_point(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"fastlm.relu: x must be floating point, got {x.dtype}")
+
+
 def relu_reference(x: Tensor) -> Tensor:
+    _require_floating_point(x)
     return torch.relu(x)
 
 
@@ -21,6 +27,7 @@ def relu_backward_reference(dy: Tensor, y: Tensor) -> Tensor:
 
 
 def relu_squared_reference(x: Tensor) -> Tensor:
+    _require_floating_point(x)
     return torch.relu(x).square()
 
 

@@ -19,7 +19,7 @@ def stream_text(
     prompt: str,
     tokens: int,
     *,
-    temperature: float = 0.8,
+    temperature: float = 0.6,
     top_k: int | None = 50,
     seed: int = 0,
     use_cache: bool = True,
