@@ -162,3 +162,12 @@ def test_json_has_no_nan():
 @pytest.mark.parametrize(("value", "text"), [(1.5, "1.5 s"), (0.25, "250 ms"), (2.5e-6, "2.5 µs"), (3e-8, "30 ns")])
 def test_seconds_in_a_readable_unit(value, text):
     assert seconds(value) == text
+
+
+def test_full_runs_ask_for_a_compiler():
+    from fastlm.benchmarks.cases._common import no_compiler
+
+    assert no_compiler(quick=True) == "left out of quick runs"
+    assert no_compiler(quick=False) in (
+        None, "torch.compile does not support this Python", "torch.compile needs a C++ compiler"
+    )  # fmt: skip

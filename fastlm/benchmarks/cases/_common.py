@@ -51,7 +51,7 @@ def no_compiler(quick: bool) -> str | None:
     """Why torch.compile has no variant here, or None."""
     if quick:
         return "left out of quick runs"
-    if not torch.compiler.is_dynamo_supported():
+    if not torch._dynamo.is_dynamo_supported():
         return "torch.compile does not support this Python"
     if not torch.cuda.is_available() and not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
         return "torch.compile needs a C++ compiler"
