@@ -132,6 +132,7 @@ class Op:
         self.parameters = parsed.arguments
         self.arity = len(parsed.arguments)
         self.defaults = tuple(a.default_value for a in parsed.arguments)
+        self.optional = any(a.has_default_value() for a in parsed.arguments)
         self.mutated = [i for i, a in enumerate(parsed.arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.reference = reference
         self.save = save
@@ -160,35 +161,42 @@ class Op:
             return self.reference(*args)
         return self.entries[_state.backend](*args)
 
-    def unary(self, x: Tensor) -> Tensor:
-        """The same for an op of one tensor and no autocast rule, with every cost cut that a small tensor would feel."""
-        if (
-            (type(x) is Tensor or type(x) is Parameter)
-            and not _is_compiling()
-            and _undisturbed()
-            and x.is_cpu
-            and not x.is_neg()
-            and _state.backend == "auto"
-        ):
-            if x.requires_grad and _is_grad_enabled():
-                return self._apply["auto"](None, x)
-            return self._on_cpu["auto"](x)
-        return self.pointwise(x)
+    def unary(self) -> Callable[[Tensor], Tensor]:
+        """The same, made for an op of one tensor and no autocast rule, where small tensors feel every Python call."""
+        on_cpu, apply, state, pointwise = self._on_cpu, self._apply["auto"], _state, self.pointwise
+
+        def call(x: Tensor) -> Tensor:
+            kind = type(x)
+            if (
+                (kind is Tensor or kind is Parameter)
+                and not _is_compiling()
+                and _undisturbed()
+                and x.is_cpu
+                and not x.is_neg()
+                and _has_storage(x)
+                and state.backend == "auto"
+            ):
+                if x.requires_grad and _is_grad_enabled():
+                    return apply(None, x)
+                return on_cpu["auto"](x)
+            return pointwise(x)
+
+        return call
 
     def _entry(self, backend: str) -> Callable[..., Any]:
         """The front door: the CPU kernel by a plain call where the dispatcher has nothing to add, else the torch op."""
-        overload, on_cpu, apply = self.overloads[backend], self._on_cpu[backend], self._apply.get(backend)
+        overload, on_cpu, apply = self.overloads[backend], self._on_cpu, self._apply.get(backend)
         has_autocast_rule = self.autocast is not None
 
         def call(*args: Any) -> Any:
             if (
                 not _is_compiling()
                 and _undisturbed()
-                and not (has_autocast_rule and torch._C._is_any_autocast_enabled())
-                and _all_plain_cpu(args)
+                and not (has_autocast_rule and _is_any_autocast_enabled())
+                and (wants_gradient := _plain_cpu(args)) is not None
             ):
-                if not (_is_grad_enabled() and _any_requires_grad(args)):
-                    return on_cpu(*args)
+                if not (wants_gradient and _is_grad_enabled()):
+                    return on_cpu[backend](*args)
                 if apply is not None:
                     return apply(None, *args)
             return overload(*args)
@@ -279,15 +287,19 @@ class Op:
         return lambda *args: function(*self._fill(args))
 
     def _run_reference(self, *args: Any) -> Any:
-        if torch._C._is_any_autocast_enabled():
+        if _is_any_autocast_enabled():
             with _no_autocast():
                 return self.reference(*self._fill(args))
         return self.reference(*self._fill(args))
 
     def _chooser(self, backend: str, device: str) -> Callable[..., Any]:
         candidates: list[tuple[str, Kernel]] = []  # of the last resolution
+        only: Callable[..., Any] | None = None  # the first of them, where it takes everything as it comes
 
         def run_best(*args: Any) -> Any:
+            nonlocal only
+            if only is not None:
+                return only(*args)
             if len(args) != self.arity:
                 args = self._fill(args)
             for _, (run, supports) in candidates:
@@ -299,6 +311,11 @@ class Op:
             usable, statuses = self.choices(backend, device)
             if not candidates and usable:
                 candidates.extend(usable)
+                best = usable[0][1]
+                if best.supports is None and not self.mutated and not self.optional:
+                    only = best.run
+                    if device == "cpu":
+                        self._on_cpu[backend] = only
                 return run_best(*args)
             refusals = [f"{name} {candidate.refusal(args)}" for name, candidate in usable]
             refusals += [f"{s.backend} {s.reason}" for s in statuses if not s.usable]
@@ -322,11 +339,11 @@ class Op:
 
     def _below_autograd(self, backend: str) -> Callable[..., Any]:
         """Go on with the dispatch after Autograd; to a CPU kernel by a plain call, since a boxed one costs 2 us."""
-        after, on_cpu = torch._C._after_autograd_keyset, self._on_cpu[backend]
+        after, on_cpu = torch._C._after_autograd_keyset, self._on_cpu
 
         def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-            if _dispatch_modes() == 0 and _all_plain_cpu(args):
-                return on_cpu(*args)
+            if _dispatch_modes() == 0 and _plain_cpu(args) is not None:
+                return on_cpu[backend](*args)
             return self.overloads[backend].redispatch(keyset & after, *args)
 
         return run
@@ -337,8 +354,12 @@ class Op:
         if not self.mutated:
             apply = self._apply[backend] = self._function(backend, below).apply
 
+        on_cpu = self._on_cpu
+
         def autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-            needs_graph = _is_grad_enabled() and _any_requires_grad(args)
+            plain = _plain_cpu(args)
+            wants_gradient = _any_requires_grad(args) if plain is None else plain
+            needs_graph = wants_gradient and _is_grad_enabled()
             if apply is None:
                 if needs_graph:
                     raise RuntimeError(
@@ -349,6 +370,8 @@ class Op:
                 return self._run_reference(*args)
             elif needs_graph:
                 return apply(keyset, *args)
+            if plain is not None and _dispatch_modes() == 0:
+                return on_cpu[backend](*args)
             return below(keyset, *args)
 
         return autograd
@@ -453,6 +476,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_mode = torch._C._is_torch_function_mode_enabled
 _transforms = torch._C._functorch.peek_interpreter_stack
 _is_tracing = torch._C._is_tracing
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _has_storage = torch._C._has_storage
 
 
@@ -467,18 +491,26 @@ def _undisturbed() -> bool:
     )
 
 
-def _all_plain_cpu(args: Sequence[Any]) -> bool:
-    """Only ordinary CPU tensors."""
+def _plain_cpu(args: Sequence[Any]) -> bool | None:
+    """None unless all tensors are ordinary CPU ones; then whether one of them requires a gradient."""
+    requires_grad = False
     for a in args:
         kind = type(a)
         if kind is Tensor or kind is Parameter:
-            # z.conj().imag is of a real dtype and yet marked as negated. torch's old vmap, which batched gradients
-            # still use, shows its tensors as plain ones without memory.
-            if not a.is_cpu or a.is_neg() or a.is_conj() or not _has_storage(a):
-                return False
-        elif isinstance(a, Tensor) or (isinstance(a, (list, tuple)) and not _all_plain_cpu(a)):
-            return False
-    return True
+            # z.conj().imag is of a real dtype and yet marked as negated. (A conj mark needs a complex dtype, which no
+            # kernel takes.) torch's old vmap, still used for batched gradients, shows its tensors as plain ones without
+            # memory.
+            if not a.is_cpu or a.is_neg() or not _has_storage(a):
+                return None
+            requires_grad = requires_grad or a.requires_grad
+        elif kind is list or kind is tuple:
+            inner = _plain_cpu(a)
+            if inner is None:
+                return None
+            requires_grad = requires_grad or inner
+        elif isinstance(a, Tensor):
+            return None
+    return requires_grad
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

@@ -156,6 +156,23 @@ def test_torch_function_modes_and_subclasses_are_not_bypassed():
     assert any(name.startswith("mode") and "relu" in name for name in seen)
 
 
+def test_batched_gradients_are_not_taken_for_plain_tensors():
+    """torch's old vmap, which is_grads_batched uses, shows its tensors to Python as CPU tensors without memory."""
+
+    class Activate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return fastlm.relu(dy) + fastlm.bias_act(dy, torch.ones(3))
+
+    x, dy = torch.randn(2, 3, requires_grad=True), torch.randn(4, 2, 3)
+    (dx,) = torch.autograd.grad(Activate.apply(x), x, dy, is_grads_batched=True)
+    torch.testing.assert_close(dx, torch.relu(dy) + torch.relu(dy + 1))
+
+
 def test_tracing_records_the_op():
     with pytest.warns(DeprecationWarning):
         traced = torch.jit.trace(fastlm.relu, torch.randn(3), check_trace=False)

@@ -77,6 +77,9 @@ _relu_squared = define_op(
 )
 
 
+_fast_relu, _fast_relu_squared = _relu.unary(), _relu_squared.unary()
+
+
 def relu(x: Tensor) -> Tensor:
     """max(x, 0), elementwise.
 
@@ -88,7 +91,7 @@ def relu(x: Tensor) -> Tensor:
 
     Under torch.compile it becomes torch.relu, so that Inductor fuses it with its neighbours.
     """
-    return _relu.unary(x)
+    return _fast_relu(x)
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -102,4 +105,4 @@ def relu_squared(x: Tensor) -> Tensor:
 
     Under torch.compile it becomes plain torch, so that Inductor fuses it with its neighbours.
     """
-    return _relu_squared.unary(x)
+    return _fast_relu_squared(x)
