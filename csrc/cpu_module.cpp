@@ -2,23 +2,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <optional>
-#include <unordered_set>
-#include <vector>
-
+#include "arguments.h"
 #include "cpu/adam.h"
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/limits.h"
 #include "cpu/parallel.h"
 #include "cpu/relu.h"
-#include "tensor_view.h"
 
 namespace fastlm {
 namespace {
 
-using OptionalTensor = std::optional<TensorView>;
+constexpr Border border{/*on_gpu=*/false};
 
 // Longer kernels let other Python threads run meanwhile; below this, giving the GIL away costs more than it brings.
 constexpr int64_t kReleaseGil = 1 << 15;
@@ -30,48 +25,21 @@ void run_kernel(int64_t work, const Run& run) {
   run();
 }
 
-void check_float(const char* op, const char* name, const TensorView& t) {
-  if (int(t.dtype) >= kNumFloatDTypes) fail_type(op, ": ", name, " must be floating point, got ", t.describe());
-  FASTLM_CHECK(!t.cuda, op, ": ", name, " must be on cpu, got cuda");
-}
-
-// All of one dtype, dense, with the same sizes and strides, so that one flat loop pairs their elements.
-void check_same_dense(const char* op, const TensorView& first, std::initializer_list<const TensorView*> others) {
-  check_float(op, "x", first);
-  FASTLM_CHECK(first.dense(), op, ": tensors must be dense, got ", first.describe());
-  for (const TensorView* other : others) {
-    FASTLM_CHECK(other->dtype == first.dtype && !other->cuda && same_layout(*other, first), op,
-                 ": tensors must share dtype, sizes and strides; got ", first.describe(), " and ", other->describe());
-  }
-}
-
-struct Rows {
-  int64_t rows, cols;
-};
-Rows check_rows(const char* op, const TensorView& x, const TensorView& bias) {
-  FASTLM_CHECK(x.contiguous() && x.ndim >= 1, op, ": x must be contiguous with at least one dimension, got ",
-               x.describe());
-  int64_t cols = x.shape[x.ndim - 1];
-  FASTLM_CHECK(bias.ndim == 1 && bias.shape[0] == cols && bias.contiguous() && bias.dtype == x.dtype && !bias.cuda, op,
-               ": bias must be contiguous (", cols, ") of dtype ", dtype_name(x.dtype), ", got ", bias.describe());
-  return {cols > 0 ? x.numel() / cols : 0, cols};
-}
-
 void relu_forward(const TensorView& x, const TensorView& y, bool squared, int threads) {
-  check_same_dense("relu", x, {&y});
+  border.check_same_dense("relu", x, {&y});
   int64_t n = x.numel();
   run_kernel(n, [&] { cpu::relu_forward(x.dtype, x.data, y.data, n, squared, threads); });
 }
 
 void relu_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, bool squared, int threads) {
-  check_same_dense("relu_backward", dy, {&saved, &dx});
+  border.check_same_dense("relu_backward", dy, {&saved, &dx});
   int64_t n = dy.numel();
   run_kernel(n, [&] { cpu::relu_backward(dy.dtype, dy.data, saved.data, dx.data, n, squared, threads); });
 }
 
 void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorView& y, bool squared, int threads) {
-  check_same_dense("bias_act", x, {&y});
-  auto [rows, cols] = check_rows("bias_act", x, bias);
+  border.check_same_dense("bias_act", x, {&y});
+  auto [rows, cols] = border.check_rows("bias_act", x, bias);
   run_kernel(rows * cols, [&, rows = rows, cols = cols] {
     cpu::bias_act_forward(x.dtype, x.data, bias.data, y.data, rows, cols, squared, threads);
   });
@@ -79,83 +47,23 @@ void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorV
 
 void bias_act_backward(const TensorView& dy, const TensorView& saved, const TensorView& bias, const TensorView& dx,
                        const OptionalTensor& dbias, bool squared, int threads) {
-  check_same_dense("bias_act_backward", dy, {&saved, &dx});
-  auto [rows, cols] = check_rows("bias_act_backward", dy, bias);
-  if (dbias) {
-    DType sum = dy.dtype == DType::kF64 ? DType::kF64 : DType::kF32;
-    FASTLM_CHECK(dbias->dtype == sum && dbias->contiguous() && dbias->numel() == cols && !dbias->cuda,
-                 "bias_act_backward: dbias must be contiguous (", cols, ") of dtype ", dtype_name(sum), ", got ",
-                 dbias->describe());
-  }
+  border.check_same_dense("bias_act_backward", dy, {&saved, &dx});
+  auto [rows, cols] = border.check_rows("bias_act_backward", dy, bias);
+  if (dbias) border.check_sums("bias_act_backward", "dbias", dy, *dbias, cols);
   run_kernel(rows * cols, [&, rows = rows, cols = cols] {
     cpu::bias_act_backward(dy.dtype, dy.data, saved.data, bias.data, dx.data, dbias ? dbias->data : nullptr, rows, cols,
                            squared, threads);
   });
 }
 
-double read_step(const TensorView& t) {
-  return t.dtype == DType::kF64 ? *static_cast<double*>(t.data) : *static_cast<float*>(t.data);
-}
-void write_step(const TensorView& t, double step) {
-  if (t.dtype == DType::kF64) {
-    *static_cast<double*>(t.data) = step;
-  } else {
-    *static_cast<float*>(t.data) = static_cast<float>(step);
-  }
-}
-
-void adam_step(const std::vector<TensorView>& params, const std::vector<TensorView>& grads,
-               const std::vector<TensorView>& exp_avgs, const std::vector<TensorView>& exp_avg_sqs,
-               const std::vector<TensorView>& max_exp_avg_sqs, const std::vector<TensorView>& steps, double lr,
+void adam_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+               const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const TensorList& steps, double lr,
                double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
                int threads) {
-  const std::vector<TensorView>* lists[cpu::kAdamTensors] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs};
-  const char* names[cpu::kAdamTensors] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
-  int count = amsgrad ? cpu::kAdamTensors : cpu::kAdamTensors - 1;
-  for (int t = 0; t < count; ++t) {
-    FASTLM_CHECK(lists[t]->size() == params.size(), "adam_: ", names[t], " must hold ", params.size(), " tensors, got ",
-                 lists[t]->size());
-  }
-  FASTLM_CHECK(steps.size() == params.size(), "adam_: steps must hold ", params.size(), " tensors, got ", steps.size());
-
-  std::vector<cpu::AdamItem> items(params.size());
-  std::unordered_set<void*> written;
-  auto check_written = [&](const char* name, size_t i, const TensorView& tensor) {
-    FASTLM_CHECK(!tensor.overlaps_itself(), "adam_: ", name, "[", i,
-                 "] is written, so no two of its elements may share memory, got ", tensor.describe());
-    FASTLM_CHECK(tensor.numel() == 0 || written.insert(tensor.data).second, "adam_: ", name, "[", i,
-                 "] shares its memory with another tensor that this call writes");
-  };
+  std::vector<AdamItem> items =
+      border.check_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad);
   int64_t work = 0;
-  for (size_t i = 0; i < params.size(); ++i) {
-    const TensorView& param = params[i];
-    check_float("adam_", "params", param);
-    cpu::AdamItem& item = items[i];
-    item.dtype = param.dtype;
-    item.n = param.numel();
-    item.ndim = param.ndim;
-    std::copy_n(param.shape, param.ndim, item.shape);
-    item.flat = param.dense();
-    for (int t = 0; t < count; ++t) {
-      const TensorView& tensor = (*lists[t])[i];
-      FASTLM_CHECK(tensor.dtype == param.dtype && !tensor.cuda && tensor.ndim == param.ndim &&
-                       std::equal(param.shape, param.shape + param.ndim, tensor.shape),
-                   "adam_: ", names[t], "[", i, "] must have the dtype and sizes of params[", i, "], ", param.describe(),
-                   ", got ", tensor.describe());
-      if (t != cpu::kGrad) check_written(names[t], i, tensor);
-      item.data[t] = tensor.data;
-      std::copy_n(tensor.strides, param.ndim, item.strides[t]);
-      item.flat = item.flat && same_layout(tensor, param);
-    }
-    const TensorView& step = steps[i];
-    FASTLM_CHECK(step.numel() == 1 && !step.cuda && (step.dtype == DType::kF32 || step.dtype == DType::kF64), "adam_: steps[",
-                 i, "] must be one float32 or float64 on cpu, got ", step.describe());
-    check_written("steps", i, step);
-    item.step = read_step(step) + 1;
-    work += item.n;
-  }
-  // Nothing is written before every argument is known to be right.
-  for (size_t i = 0; i < items.size(); ++i) write_step(steps[i], items[i].step);
+  for (const AdamItem& item : items) work += item.n;
   run_kernel(work, [&] {
     cpu::adam_step(items, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize}, threads);
   });
@@ -183,7 +91,7 @@ cpu::AttentionBatch check_attention(const char* op, const TensorView& q, const T
   for (const TensorView* t : {&q, &k, &v}) {
     FASTLM_CHECK(t->ndim == 4, op, ": q, k and v must have 4 dimensions (B, H, T, D), got ", t->describe());
   }
-  check_float(op, "q", q);
+  border.check_float(op, "q", q);
   FASTLM_CHECK(k.shape[1] > 0 ? q.shape[1] % k.shape[1] == 0 : q.shape[1] == 0, op,
                ": the heads of q must be a multiple of those of k, got ", q.shape[1], " and ", k.shape[1]);
   cpu::AttentionBatch b{};

@@ -2,92 +2,44 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <optional>
-#include <unordered_set>
-#include <vector>
-
+#include "arguments.h"
 #include "cuda/adam.h"
 #include "cuda/attention.h"
 #include "cuda/relu.h"
 #include "cuda/runtime.h"
 #include "cuda/target.h"
-#include "tensor_view.h"
 
 namespace fastlm {
 namespace {
 
-using OptionalTensor = std::optional<TensorView>;
-using cuda::Target;
-
 #ifdef FASTLM_DEVICE_EMULATION
-constexpr bool kOnGpu = false;
+constexpr Border border{/*on_gpu=*/false};
 #else
-constexpr bool kOnGpu = true;
+constexpr Border border{/*on_gpu=*/true};  // `stream` is one of the first tensor's device
 #endif
 
-// `first` decides the device; `stream` is one of that device's.
-void check_device(const char* op, const TensorView& first, const TensorView& t) {
-  FASTLM_CHECK(t.cuda == kOnGpu && t.device == first.device, op, ": tensors must be on one CUDA device, got ",
-               t.cuda ? "cuda:" : "cpu ", t.device);
-}
-
-void check_float(const char* op, const char* name, const TensorView& t) {
-  FASTLM_CHECK(int(t.dtype) < kNumFloatDTypes, op, ": ", name, " must be a floating-point tensor, got ", t.describe());
-}
-
-// All of one dtype, dense, with the same sizes and strides, so that one flat loop pairs their elements.
-void check_same_dense(const char* op, const TensorView& first, std::initializer_list<const TensorView*> others) {
-  check_float(op, "the first tensor", first);
-  check_device(op, first, first);
-  FASTLM_CHECK(first.dense(), op, ": tensors must be dense, got ", first.describe());
-  for (const TensorView* other : others) {
-    check_device(op, first, *other);
-    FASTLM_CHECK(other->dtype == first.dtype && same_layout(*other, first), op,
-                 ": tensors must share dtype, sizes and strides; got ", first.describe(), " and ", other->describe());
-  }
-}
-
-struct Rows {
-  int64_t rows, cols;
-};
-Rows check_rows(const char* op, const TensorView& x, const TensorView& bias) {
-  FASTLM_CHECK(x.contiguous() && x.ndim >= 1, op, ": x must be contiguous with at least one dimension, got ",
-               x.describe());
-  int64_t cols = x.shape[x.ndim - 1];
-  check_device(op, x, bias);
-  FASTLM_CHECK(bias.ndim == 1 && bias.shape[0] == cols && bias.contiguous() && bias.dtype == x.dtype, op,
-               ": bias must be contiguous (", cols, ") of dtype ", dtype_name(x.dtype), ", got ", bias.describe());
-  return {cols > 0 ? x.numel() / cols : 0, cols};
-}
-
 void relu_forward(const TensorView& x, const TensorView& y, bool squared, uintptr_t stream) {
-  check_same_dense("relu", x, {&y});
+  border.check_same_dense("relu", x, {&y});
   cuda::relu_forward({x.device, stream}, x.dtype, x.data, y.data, x.numel(), squared);
 }
 
 void relu_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, bool squared, uintptr_t stream) {
-  check_same_dense("relu_backward", dy, {&saved, &dx});
+  border.check_same_dense("relu_backward", dy, {&saved, &dx});
   cuda::relu_backward({dy.device, stream}, dy.dtype, dy.data, saved.data, dx.data, dy.numel(), squared);
 }
 
 void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorView& y, bool squared, uintptr_t stream) {
-  check_same_dense("bias_act", x, {&y});
-  auto [rows, cols] = check_rows("bias_act", x, bias);
+  border.check_same_dense("bias_act", x, {&y});
+  auto [rows, cols] = border.check_rows("bias_act", x, bias);
   cuda::bias_act_forward({x.device, stream}, x.dtype, x.data, bias.data, y.data, rows, cols, squared);
 }
 
 void bias_act_backward(const TensorView& dy, const TensorView& saved, const TensorView& bias, const TensorView& dx,
                        const TensorView& dbias, const TensorView& partial, bool squared, uintptr_t stream) {
-  check_same_dense("bias_act_backward", dy, {&saved, &dx});
-  auto [rows, cols] = check_rows("bias_act_backward", dy, bias);
-  DType sum = dy.dtype == DType::kF64 ? DType::kF64 : DType::kF32;
-  for (auto [t, name, numel] : {std::tuple{&dbias, "dbias", cols},
-                                std::tuple{&partial, "partial", cuda::bias_act_chunks(rows) * cols}}) {
-    check_device("bias_act_backward", dy, *t);
-    FASTLM_CHECK(t->dtype == sum && t->contiguous() && t->numel() == numel, "bias_act_backward: ", name, " must be ",
-                 numel, " contiguous elements of dtype ", dtype_name(sum), ", got ", t->describe());
-  }
+  border.check_same_dense("bias_act_backward", dy, {&saved, &dx});
+  auto [rows, cols] = border.check_rows("bias_act_backward", dy, bias);
+  border.check_sums("bias_act_backward", "dbias", dy, dbias, cols);
+  border.check_sums("bias_act_backward", "partial", dy, partial, cuda::bias_act_chunks(rows) * cols);
   cuda::bias_act_backward({dy.device, stream}, dy.dtype, dy.data, saved.data, bias.data, dx.data, dbias.data,
                           partial.data, rows, cols, squared);
 }
@@ -100,7 +52,7 @@ struct Sizes {
 // A (B, H, T, D) tensor that the kernels can read: whole rows, of the dtype of `first`.
 cuda::attention::Operand check_operand(const char* op, const char* name, const TensorView& first, const TensorView& t,
                                        const Sizes& want) {
-  check_device(op, first, t);
+  border.check_device(op, first, t);
   FASTLM_CHECK(t.dtype == first.dtype && t.ndim == 4 && t.shape[0] == want.batch && t.shape[1] == want.heads &&
                    t.shape[2] == want.length && t.shape[3] == want.width,
                op, ": ", name, " must be ", dtype_name(first.dtype), " (", want.batch, ", ", want.heads, ", ", want.length,
@@ -112,7 +64,7 @@ cuda::attention::Operand check_operand(const char* op, const char* name, const T
 
 float* check_per_query(const char* op, const char* name, const TensorView& first, const TensorView& t, int64_t batch,
                        int64_t heads, int64_t queries) {
-  check_device(op, first, t);
+  border.check_device(op, first, t);
   FASTLM_CHECK(t.dtype == DType::kF32 && t.contiguous() && t.ndim == 3 && t.shape[0] == batch && t.shape[1] == heads &&
                    t.shape[2] == queries,
                op, ": ", name, " must be float32 contiguous (", batch, ", ", heads, ", ", queries, "), got ",
@@ -164,7 +116,7 @@ void attention_backward(const TensorView& d_o, const OptionalTensor& dlse, const
   Sizes sizes_q{batch, heads, queries, q.shape[3]}, sizes_o{batch, heads, queries, v.shape[3]};
   Sizes sizes_k{batch, k.shape[1], k.shape[2], q.shape[3]}, sizes_v{batch, k.shape[1], k.shape[2], v.shape[3]};
   FASTLM_CHECK(dk.has_value() == dv.has_value(), op, ": dk and dv are computed together, got only one of them");
-  check_device(op, q, stats);
+  border.check_device(op, q, stats);
   FASTLM_CHECK(stats.dtype == DType::kF32 && stats.contiguous() && stats.numel() == 2 * batch * heads * queries, op,
                ": stats must be ", 2 * batch * heads * queries, " contiguous float32, got ", stats.describe());
   auto optional = [&](const char* name, const OptionalTensor& t, const Sizes& sizes) {
@@ -179,69 +131,13 @@ void attention_backward(const TensorView& d_o, const OptionalTensor& dlse, const
 }
 
 // --- Adam -------------------------------------------------------------------------------------------------------------
-double read_step(const TensorView& t) {
-  return t.dtype == DType::kF64 ? *static_cast<double*>(t.data) : *static_cast<float*>(t.data);
-}
-void write_step(const TensorView& t, double step) {
-  if (t.dtype == DType::kF64) {
-    *static_cast<double*>(t.data) = step;
-  } else {
-    *static_cast<float*>(t.data) = static_cast<float>(step);
-  }
-}
-
-void adam_step(const std::vector<TensorView>& params, const std::vector<TensorView>& grads,
-               const std::vector<TensorView>& exp_avgs, const std::vector<TensorView>& exp_avg_sqs,
-               const std::vector<TensorView>& max_exp_avg_sqs, const std::vector<TensorView>& steps, double lr,
+void adam_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+               const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const TensorList& steps, double lr,
                double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
                uintptr_t stream) {
-  const std::vector<TensorView>* lists[cuda::kAdamTensors] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs};
-  const char* names[cuda::kAdamTensors] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
-  int count = amsgrad ? cuda::kAdamTensors : cuda::kAdamTensors - 1;
-  for (int t = 0; t < count; ++t) {
-    FASTLM_CHECK(lists[t]->size() == params.size(), "adam_: ", names[t], " must hold ", params.size(), " tensors, got ",
-                 lists[t]->size());
-  }
-  FASTLM_CHECK(steps.size() == params.size(), "adam_: steps must hold ", params.size(), " tensors, got ", steps.size());
-
-  std::vector<cuda::AdamItem> items(params.size());
-  std::unordered_set<void*> written;
-  auto check_written = [&](const char* name, size_t i, const TensorView& tensor) {
-    FASTLM_CHECK(!tensor.overlaps_itself(), "adam_: ", name, "[", i,
-                 "] is written, so no two of its elements may share memory, got ", tensor.describe());
-    FASTLM_CHECK(tensor.numel() == 0 || written.insert(tensor.data).second, "adam_: ", name, "[", i,
-                 "] shares its memory with another tensor that this call writes");
-  };
-  for (size_t i = 0; i < params.size(); ++i) {
-    const TensorView& param = params[i];
-    check_float("adam_", "params", param);
-    cuda::AdamItem& item = items[i];
-    item.dtype = param.dtype;
-    item.n = param.numel();
-    item.ndim = param.ndim;
-    std::copy_n(param.shape, param.ndim, item.shape);
-    item.flat = param.dense();
-    for (int t = 0; t < count; ++t) {
-      const TensorView& tensor = (*lists[t])[i];
-      check_device("adam_", params[0], tensor);
-      FASTLM_CHECK(tensor.dtype == param.dtype && tensor.ndim == param.ndim &&
-                       std::equal(param.shape, param.shape + param.ndim, tensor.shape),
-                   "adam_: ", names[t], "[", i, "] must have the dtype and sizes of params[", i, "], ", param.describe(),
-                   ", got ", tensor.describe());
-      if (t != cuda::kGrad) check_written(names[t], i, tensor);
-      item.data[t] = tensor.data;
-      std::copy_n(tensor.strides, param.ndim, item.strides[t]);
-      item.flat = item.flat && same_layout(tensor, param);
-    }
-    const TensorView& step = steps[i];
-    FASTLM_CHECK(step.numel() == 1 && !step.cuda && (step.dtype == DType::kF32 || step.dtype == DType::kF64), "adam_: steps[",
-                 i, "] must be one float32 or float64 on cpu, got ", step.describe());
-    check_written("steps", i, step);
-    item.step = read_step(step) + 1;
-  }
+  std::vector<AdamItem> items =
+      border.check_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad);
   if (items.empty()) return;
-  // Nothing is written before every argument is known to be right.
-  for (size_t i = 0; i < items.size(); ++i) write_step(steps[i], items[i].step);
   cuda::adam_step({params[0].device, stream}, items, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize});
 }
 

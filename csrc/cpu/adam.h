@@ -1,31 +1,10 @@
 #pragma once
 
-#include <cstdint>
 #include <vector>
 
-#include "../dtype.h"
+#include "../adam_item.h"
 
 namespace fastlm::cpu {
-
-enum { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAdamTensors };
-
-// One parameter and what belongs to it: same dtype, same sizes.
-struct AdamItem {
-  static constexpr int kMaxDims = 8;
-  DType dtype;
-  int64_t n;
-  double step;                // counting this one
-  bool flat;                  // dense with equal strides, so that memory order pairs the elements
-  void* data[kAdamTensors] = {};  // data[kMaxExpAvgSq] is null without amsgrad; data[kGrad] is only read
-  int ndim;
-  int64_t shape[kMaxDims];
-  int64_t strides[kAdamTensors][kMaxDims];  // in elements
-};
-
-struct AdamOptions {
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled, maximize;
-};
 
 // All parameters in one parallel region, shared out by elements. The result does not depend on the number of threads.
 void adam_step(const std::vector<AdamItem>& items, const AdamOptions& options, int threads);

@@ -1,0 +1,124 @@
+// Checks of arguments that the bindings of both modules share.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <unordered_set>
+#include <vector>
+
+#include "adam_item.h"
+#include "tensor_view.h"
+
+namespace fastlm {
+
+using OptionalTensor = std::optional<TensorView>;
+using TensorList = std::vector<TensorView>;
+
+// Where a module's tensors have to be: on the CPU, or on one GPU, which the first tensor of a call decides.
+struct Border {
+  bool on_gpu;
+
+  void check_device(const char* op, const TensorView& first, const TensorView& t) const {
+    FASTLM_CHECK(t.cuda == on_gpu && t.device == first.device, op, ": tensors must be on ",
+                 on_gpu ? "one CUDA device" : "cpu", ", got ", t.cuda ? "cuda:" : "cpu:", t.device);
+  }
+
+  void check_float(const char* op, const char* name, const TensorView& t) const {
+    if (int(t.dtype) >= kNumFloatDTypes) fail_type(op, ": ", name, " must be floating point, got ", t.describe());
+  }
+
+  // All of one dtype, dense, with the same sizes and strides, so that one flat loop pairs their elements.
+  void check_same_dense(const char* op, const TensorView& first, std::initializer_list<const TensorView*> others) const {
+    check_float(op, "x", first);
+    check_device(op, first, first);
+    FASTLM_CHECK(first.dense(), op, ": tensors must be dense, got ", first.describe());
+    for (const TensorView* other : others) {
+      check_device(op, first, *other);
+      FASTLM_CHECK(other->dtype == first.dtype && same_layout(*other, first), op,
+                   ": tensors must share dtype, sizes and strides; got ", first.describe(), " and ", other->describe());
+    }
+  }
+
+  struct Rows {
+    int64_t rows, cols;
+  };
+  Rows check_rows(const char* op, const TensorView& x, const TensorView& bias) const {
+    FASTLM_CHECK(x.contiguous() && x.ndim >= 1, op, ": x must be contiguous with at least one dimension, got ",
+                 x.describe());
+    int64_t cols = x.shape[x.ndim - 1];
+    check_device(op, x, bias);
+    FASTLM_CHECK(bias.ndim == 1 && bias.shape[0] == cols && bias.contiguous() && bias.dtype == x.dtype, op,
+                 ": bias must be contiguous (", cols, ") of dtype ", dtype_name(x.dtype), ", got ", bias.describe());
+    return {cols > 0 ? x.numel() / cols : 0, cols};
+  }
+
+  // A buffer of sums: contiguous, double for double, else float.
+  void check_sums(const char* op, const char* name, const TensorView& first, const TensorView& t, int64_t numel) const {
+    DType sum = first.dtype == DType::kF64 ? DType::kF64 : DType::kF32;
+    check_device(op, first, t);
+    FASTLM_CHECK(t.dtype == sum && t.contiguous() && t.numel() == numel, op, ": ", name, " must be ", numel,
+                 " contiguous elements of dtype ", dtype_name(sum), ", got ", t.describe());
+  }
+
+  // What one Adam step works on, with the counts of `steps`, which lie on the CPU, raised by one.
+  std::vector<AdamItem> check_adam(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                                   const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                                   const TensorList& steps, bool amsgrad) const {
+    const TensorList* lists[kAdamTensors] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs};
+    const char* names[kAdamTensors] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
+    int count = amsgrad ? kAdamTensors : kAdamTensors - 1;
+    for (int t = 0; t < count; ++t) {
+      FASTLM_CHECK(lists[t]->size() == params.size(), "adam_: ", names[t], " must hold ", params.size(),
+                   " tensors, got ", lists[t]->size());
+    }
+    FASTLM_CHECK(steps.size() == params.size(), "adam_: steps must hold ", params.size(), " tensors, got ", steps.size());
+
+    std::vector<AdamItem> items(params.size());
+    std::unordered_set<void*> written;
+    auto check_written = [&](const char* name, size_t i, const TensorView& tensor) {
+      FASTLM_CHECK(!tensor.overlaps_itself(), "adam_: ", name, "[", i,
+                   "] is written, so no two of its elements may share memory, got ", tensor.describe());
+      FASTLM_CHECK(tensor.numel() == 0 || written.insert(tensor.data).second, "adam_: ", name, "[", i,
+                   "] shares its memory with another tensor that this call writes");
+    };
+    for (size_t i = 0; i < params.size(); ++i) {
+      const TensorView& param = params[i];
+      check_float("adam_", "params", param);
+      AdamItem& item = items[i];
+      item.dtype = param.dtype;
+      item.n = param.numel();
+      item.ndim = param.ndim;
+      std::copy_n(param.shape, param.ndim, item.shape);
+      item.flat = param.dense();
+      for (int t = 0; t < count; ++t) {
+        const TensorView& tensor = (*lists[t])[i];
+        check_device("adam_", params[0], tensor);
+        FASTLM_CHECK(tensor.dtype == param.dtype && tensor.ndim == param.ndim &&
+                         std::equal(param.shape, param.shape + param.ndim, tensor.shape),
+                     "adam_: ", names[t], "[", i, "] must have the dtype and sizes of params[", i, "], ",
+                     param.describe(), ", got ", tensor.describe());
+        if (t != kGrad) check_written(names[t], i, tensor);
+        item.data[t] = tensor.data;
+        std::copy_n(tensor.strides, param.ndim, item.strides[t]);
+        item.flat = item.flat && same_layout(tensor, param);
+      }
+      const TensorView& step = steps[i];
+      FASTLM_CHECK(step.numel() == 1 && !step.cuda && (step.dtype == DType::kF32 || step.dtype == DType::kF64),
+                   "adam_: steps[", i, "] must be one float32 or float64 on cpu, got ", step.describe());
+      check_written("steps", i, step);
+      item.step = (step.dtype == DType::kF64 ? *static_cast<double*>(step.data) : *static_cast<float*>(step.data)) + 1;
+    }
+    // Nothing is written before every argument is known to be right.
+    for (size_t i = 0; i < items.size(); ++i) {
+      if (steps[i].dtype == DType::kF64) {
+        *static_cast<double*>(steps[i].data) = items[i].step;
+      } else {
+        *static_cast<float*>(steps[i].data) = static_cast<float>(items[i].step);
+      }
+    }
+    return items;
+  }
+};
+
+}  // namespace fastlm
