@@ -80,13 +80,13 @@ def train(arguments: list[str]) -> int:
     class Options:
         config: tyro.conf.OmitArgPrefixes[TrainConfig]
         dry_run: bool = False
-        """Print the resolved configuration and what it costs, and leave."""
+        """Read the text, print the resolved configuration and what the run costs, and leave; nothing is written."""
         overwrite: bool = False
         """Replace the run that --out holds."""
 
     options = _parse(Options, "train", arguments, default=Options(PRESETS[preset]))
     if options.dry_run:
-        return _dry_run(options.config)
+        return _dry_run(options.config, options.overwrite)
     result = start(options.config, _progress(), peak=_peak(options.config), overwrite=options.overwrite)
     return _report(result)
 
@@ -290,12 +290,15 @@ def _peak(config: Any) -> float:
     return measure_peak(dtype, device=resolved.device)
 
 
-def _dry_run(config: Any) -> int:
+def _dry_run(config: Any, overwrite: bool) -> int:
+    from fastlm.data import load_corpus
     from fastlm.train.config import prepare_machine
     from fastlm.train.plan import estimate
+    from fastlm.train.rundir import claim
     from fastlm.train.step import padded_vocab_size
 
-    resolved = prepare_machine(config)
+    resolved = prepare_machine(claim(config, overwrite))
+    report = load_corpus(config.data).report  # what the run would refuse is refused here
     vocab_size = padded_vocab_size(resolved.vocab_size if resolved.tokenizer == "bpe" else 257)
     cost = estimate(resolved, vocab_size)
     width = max(len(field.name) for field in dataclasses.fields(resolved))
@@ -305,7 +308,7 @@ def _dry_run(config: Any) -> int:
     steps = f"{resolved.steps:,} steps"
     if resolved.minutes is not None:
         steps = f"as many steps as fit into {resolved.minutes:g} minutes"
-    print()
+    print(f"\n{report}\n")
     print(f"parameters  {cost.parameters:,}")
     print(f"work        {cost.flops_per_token:,} FLOPs per token, {cost.flops_per_step:.4g} per step")
     print(f"length      {steps} of {resolved.tokens_per_step:,} tokens")
@@ -319,6 +322,8 @@ def _report(result: Any) -> int:
     ngram = result.ngram_bits_per_byte
     if result.sample is not None:
         print(f"\n{result.sample}\n")
+    if result.sample_words_known is not None:
+        print(f"sample      {100 * result.sample_words_known:.0f} % of its words occur in the training text")
     beside = "" if ngram is None else f"; a 5-gram: {ngram:.3f}"
     print(f"held out    {result.evaluation.bits_per_byte:.3f} bits per byte{beside}")
     print(f"run         {result.out}: loss.png, metrics.jsonl, sample.txt, checkpoints")

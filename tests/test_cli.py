@@ -119,20 +119,24 @@ def test_resume_sample_and_eval(run, capsys, monkeypatch, tmp_path):
     assert f"5-gram    {result['ngram5_bits_per_byte']:.3f} bits per byte on the held-out text" in said
 
 
-def test_dry_run_touches_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", "--dry-run", "--data", "absent.txt", "--device", "cpu", "--precision", "bf16"]) == 0
+def test_dry_run_touches_nothing(text, tmp_path, monkeypatch, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    assert cli.main(["train", "--dry-run", "--data", text, "--device", "cpu", "--precision", "bf16"]) == 0
     said = capsys.readouterr().out
+    assert re.search(r"^train +[\d,]+ documents, [\d,]+ bytes$", said, re.MULTILINE)
     assert re.search(r"^precision +bf16$", said, re.MULTILINE)
     assert re.search(r"^parameters  [\d,]{7,}$", said, re.MULTILINE)
     assert re.search(r"^work        [\d,]+ FLOPs per token, [\d.e+]+ per step$", said, re.MULTILINE)
     assert re.search(r"^memory      [\d,]+ MiB", said, re.MULTILINE)
-    assert list(tmp_path.iterdir()) == []
+    assert list(empty.iterdir()) == []
+    assert "absent.txt does not exist" in fails(capsys, ["train", "--dry-run", "--data", "absent.txt"], 2)
 
 
 @pytest.mark.parametrize(("preset", "parameters"), [("tiny", 2e6), ("small", 12e6), ("gpt2", 124e6)])
-def test_presets_have_the_size_they_are_named_for(preset, parameters, capsys):
-    assert cli.main(["train", "--preset", preset, "--dry-run"]) == 0
+def test_presets_have_the_size_they_are_named_for(preset, parameters, text, capsys):
+    assert cli.main(["train", "--preset", preset, "--data", text, "--dry-run"]) == 0
     found = re.search(r"^parameters  ([\d,]+)$", capsys.readouterr().out, re.MULTILINE)
     assert int(found[1].replace(",", "")) == pytest.approx(parameters, rel=0.25)
 

@@ -23,7 +23,8 @@ from fastlm.train import checkpoint as checkpoints
 from fastlm.train.config import TrainConfig, prepare_machine
 from fastlm.train.progress import Progress
 
-NGRAM_TEXT_LIMIT = 32 << 20  # bytes; the 5-gram takes about a second and 100 MB of memory for each megabyte of text
+# Bytes of text that are read again to compare with: the 5-gram takes about a second and 100 MB of memory for each MB.
+NGRAM_TEXT_LIMIT = 32 << 20
 NGRAM_TEXT_HERE = 1 << 20  # bytes that are counted in this process
 
 

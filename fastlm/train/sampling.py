@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -56,3 +57,20 @@ def stream_text(
             held.clear()
     if held:
         yield tokenizer.decode(held)
+
+
+_WORD = re.compile(r"[^\W\d_]{2,}")  # two letters or more
+
+
+def known_word_share(text: str, documents: Iterable[str]) -> float | None:
+    """Of the words in `text`, counted as often as they stand there, the share that `documents` hold too; None for none.
+
+    A word is a run of at least two letters, in the same case.
+    """
+    words = _WORD.findall(text)
+    if not words:
+        return None
+    unknown = set(words)
+    for document in documents:
+        unknown.difference_update(_WORD.findall(document))
+    return sum(word not in unknown for word in words) / len(words)

@@ -25,8 +25,8 @@ from fastlm.train.metrics import Metrics
 from fastlm.train.plan import plan_steps
 from fastlm.train.plot import plot_losses
 from fastlm.train.progress import Progress
-from fastlm.train.rundir import claim, clear, ngram_baseline, open_run, prepare_data, write_run
-from fastlm.train.sampling import stream_text
+from fastlm.train.rundir import NGRAM_TEXT_LIMIT, claim, clear, ngram_baseline, open_run, prepare_data, write_run
+from fastlm.train.sampling import known_word_share, stream_text
 from fastlm.train.step import build_model, build_optimizer, learning_rate, training_step
 
 
@@ -40,6 +40,7 @@ class Result:
     evaluation: Evaluation | None  # of the best checkpoint, on the whole held-out text; None if stopped early
     ngram_bits_per_byte: float | None  # of the 5-gram on the same text; None if it was not computed
     sample: str | None
+    sample_words_known: float | None  # share of the sample's words that the training text holds; None if not counted
 
 
 def train(
@@ -142,20 +143,22 @@ def _run(
         if stop.name is not None and step < config.steps:
             save()
             progress.say(f"stopped by {stop.name} after step {step:,}; continue with: fastlm resume {out}")
-            return Result(out, step, stop.name, None, ngram, None)
+            return Result(out, step, stop.name, None, ngram, None, None)
 
     # The best weights, measured on all of the held-out text.
     best = checkpoints.load_best(out / "checkpoints", progress.warn)
     checkpoints.restore_model(model, best)
     progress.say(f"evaluating step {best.step:,} on all {dataset.val_bytes:,} bytes of held-out text")
     evaluation = evaluate(model, config, dataset.val, dataset.val_bytes)
-    text = None
+    text = words_known = None
     if config.sample_tokens:
         pieces = stream_text(
             model, config, dataset.tokenizer, "", config.sample_tokens, seed=config.seed, one_document=False
         )
         text = "".join(pieces)
         write_atomically(out / "sample.txt", text.encode())
+        if dataset.train_bytes <= NGRAM_TEXT_LIMIT:
+            words_known = known_word_share(text, dataset.documents("train"))
     summary = {
         "step": best.step,
         "val_loss": evaluation.nats_per_token,
@@ -163,10 +166,11 @@ def _run(
         "val_tokens": evaluation.tokens,
         "val_bytes": dataset.val_bytes,
         "ngram5_bits_per_byte": ngram,
+        "sample_words_known": words_known,
     }
     write_atomically(out / "result.json", (json.dumps(summary, indent=2) + "\n").encode())
     plot_losses(out, evaluation.bits_per_byte, ngram)
-    return Result(out, step, None, evaluation, ngram, text)
+    return Result(out, step, None, evaluation, ngram, text, words_known)
 
 
 class StopRequest:

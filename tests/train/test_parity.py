@@ -3,6 +3,8 @@
 As a test, 50 steps of the preset tiny in small batches. As a program, the long comparison, with its figures as JSON:
 
     python tests/train/test_parity.py --data TEXT.txt --steps 1000 --seeds 0 1 2 --out parity.json
+
+Its runs lie in --runs; called again after an interruption, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -10,13 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 import fastlm
-from fastlm.train import PRESETS, ConsoleProgress, Progress, TrainConfig, train
+from fastlm.train import PRESETS, ConsoleProgress, Progress, TrainConfig, resume, train
 from fastlm.train.metrics import read
 
 SAME_SEED = 0.02  # nats per token at the end of a run
@@ -24,27 +25,30 @@ SAME_SEED = 0.02  # nats per token at the end of a run
 
 def run(config: TrainConfig, backend: str, progress: Progress | None = None) -> dict:
     """Loss of each step and held-out loss at each evaluation, nats per token."""
+    out = Path(config.out)
     with fastlm.use_backend(backend):
-        train(config, progress)
-    rows = read(Path(config.out) / "metrics.jsonl")
+        if not (out / "checkpoints").exists():
+            train(config, progress)
+        elif not (out / "result.json").exists():
+            resume(out, progress)
+    rows = read(out / "metrics.jsonl")
     return {
         "loss": [r["loss"] for r in rows if "loss" in r],
         "val_loss": {r["step"]: r["val_loss"] for r in rows if "val_loss" in r},
     }
 
 
-def compare(config: TrainConfig, seeds: list[int], progress: Progress | None = None) -> dict:
+def compare(config: TrainConfig, seeds: list[int], directory: Path, progress: Progress | None = None) -> dict:
     """Runs every seed on both sides. At each evaluation: means, the reference's range over seeds, and what is between.
 
     `within`: whether |difference of means| is within that range at every evaluation. `final_difference`: of the same
     seed's last held-out loss, the largest.
     """
     runs: dict[str, list[dict]] = {"auto": [], "reference": []}
-    with tempfile.TemporaryDirectory() as directory:
-        for seed in seeds:
-            for backend, done in runs.items():
-                out = str(Path(directory) / f"{backend}-{seed}")
-                done.append(run(config.replace(seed=seed, out=out), backend, progress))
+    for seed in seeds:
+        for backend, done in runs.items():
+            out = str(directory / f"{backend}-{seed}")
+            done.append(run(config.replace(seed=seed, out=out), backend, progress))
     evaluations = []
     for step in runs["reference"][0]["val_loss"]:
         ours, reference = ([r["val_loss"][step] for r in runs[side]] for side in ("auto", "reference"))
@@ -91,11 +95,12 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto")
     parser.add_argument("--out", type=Path, default=Path("parity.json"))
+    parser.add_argument("--runs", type=Path, default=Path("parity-runs"), help="directory of the runs")
     options = parser.parse_args()
     config = PRESETS["tiny"].replace(
         data=options.data, steps=options.steps, precision=options.precision, sample_tokens=0, device="cpu"
     )
-    result = compare(config, options.seeds, ConsoleProgress())
+    result = compare(config, options.seeds, options.runs, ConsoleProgress())
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     good = result["within"] and result["final_difference"] <= SAME_SEED
     print(

@@ -17,6 +17,7 @@ import torch
 from fastlm.models import GPT
 from fastlm.train import CheckpointError, TrainingError, evaluate, load_model, resume, train
 from fastlm.train.metrics import read
+from fastlm.train.sampling import known_word_share
 from fastlm.train.step import learning_rate
 
 
@@ -29,12 +30,20 @@ def test_a_run_learns_and_leaves_what_it_promises(small, hook):
     assert result_json(out)["val_bits_per_byte"] == result.evaluation.bits_per_byte < 3.5
     assert 0.2 < result.ngram_bits_per_byte < 1.0
     assert (out / "sample.txt").read_text(encoding="utf-8") == result.sample
+    assert result_json(out)["sample_words_known"] == result.sample_words_known
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     rows = read(out / "metrics.jsonl")
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, 151))
     vals = [r for r in rows if "val_loss" in r]
     assert len(vals) == 4 and vals[-1]["val_bits_per_byte"] < vals[0]["val_bits_per_byte"]
     assert len(list((out / "checkpoints").iterdir())) == 2  # the newest two, the best among them
+
+
+def test_words_of_a_sample_are_looked_up_in_the_text():
+    documents = ["the cat sees a dog", "Zoë likes cats"]
+    assert known_word_share("the cat likes Zoë; the zebra 42 x", documents) == 5 / 6
+    assert known_word_share("The", documents) == 0
+    assert known_word_share("a 1 2", documents) is None
 
 
 def result_json(out: Path) -> dict:
