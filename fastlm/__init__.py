@@ -2,20 +2,31 @@
 
 import importlib
 
-from fastlm import _library, optim
+from fastlm import _library, models, optim
 from fastlm._library import backends, use_backend
 from fastlm._version import __version__
 from fastlm.ops.attention import attention, scaled_dot_product_attention
 from fastlm.ops.bias_act import bias_act
 from fastlm.ops.relu import relu, relu_squared
 
-_library.load_kernels = lambda backend, family: importlib.import_module(f"fastlm.kernels.{backend}.{family}")
+
+def _load_kernels(backend: str, family: str, device: str) -> None:
+    importlib.import_module(f"fastlm.kernels.{backend}.{family}")
+    if backend == "native":
+        from fastlm import _native
+
+        if device in _native.reasons:
+            raise ImportError(_native.reasons[device])
+
+
+_library.load_kernels = _load_kernels
 
 __all__ = [
     "__version__",
     "attention",
     "backends",
     "bias_act",
+    "models",
     "optim",
     "relu",
     "relu_squared",

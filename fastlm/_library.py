@@ -15,6 +15,7 @@ which happens at the op's first call on a device: importing fastlm loads no Trit
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -34,8 +35,9 @@ _ops: dict[str, Op] = {}
 # What a backward formula calls: _entries[backend].relu_backward(...)
 _entries = {backend: SimpleNamespace() for backend in NAMESPACES}
 
-# Imports the kernels of one backend for one op family. Set by fastlm/__init__.py, which alone sees ops and kernels.
-load_kernels: Callable[[str, str], object] | None = None
+# (backend, op family, device) -> imports the kernels; its ImportError says why there are none. Set by
+# fastlm/__init__.py, which alone sees ops and kernels.
+load_kernels: Callable[[str, str, str], object] | None = None
 
 
 # --- the choice of backend --------------------------------------------------------------------------------------------
@@ -45,10 +47,15 @@ def _checked_backend(name: str, origin: str) -> str:
     return name
 
 
-class _State(threading.local):
-    """Per thread. A class attribute is each thread's default."""
+_default_backend = _checked_backend(os.environ.get("FASTLM_BACKEND") or "auto", "FASTLM_BACKEND")
 
-    backend = _checked_backend(os.environ.get("FASTLM_BACKEND") or "auto", "FASTLM_BACKEND")
+
+class _State(threading.local):
+    """Per thread: __init__ runs in each. Attributes of the instance, since torch.compile guards on those."""
+
+    def __init__(self) -> None:
+        self.backend = _default_backend
+        self.outer: list[str] = []  # the backends that the use_backend blocks around this one put aside
 
 
 _state = _State()
@@ -68,11 +75,11 @@ class use_backend:
         self.name = _checked_backend(name, "fastlm.use_backend: name")
 
     def __enter__(self) -> None:
-        self.previous = _state.backend
+        _state.outer.append(_state.backend)
         _state.backend = self.name
 
     def __exit__(self, *exc: object) -> None:
-        _state.backend = self.previous
+        _state.backend = _state.outer.pop()
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -158,7 +165,7 @@ class Op:
     def pointwise(self, *args: Any) -> Any:
         """The call for a pointwise op: while compiling, its reference, which Inductor fuses with its neighbours."""
         if _is_compiling() and _state.backend == "auto":
-            return self.reference(*args)
+            return self.reference(*self._cast(args))
         return self.entries[_state.backend](*args)
 
     def unary(self) -> Callable[[Tensor], Tensor]:
@@ -203,6 +210,23 @@ class Op:
 
         return call
 
+    def bind(self, example_args: dict[str, Any]) -> tuple:
+        """The schema's arguments for those of the public function, given by name."""
+        if self.arguments is None:
+            parameters = [inspect.Parameter(a.name, inspect.Parameter.KEYWORD_ONLY) for a in self.parameters]
+            signature = inspect.Signature(parameters)
+        else:
+            signature = inspect.signature(self.arguments)
+        try:
+            given = signature.bind(**example_args).arguments
+        except TypeError as error:
+            raise TypeError(f"fastlm.backends: {self.name}: {error}") from None
+        if self.arguments is None:
+            return tuple(given.values())
+        if "seed" in signature.parameters:
+            given.setdefault("seed", torch.zeros((), dtype=torch.int64))  # else it would be drawn
+        return self.arguments(**given)
+
     # --- resolution ---------------------------------------------------------------------------------------------------
     def choices(self, backend: str, device: str) -> tuple[list[tuple[str, Kernel]], list[BackendStatus]]:
         """The installed kernels on a device, best first, and what became of each backend."""
@@ -229,11 +253,13 @@ class Op:
         return usable, statuses
 
     def _problem(self, backend: str, device: str) -> str | None:
+        if backend == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "runs on GPUs (on the CPU with TRITON_INTERPRET=1, for tests)"  # known without importing it
         try:
             if load_kernels is not None:
-                load_kernels(backend, self.family)
-        except ImportError as error:
-            return str(error)
+                load_kernels(backend, self.family, device)
+        except Exception as error:  # a broken Triton fails in many ways, and costs only itself
+            return str(error) if isinstance(error, ImportError) else f"does not load: {type(error).__name__}: {error}"
         found = _kernels.get((self.name, backend, device))
         if found is None:
             return f"has no {self.name} kernel for {device}"
@@ -241,7 +267,12 @@ class Op:
         return self._self_check(found, device) if device == "cuda" else None
 
     def _self_check(self, found: Kernel, device: str) -> str | None:
-        """Compare the kernel with the reference on small inputs; the first use on this machine pays for it."""
+        """Compare the kernel with the reference on small inputs; the first use in this process pays for it."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"fastlm.{self.name}: its first call on a GPU compares kernels with the reference, which a CUDA graph "
+                "cannot capture; call it once before capturing"
+            )
         for args in self.samples(device):
             if found.refusal(args) is not None:
                 continue
@@ -257,6 +288,8 @@ class Op:
                     )
                     if not difference <= allowed:
                         return f"failed its self-check on {torch.cuda.get_device_name()}: off by {difference:.3g}"
+            except torch.OutOfMemoryError:  # says nothing about the kernel
+                raise
             except Exception as error:
                 return f"failed its self-check on {torch.cuda.get_device_name()}: {error}"
         return None
@@ -274,10 +307,13 @@ class Op:
         torch.library.register_fake(qualified, self._filled(fake), lib=library)
         library.impl(self.name, self._autograd_kernel(backend), "Autograd", with_keyset=True)
         if not self.mutated:
-            library.impl(self.name, self._run_reference, "FuncTorchBatched")
+            # This key comes before Autocast's.
+            library.impl(
+                self.name, lambda *args: self._run_reference(*self._cast(self._fill(args))), "FuncTorchBatched"
+            )
         if self.autocast is not None:
             for device in _DEVICES:
-                library.impl(self.name, self._autocast_kernel(backend, device), f"Autocast{device.upper()}")
+                library.impl(self.name, self._autocast_kernel(backend), f"Autocast{device.upper()}")
 
     def _fill(self, args: Sequence[Any]) -> Sequence[Any]:
         # The dispatcher leaves out trailing arguments that equal their defaults.
@@ -330,10 +366,19 @@ class Op:
 
         return refuse
 
-    def _autocast_kernel(self, backend: str, device: str) -> Callable[..., Any]:
+    def _cast(self, args: Sequence[Any]) -> Sequence[Any]:
+        """The arguments as autocast wants them, where it is on and the op has a rule."""
+        if self.autocast is not None:
+            device = args[0].device.type
+            if torch.is_autocast_enabled(device):
+                return self.autocast(torch.get_autocast_dtype(device), args)
+        return args
+
+    def _autocast_kernel(self, backend: str) -> Callable[..., Any]:
         def cast(*args: Any) -> Any:
+            args = self._cast(self._fill(args))
             with _no_autocast():
-                return self.overloads[backend](*self.autocast(torch.get_autocast_dtype(device), self._fill(args)))
+                return self.overloads[backend](*args)
 
         return cast
 
@@ -402,7 +447,8 @@ class Op:
                 if op.backward is not None:
                     found = op.backward(entries, saved, wanted, *grads)
                 if found is None:
-                    found = _differentiate(op.reference, saved, wanted, grads)
+                    with _no_autocast():
+                        found = _differentiate(op.reference, saved, wanted, grads)
                 return (None, *found[:given], *[None] * (given - len(found)))
 
         Function.__name__ = Function.__qualname__ = f"{op.name}_{backend}"
@@ -452,13 +498,7 @@ def backends(op: str | None = None, **example_args: Any) -> Any:
     if op not in _ops:
         raise ValueError(f"fastlm.backends: op must be one of {', '.join(_ops)}, got {op!r}")
     found = _ops[op]
-    args = None
-    if example_args:
-        args = (
-            found.arguments(**example_args)
-            if found.arguments
-            else tuple(example_args[a.name] for a in found.parameters)
-        )
+    args = found.bind(example_args) if example_args else None
     tensors = _tensors(args or ())
     device = tensors[0].device.type if tensors else ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in _DEVICES:

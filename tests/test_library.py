@@ -67,6 +67,53 @@ def test_use_backend_is_per_thread():
     assert seen == [os.environ.get("FASTLM_BACKEND") or "auto"]
 
 
+def test_one_use_backend_may_be_entered_again():
+    default, chosen = _library._state.backend, fastlm.use_backend("reference")
+    with chosen:
+        with chosen:
+            pass
+        assert _library._state.backend == "reference"
+    assert _library._state.backend == default
+
+
+def test_a_backend_chosen_first_inside_a_compiled_function_leaves_later_compiles_alone():
+    code = """
+import torch, fastlm
+
+@torch.compile(fullgraph=True, backend="eager")
+def inside(x):
+    with fastlm.use_backend("reference"):
+        return fastlm.relu(x)
+
+x = torch.tensor([-1.0, 2.0])
+for f in (inside, torch.compile(fastlm.relu, fullgraph=True, backend="eager")):
+    assert f(x).tolist() == [0, 2]
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_autocast_rules_hold_under_compile_and_vmap():
+    x, bias = torch.randn(2, 3, dtype=torch.bfloat16), torch.randn(3)
+    q = torch.randn(2, 1, 2, 4, 8)
+    torch._dynamo.reset()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for transform in (lambda f: f, torch.compile(backend="eager", fullgraph=True), torch.func.vmap):
+            assert transform(lambda x: fastlm.bias_act(x, bias))(x).dtype == torch.bfloat16
+        assert torch.func.vmap(lambda q: fastlm.attention(q, q, q))(q).dtype == torch.bfloat16
+
+
+def test_second_derivatives_are_not_autocast():
+    q = torch.randn(1, 1, 8, 16, requires_grad=True)
+
+    def second_derivative(autocast):
+        (g,) = torch.autograd.grad(fastlm.attention(q, q, q).square().sum(), q, create_graph=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return torch.autograd.grad(g.square().sum(), q)[0]
+
+    torch.testing.assert_close(second_derivative(True), second_derivative(False))
+
+
 def test_unknown_backends_get_a_sentence():
     with pytest.raises(ValueError) as caught:
         fastlm.use_backend("cudnn")
@@ -99,6 +146,33 @@ def test_backends_says_who_can_and_why_not():
         fastlm.backends("conv")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"y": 1}, "fastlm.backends: relu: missing a required argument: 'x'"),
+        ({"x": 1, "out": 2}, "fastlm.backends: relu: got an unexpected keyword argument 'out'"),
+    ],
+)
+def test_backends_takes_the_arguments_of_the_op(arguments, text):
+    with pytest.raises(TypeError) as caught:
+        fastlm.backends("relu", **arguments)
+    assert str(caught.value) == text
+
+
+def test_asking_for_backends_draws_no_random_number():
+    before = torch.get_rng_state()
+    q = torch.randn(1, 1, 2, 4, generator=torch.Generator())
+    fastlm.backends("attention", q=q, k=q, v=q, dropout_p=0.1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_broken_triton_costs_triton_alone(tmp_path):
+    (tmp_path / "triton.py").write_text("raise AttributeError('half installed')")
+    code = "import torch, fastlm; print(fastlm.relu(torch.ones(1)), fastlm.backends('relu')[1].reason)"
+    done = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}", TRITON_INTERPRET="1")
+    assert "does not load: AttributeError: half installed" in done.stdout, done.stderr
+
+
 @needs_cpu_module
 def test_what_a_kernel_cannot_do_goes_to_the_next_visibly():
     q = torch.randn(1, 2, 5, 8)
@@ -118,12 +192,13 @@ def test_a_missing_kernel_is_an_error_only_where_it_was_asked_for(monkeypatch):
     monkeypatch.setattr(_library, "load_kernels", _raise_import_error)
     op = _library._ops["relu"]
     monkeypatch.setattr(op, "_chosen", {})
-    assert [s.reason for s in op.choices("auto", "cpu")[1]] == ["no compiler", "no compiler", ""]
+    native, triton, reference = op.choices("auto", "cpu")[1]
+    assert (native.reason, triton.usable, reference.reason) == ("no compiler", False, "")
     with pytest.raises(NotImplementedError, match=r"fastlm\.relu on cpu: native no compiler"):
         op._chooser("native", "cpu")(torch.ones(3))
 
 
-def _raise_import_error(backend, family):
+def _raise_import_error(backend, family, device):
     raise ImportError("no compiler")
 
 

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     # Beside train, which it measures; the package itself for the public functions.
     "benchmarks": {"", "train", "models", "optim", "data", "integrations", "_native", *MODELS},
     "cli": {"", "train", "benchmarks", "models", "optim", "data", "integrations", "_native", *MODELS},
-    "": {"_library", "_version", "ops", "optim", "nn", "models", "integrations"},  # __init__.py: ops and kernels meet
+    # __init__.py: ops and kernels meet
+    "": {"_library", "_native", "_version", "ops", "optim", "nn", "models", "integrations"},
 }
 OPTIONAL = {"numpy", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "triton"}
 FILES = sorted(PACKAGE.rglob("*.py"))
