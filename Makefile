@@ -10,7 +10,7 @@ DEMO    = --data stdlib --minutes 4.5
 FASTLM_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
 export FASTLM_CUDA
 # A change of what is built is another wheel.
-WHEEL   = $(VENV)/wheel-cuda-$(FASTLM_CUDA)$(subst ;,-,$(CUDAARCHS))
+WHEEL   = $(VENV)/wheel-$(FASTLM_CPU)-cuda-$(FASTLM_CUDA)$(subst ;,-,$(CUDAARCHS))
 SOURCES := $(shell find csrc cmake fastlm -type f ! -name '*.pyc' ! -name '*.so' ! -name build_report.txt) \
            pyproject.toml CMakeLists.txt $(wildcard README.md LICENSE)
 
@@ -85,7 +85,7 @@ $(VENV)/torch: $(VENV)/venv constraints.txt
 	@touch $@
 
 $(WHEEL): $(VENV)/venv $(SOURCES)
-	rm -rf $(VENV)/dist $(VENV)/wheel-cuda-*
+	rm -rf $(VENV)/dist $(VENV)/wheel-*
 	$(PY) -m pip wheel -qq --disable-pip-version-check --no-deps --wheel-dir $(VENV)/dist .
 	@touch $@
 

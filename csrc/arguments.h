@@ -18,6 +18,7 @@ using TensorList = std::vector<TensorView>;
 // Where a module's tensors have to be: on the CPU, or on one GPU, which the first tensor of a call decides.
 struct Border {
   bool on_gpu;
+  static_assert(AdamItem::kMaxDims == TensorView::kMaxDims);
 
   void check_device(const char* op, const TensorView& first, const TensorView& t) const {
     FASTLM_CHECK(t.cuda == on_gpu && t.device == first.device, op, ": tensors must be on ",
@@ -61,7 +62,50 @@ struct Border {
                  " contiguous elements of dtype ", dtype_name(sum), ", got ", t.describe());
   }
 
-  // What one Adam step works on, with the counts of `steps`, which lie on the CPU, raised by one.
+  // Of attention: (B, H, T, D) with whole rows.
+  struct Sizes {
+    int64_t batch, heads, length, width;
+  };
+  void check_operand(const char* op, const char* name, const TensorView& q, const TensorView& t, const Sizes& want) const {
+    check_device(op, q, t);
+    FASTLM_CHECK(t.dtype == q.dtype && t.ndim == 4 && t.shape[0] == want.batch && t.shape[1] == want.heads &&
+                     t.shape[2] == want.length && t.shape[3] == want.width && (t.strides[3] == 1 || want.width <= 1),
+                 op, ": ", name, " must be ", dtype_name(q.dtype), " (", want.batch, ", ", want.heads, ", ", want.length,
+                 ", ", want.width, ") with a contiguous last dimension, got ", t.describe());
+  }
+
+  // One number for each query of q: float, double for double.
+  void check_per_query(const char* op, const char* name, const TensorView& q, const TensorView& t) const {
+    DType expected = q.dtype == DType::kF64 ? DType::kF64 : DType::kF32;
+    check_device(op, q, t);
+    FASTLM_CHECK(t.ndim == 3 && t.shape[0] == q.shape[0] && t.shape[1] == q.shape[1] && t.shape[2] == q.shape[2] &&
+                     t.dtype == expected && t.contiguous(),
+                 op, ": ", name, " must be contiguous ", dtype_name(expected), " (", q.shape[0], ", ", q.shape[1], ", ",
+                 q.shape[2], "), got ", t.describe());
+  }
+
+  // Sizes of q and o, of k, and of v, after checking that they fit.
+  struct AttentionSizes {
+    Sizes q, k, v, o;
+  };
+  AttentionSizes check_attention(const char* op, const TensorView& q, const TensorView& k, const TensorView& v) const {
+    for (const TensorView* t : {&q, &k, &v}) {
+      FASTLM_CHECK(t->ndim == 4, op, ": q, k and v must have 4 dimensions (B, H, T, D), got ", t->describe());
+    }
+    check_float(op, "q", q);
+    FASTLM_CHECK(k.shape[1] > 0 ? q.shape[1] % k.shape[1] == 0 : q.shape[1] == 0, op,
+                 ": the heads of q must be a multiple of those of k, got ", q.shape[1], " and ", k.shape[1]);
+    AttentionSizes sizes{{q.shape[0], q.shape[1], q.shape[2], q.shape[3]},
+                         {q.shape[0], k.shape[1], k.shape[2], q.shape[3]},
+                         {q.shape[0], k.shape[1], k.shape[2], v.shape[3]},
+                         {q.shape[0], q.shape[1], q.shape[2], v.shape[3]}};
+    check_operand(op, "q", q, q, sizes.q);
+    check_operand(op, "k", q, k, sizes.k);
+    check_operand(op, "v", q, v, sizes.v);
+    return sizes;
+  }
+
+  // What one Adam step works on. Nothing is written; `steps` lie on the CPU.
   std::vector<AdamItem> check_adam(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                                    const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
                                    const TensorList& steps, bool amsgrad) const {
@@ -109,16 +153,19 @@ struct Border {
       check_written("steps", i, step);
       item.step = (step.dtype == DType::kF64 ? *static_cast<double*>(step.data) : *static_cast<float*>(step.data)) + 1;
     }
-    // Nothing is written before every argument is known to be right.
-    for (size_t i = 0; i < items.size(); ++i) {
-      if (steps[i].dtype == DType::kF64) {
-        *static_cast<double*>(steps[i].data) = items[i].step;
-      } else {
-        *static_cast<float*>(steps[i].data) = static_cast<float>(items[i].step);
-      }
-    }
     return items;
   }
 };
+
+// After the step: `steps` as `items` have them.
+inline void store_steps(const std::vector<AdamItem>& items, const TensorList& steps) {
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (steps[i].dtype == DType::kF64) {
+      *static_cast<double*>(steps[i].data) = items[i].step;
+    } else {
+      *static_cast<float*>(steps[i].data) = static_cast<float>(items[i].step);
+    }
+  }
+}
 
 }  // namespace fastlm

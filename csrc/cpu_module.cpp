@@ -67,42 +67,20 @@ void adam_step(const TensorList& params, const TensorList& grads, const TensorLi
   run_kernel(work, [&] {
     cpu::adam_step(items, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize}, threads);
   });
+  store_steps(items, steps);
 }
 
-void check_attention_tensor(const char* op, const char* name, const TensorView& t, DType dtype, int64_t batch,
-                            int64_t heads, int64_t length, int64_t dim) {
-  FASTLM_CHECK(t.ndim == 4 && t.shape[0] == batch && t.shape[1] == heads && t.shape[2] == length && t.shape[3] == dim &&
-                   t.dtype == dtype && !t.cuda && (t.strides[3] == 1 || dim <= 1),
-               op, ": ", name, " must be ", dtype_name(dtype), " (", batch, ", ", heads, ", ", length, ", ", dim,
-               ") on cpu with a contiguous last dimension, got ", t.describe());
-}
-
-void check_attention_rows(const char* op, const char* name, const TensorView& t, const cpu::AttentionBatch& b,
-                          DType dtype) {
-  DType expected = dtype == DType::kF64 ? DType::kF64 : DType::kF32;
-  FASTLM_CHECK(t.ndim == 3 && t.shape[0] == b.batch && t.shape[1] == b.q_heads && t.shape[2] == b.shape.q_len &&
-                   t.dtype == expected && !t.cuda && t.contiguous(),
-               op, ": ", name, " must be contiguous ", dtype_name(expected), " (", b.batch, ", ", b.q_heads, ", ",
-               b.shape.q_len, ") on cpu, got ", t.describe());
-}
-
-cpu::AttentionBatch check_attention(const char* op, const TensorView& q, const TensorView& k, const TensorView& v,
-                                    const TensorView& o, const TensorView& lse, int64_t diagonal, double scale) {
-  for (const TensorView* t : {&q, &k, &v}) {
-    FASTLM_CHECK(t->ndim == 4, op, ": q, k and v must have 4 dimensions (B, H, T, D), got ", t->describe());
-  }
-  border.check_float(op, "q", q);
-  FASTLM_CHECK(k.shape[1] > 0 ? q.shape[1] % k.shape[1] == 0 : q.shape[1] == 0, op,
-               ": the heads of q must be a multiple of those of k, got ", q.shape[1], " and ", k.shape[1]);
+// The sizes and strides of a call, after checking its tensors.
+cpu::AttentionBatch check_attention(const char* op, const Border::AttentionSizes& sizes, const TensorView& q,
+                                    const TensorView& k, const TensorView& v, const TensorView& o, const TensorView& lse,
+                                    int64_t diagonal, double scale) {
+  border.check_operand(op, "o", q, o, sizes.o);
+  border.check_per_query(op, "lse", q, lse);
   cpu::AttentionBatch b{};
-  b.batch = q.shape[0], b.q_heads = q.shape[1], b.k_heads = k.shape[1];
-  b.shape.q_len = q.shape[2], b.shape.k_len = k.shape[2], b.shape.dim = q.shape[3], b.shape.v_dim = v.shape[3];
+  b.batch = sizes.q.batch, b.q_heads = sizes.q.heads, b.k_heads = sizes.k.heads;
+  b.shape.q_len = sizes.q.length, b.shape.k_len = sizes.k.length;
+  b.shape.dim = sizes.q.width, b.shape.v_dim = sizes.v.width;
   b.shape.diagonal = diagonal, b.shape.scale = scale;
-  check_attention_tensor(op, "q", q, q.dtype, b.batch, b.q_heads, b.shape.q_len, b.shape.dim);
-  check_attention_tensor(op, "k", k, q.dtype, b.batch, b.k_heads, b.shape.k_len, b.shape.dim);
-  check_attention_tensor(op, "v", v, q.dtype, b.batch, b.k_heads, b.shape.k_len, b.shape.v_dim);
-  check_attention_tensor(op, "o", o, q.dtype, b.batch, b.q_heads, b.shape.q_len, b.shape.v_dim);
-  check_attention_rows(op, "lse", lse, b, q.dtype);
   b.q = {q.strides[0], q.strides[1]}, b.shape.q_row = q.strides[2];
   b.k = {k.strides[0], k.strides[1]}, b.shape.k_row = k.strides[2];
   b.v = {v.strides[0], v.strides[1]}, b.shape.v_row = v.strides[2];
@@ -110,10 +88,16 @@ cpu::AttentionBatch check_attention(const char* op, const TensorView& q, const T
   return b;
 }
 
+int64_t work_of(const cpu::AttentionBatch& b) {
+  return b.batch * b.q_heads * b.shape.q_len * b.shape.k_len * b.shape.dim;
+}
+
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
                        const TensorView& lse, int64_t diagonal, double scale, int threads) {
-  cpu::AttentionBatch b = check_attention("attention", q, k, v, o, lse, diagonal, scale);
-  run_kernel(b.batch * b.q_heads * b.shape.q_len * b.shape.k_len * b.shape.dim, [&] {
+  const char* op = "attention";
+  cpu::AttentionBatch b =
+      check_attention(op, border.check_attention(op, q, k, v), q, k, v, o, lse, diagonal, scale);
+  run_kernel(work_of(b), [&] {
     cpu::attention_forward(q.dtype, b, q.data, k.data, v.data, o.data, lse.data, threads);
   });
 }
@@ -122,17 +106,18 @@ void attention_backward(const TensorView& dout, const OptionalTensor& dlse, cons
                         const TensorView& v, const TensorView& o, const TensorView& lse, const TensorView& dq,
                         const TensorView& dk, const TensorView& dv, int64_t diagonal, double scale, int threads) {
   const char* op = "attention_backward";
-  cpu::AttentionBatch b = check_attention(op, q, k, v, o, lse, diagonal, scale);
-  check_attention_tensor(op, "do", dout, q.dtype, b.batch, b.q_heads, b.shape.q_len, b.shape.v_dim);
-  check_attention_tensor(op, "dq", dq, q.dtype, b.batch, b.q_heads, b.shape.q_len, b.shape.dim);
-  check_attention_tensor(op, "dk", dk, q.dtype, b.batch, b.k_heads, b.shape.k_len, b.shape.dim);
-  check_attention_tensor(op, "dv", dv, q.dtype, b.batch, b.k_heads, b.shape.k_len, b.shape.v_dim);
-  if (dlse) check_attention_rows(op, "dlse", *dlse, b, q.dtype);
+  Border::AttentionSizes sizes = border.check_attention(op, q, k, v);
+  cpu::AttentionBatch b = check_attention(op, sizes, q, k, v, o, lse, diagonal, scale);
+  border.check_operand(op, "do", q, dout, sizes.o);
+  border.check_operand(op, "dq", q, dq, sizes.q);
+  border.check_operand(op, "dk", q, dk, sizes.k);
+  border.check_operand(op, "dv", q, dv, sizes.v);
+  if (dlse) border.check_per_query(op, "dlse", q, *dlse);
   b.dout = {dout.strides[0], dout.strides[1]}, b.shape.do_row = dout.strides[2];
   b.dq = {dq.strides[0], dq.strides[1]}, b.shape.dq_row = dq.strides[2];
   b.dk = {dk.strides[0], dk.strides[1]}, b.shape.dk_row = dk.strides[2];
   b.dv = {dv.strides[0], dv.strides[1]}, b.shape.dv_row = dv.strides[2];
-  run_kernel(b.batch * b.q_heads * b.shape.q_len * b.shape.k_len * b.shape.dim, [&] {
+  run_kernel(work_of(b), [&] {
     cpu::attention_backward(q.dtype, b, dout.data, dlse ? dlse->data : nullptr, q.data, k.data, v.data, o.data, lse.data,
                             dq.data, dk.data, dv.data, threads);
   });
@@ -169,6 +154,7 @@ int64_t run_update(const TensorView& a, const TensorView& b, int threads) {
 
 PYBIND11_MODULE(_cpu, m) {
   namespace cpu = fastlm::cpu;
+  fastlm::TensorReader::instance();  // here, and not in some thread's first call: it imports torch
   m.doc() = "fastlm's CPU kernels. Outputs are allocated by the caller; see fastlm/kernels/native.";
   m.def("compiled_isas", &cpu::compiled_isas, "Instruction sets in this binary, best first.");
   m.def("usable_isas", &cpu::usable_isas, "Those that this machine can run, best first.");

@@ -6,9 +6,11 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "check.h"
 #include "dtype.h"
@@ -58,7 +60,7 @@ struct TensorView {
   bool cuda = false;
   int device = 0;  // CUDA device index
   int ndim = 0;
-  int64_t shape[kMaxDims] = {};
+  int64_t shape[kMaxDims] = {};  // of a tensor with more dimensions, those that lie one behind the other as one
   int64_t strides[kMaxDims] = {};  // in elements
 
   int64_t numel() const {
@@ -107,8 +109,9 @@ struct TensorView {
 
 inline bool same_layout(const TensorView& a, const TensorView& b) {
   if (a.ndim != b.ndim) return false;
+  bool empty = a.numel() == 0;
   for (int i = 0; i < a.ndim; ++i) {
-    if (a.shape[i] != b.shape[i] || (a.shape[i] != 1 && a.strides[i] != b.strides[i])) return false;
+    if (a.shape[i] != b.shape[i] || (!empty && a.shape[i] != 1 && a.strides[i] != b.strides[i])) return false;
   }
   return true;
 }
@@ -128,35 +131,39 @@ class TensorReader {
 
   void read(PyObject* object, TensorView& out) const {
     active_ ? read_exchange(object, out) : read_attributes(object, out);
-    int64_t numel = out.numel();
-    // A FakeTensor or a freed tensor arrives with a null pointer; a kernel that got it would crash.
-    FASTLM_CHECK(out.data != nullptr || numel == 0, "tensor of ", numel, " elements has no memory");
+    // A FakeTensor or a freed tensor has a null pointer, plus its offset; a kernel that got it would crash.
+    bool memory = out.data != nullptr && (is_plain(object) || has_storage(object));
+    FASTLM_CHECK(memory || out.numel() == 0, "tensor of ", out.numel(), " elements has no memory");
   }
 
  private:
   TensorReader() {
-    py::object type = py::module_::import("torch").attr("Tensor");
+    py::module_ torch = py::module_::import("torch");
+    py::object type = torch.attr("Tensor");
     tensor_type_ = type.inc_ref().ptr();
+    parameter_type_ = py::object(torch.attr("nn").attr("Parameter")).release().ptr();
     if (!py::hasattr(type, "__dlpack_c_exchange_api__")) return;
     py::object capsule = type.attr("__dlpack_c_exchange_api__");
     auto* api = static_cast<dlpack::ExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (api == nullptr) {
-      PyErr_Clear();
-    } else if (api->header.major == 1 && api->tensor_from_object != nullptr) {
-      api_ = active_ = api;
-    }
+    if (api == nullptr) PyErr_Clear();
+    while (api != nullptr && api->header.major != 1) api = reinterpret_cast<dlpack::ExchangeAPI*>(api->header.older);
+    if (api != nullptr && api->tensor_from_object != nullptr) api_ = active_ = api;
+  }
+
+  bool is_plain(PyObject* object) const {
+    return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(tensor_type_) ||
+           Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(parameter_type_);
+  }
+  static bool has_storage(PyObject* object) {
+    return py::handle(object).attr("untyped_storage")().attr("data_ptr")().cast<uintptr_t>() != 0;
   }
 
   void read_exchange(PyObject* object, TensorView& out) const {
-    if (Py_TYPE(object) != reinterpret_cast<PyTypeObject*>(tensor_type_)) require_tensor(object);
+    if (!is_plain(object)) require_tensor(object);
     dlpack::Tensor t;
     if (active_->tensor_from_object(object, &t) != 0) throw py::error_already_set();
     out.data = static_cast<char*>(t.data) + t.byte_offset;
-    set_dims(out, t.ndim);
-    for (int i = 0; i < t.ndim; ++i) {
-      out.shape[i] = t.shape[i];
-      out.strides[i] = t.strides[i];
-    }
+    set_dims(out, t.ndim, t.shape, t.strides);
     out.cuda = t.device.type == dlpack::kCUDA;
     FASTLM_CHECK(out.cuda || t.device.type == dlpack::kCPU || t.device.type == dlpack::kCUDAHost,
                  "tensor must be on cpu or cuda, got DLPack device type ", t.device.type);
@@ -188,12 +195,9 @@ class TensorReader {
     require_tensor(object);
     py::handle tensor(object);
     out.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-    py::tuple shape = tensor.attr("shape"), strides = tensor.attr("stride")();
-    set_dims(out, static_cast<int>(shape.size()));
-    for (int i = 0; i < out.ndim; ++i) {
-      out.shape[i] = shape[i].cast<int64_t>();
-      out.strides[i] = strides[i].cast<int64_t>();
-    }
+    auto shape = tensor.attr("shape").cast<std::vector<int64_t>>();
+    auto strides = tensor.attr("stride")().cast<std::vector<int64_t>>();
+    set_dims(out, static_cast<int>(shape.size()), shape.data(), strides.data());
     py::object device = tensor.attr("device");
     std::string type = py::str(device.attr("type"));
     FASTLM_CHECK(type == "cpu" || type == "cuda", "tensor must be on cpu or cuda, got ", type);
@@ -216,12 +220,28 @@ class TensorReader {
     if (!is_tensor) fail_type("expected a torch.Tensor, got ", Py_TYPE(object)->tp_name);
   }
 
-  static void set_dims(TensorView& out, int ndim) {
-    FASTLM_CHECK(ndim <= TensorView::kMaxDims, "tensor has ", ndim, " dimensions; at most ", TensorView::kMaxDims);
-    out.ndim = ndim;
+  static void set_dims(TensorView& out, int ndim, const int64_t* shape, const int64_t* strides) {
+    int n = 0, excess = ndim - TensorView::kMaxDims;
+    for (int i = 0; i < ndim; ++i) {
+      if (excess > 0 && n > 0) {
+        int64_t &size = out.shape[n - 1], &stride = out.strides[n - 1];
+        if (shape[i] == 1 || size == 1 || stride == shape[i] * strides[i]) {
+          if (shape[i] != 1) stride = strides[i];
+          size *= shape[i];
+          --excess;
+          continue;
+        }
+      }
+      FASTLM_CHECK(n < TensorView::kMaxDims, "tensor has ", ndim, " dimensions, more than ", TensorView::kMaxDims,
+                   " of which do not lie one behind the other");
+      out.shape[n] = shape[i];
+      out.strides[n++] = strides[i];
+    }
+    out.ndim = n;
   }
 
   PyObject* tensor_type_ = nullptr;
+  PyObject* parameter_type_ = nullptr;
   dlpack::ExchangeAPI* api_ = nullptr;
   dlpack::ExchangeAPI* active_ = nullptr;
 };

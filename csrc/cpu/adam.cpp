@@ -16,8 +16,6 @@ constexpr int64_t kGrain = 1 << 14;
 // in the first-level cache.
 constexpr int64_t kChunk = 512;
 
-int64_t size_of(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
-
 AdamScalars scalars_at(double step, const AdamOptions& o) {
   return {o.maximize ? -1.0 : 1.0,
           o.decoupled ? 0.0 : o.weight_decay,

@@ -10,12 +10,11 @@ namespace fastlm::cpu {
 namespace {
 
 // With fewer groups of heads than this, the backward splits the keys of each into parts that sum their own dq. The
-// number depends on the shape alone, so that the result does not depend on the number of threads, and it bounds the
-// memory: kMaxParts float copies of dq.
-constexpr int64_t kEnoughTasks = 8, kMaxParts = 4;
+// number depends on the shape alone, so that the result does not depend on the number of threads. Those sums, in float,
+// may take kMaxSums times the memory of the gradients.
+constexpr int64_t kEnoughTasks = 8, kMaxParts = 4, kMaxSums = 2;
 constexpr int64_t kLeastKeys = 256;  // of a part
 
-int64_t size_of(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
 int64_t size_of_sum(DType dtype) { return dtype == DType::kF64 ? 8 : 4; }
 
 const char* at(const void* base, int64_t offset, int64_t size) { return static_cast<const char*>(base) + offset * size; }
@@ -88,7 +87,9 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
   const int64_t groups = b.batch * b.k_heads;
   if (groups == 0) return;
   const int64_t heads = b.q_heads / b.k_heads;
-  const int64_t wanted = std::min((kEnoughTasks + groups - 1) / groups, kMaxParts);
+  const int64_t gradients = size * (heads * s.q_len * s.dim + s.k_len * (s.dim + s.v_dim));
+  const int64_t affordable = kMaxSums * gradients / std::max<int64_t>(1, sum_size * heads * s.q_len * s.dim);
+  const int64_t wanted = std::min({(kEnoughTasks + groups - 1) / groups, kMaxParts, affordable});
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, s.k_len / kLeastKeys));
   const int64_t tasks = groups * parts, team = min_threads(threads, tasks);
   const size_t sums_bytes = kernel.dq_sums_count[type](s, heads) * sum_size;

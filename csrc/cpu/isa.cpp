@@ -8,11 +8,9 @@
 
 namespace fastlm::cpu {
 
-#if FASTLM_X86
 namespace avx512bf16 { extern const Kernels kTable; }
 namespace avx512 { extern const Kernels kTable; }
 namespace avx2 { extern const Kernels kTable; }
-#endif
 namespace baseline { extern const Kernels kTable; }
 
 namespace {
@@ -24,18 +22,23 @@ struct Isa {
 
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 const Isa kIsas[] = {
-#if FASTLM_X86
+// What this compiler knows; see CMakeLists.txt.
+#if FASTLM_AVX512BF16
     {&avx512bf16::kTable,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512bf16");
      }},
+#endif
+#if FASTLM_AVX512
     {&avx512::kTable,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      }},
+#endif
+#if FASTLM_AVX2
     // Every CPU with AVX2 has F16C; GCC before 11 cannot ask for it by name.
     {&avx2::kTable, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
 #endif

@@ -24,15 +24,17 @@ int64_t run_products(DType dtype, int64_t rounds, int threads) {
 }
 
 int64_t run_read(const float* a, int64_t n, int threads) {
+  auto read = kernels().limits.read;
   parallel_for(threads, n, kGrain, [&](int64_t begin, int64_t end) {
-    sink.store(kernels().limits.read(a + begin, end - begin), std::memory_order_relaxed);
+    sink.store(read(a + begin, end - begin), std::memory_order_relaxed);
   });
   return n * int64_t{sizeof(float)};
 }
 
 int64_t run_update(float* a, const float* b, int64_t n, int threads) {
+  auto update = kernels().limits.update;
   parallel_for(threads, n, kGrain, [&](int64_t begin, int64_t end) {
-    kernels().limits.update(a + begin, b + begin, end - begin);
+    update(a + begin, b + begin, end - begin);
   });
   return 3 * n * int64_t{sizeof(float)};
 }

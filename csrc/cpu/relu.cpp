@@ -16,8 +16,6 @@ constexpr int64_t kRowChunk = 512;
 
 int index_of(DType dtype) { return static_cast<int>(dtype); }
 
-int64_t size_of(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
-
 const char* at(const void* base, int64_t offset, DType dtype) {
   return static_cast<const char*>(base) + offset * size_of(dtype);
 }

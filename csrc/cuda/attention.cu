@@ -25,17 +25,13 @@ __global__ void __launch_bounds__(kStatsThreads)
   }
 }
 
-int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
-
 bool aligned(const Operand& x, int width, DType dtype) {
   int64_t size = size_of(dtype);
   return aligned16(x.data) && x.batch * size % 16 == 0 && x.head * size % 16 == 0 && x.row * size % 16 == 0 &&
          width * size % 16 == 0;
 }
 
-bool on_tensor_cores(const Target& target, DType dtype) {
-  return dtype != DType::kF32 && compute_capability(target) >= 80;
-}
+bool on_tensor_cores(const Target& target, DType dtype) { return dtype != DType::kF32 && mma_runs(target); }
 
 }  // namespace
 

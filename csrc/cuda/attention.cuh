@@ -1,5 +1,5 @@
 // Between the files of attention: arguments, and which of them does what.
-//   attention.cu      checks of the device, the statistics that backward starts from
+//   attention.cu      which of the others a call takes, the statistics that backward starts from
 //   attention_mma.cu  fp16 and bf16 on tensor cores, from sm_80 on
 //   attention_f32.cu  fp32 arithmetic without tensor cores: float32 anywhere, every dtype on older devices
 #pragma once
@@ -23,6 +23,8 @@ struct BackwardArgs {
   bool aligned;
 };
 
+// Whether this device runs the tensor-core kernels: whether they were compiled for sm_80 or later.
+bool mma_runs(const Target& target);
 void forward_mma(const Target& target, const ForwardArgs& args);
 void forward_f32(const Target& target, const ForwardArgs& args);
 void backward_mma(const Target& target, const BackwardArgs& args);

@@ -410,6 +410,8 @@ template <class T, int kD, Role kRole> void launch_backward(const Target& target
 
 }  // namespace
 
+bool mma_runs(const Target& target) { return compiled_capability(target, attention_fwd_kernel<f16, 64>) >= 80; }
+
 void forward_mma(const Target& target, const ForwardArgs& args) {
   dispatch_half(args.problem.dtype, [&](auto tag) {
     dispatch_width(args.problem, [&](auto width) {

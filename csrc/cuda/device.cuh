@@ -10,6 +10,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -24,23 +25,26 @@ using bf16 = __nv_bfloat16;
 // --- launching --------------------------------------------------------------------------------------------------------
 inline void check(cudaError_t status, const char* what, const Target& target) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // else the next launch would report it again
   throw std::runtime_error("fastlm: " + std::string(what) + " failed on cuda:" + std::to_string(target.device) + ": " +
                            cudaGetErrorString(status));
 }
 
-// Makes a device current for its lifetime.
+// Makes a device current for its lifetime. One that is current already is left alone: setting it would make a context.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(const Target& target) {
+  explicit DeviceGuard(const Target& target) : device_(target.device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice", target);
-    check(cudaSetDevice(target.device), "cudaSetDevice", target);
+    if (device_ != previous_) check(cudaSetDevice(device_), "cudaSetDevice", target);
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (device_ != previous_) cudaSetDevice(previous_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int previous_ = 0;
+  int device_, previous_ = 0;
 };
 
 // Queues kernel<<<grid, threads, shared_bytes>>>(args...); an empty grid is nothing to do.
@@ -56,12 +60,14 @@ void launch(const Target& target, const char* name, void (*kernel)(Params...), d
   check(cudaGetLastError(), name, target);
 }
 
-// 10 * major + minor: 80 for an A100.
-inline int compute_capability(const Target& target) {
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, target.device), "reading its properties", target);
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, target.device), "reading its properties", target);
-  return 10 * major + minor;
+// 10 * major + minor of the architecture that the code which a kernel runs here was written for: 80 for an A100. An older
+// one than the device's where the driver translated PTX.
+template <class... Params>
+int compiled_capability(const Target& target, void (*kernel)(Params...)) {
+  DeviceGuard guard(target);
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), "reading a kernel's attributes", target);
+  return std::min(attributes.ptxVersion, attributes.binaryVersion);
 }
 
 // --- number formats ---------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class Kernels:
             if _native.cuda is None:
                 pytest.fail(f"a GPU is here, but fastlm._cuda is not: {_native.reasons['cuda']}")
             for family in FAMILIES:
-                _library.load_kernels("native", family)
+                _library.load_kernels("native", family, "cuda")
             self.module = _native.cuda
             self.kernels = {
                 op: found

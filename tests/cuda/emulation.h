@@ -228,7 +228,7 @@ void launch(const Target&, const char*, void (*kernel)(Params...), dim3 grid, in
   }
 }
 
-inline int compute_capability(const Target&) {
+template <class Kernel> int compiled_capability(const Target&, Kernel*) {
   const char* forced = std::getenv("EMULATED_COMPUTE_CAPABILITY");
   return forced != nullptr ? std::atoi(forced) : 80;
 }

@@ -177,7 +177,7 @@ def test_switched_off(tmp_path):
     assert report(tmp_path) == "switched off by FASTLM_CUDA=OFF"
 
 
-@pytest.mark.parametrize("broken", ["missing", "failing", "too old"])
+@pytest.mark.parametrize("broken", ["missing", "failing", "too old", "without headers"])
 def test_no_usable_compiler_costs_only_cuda(tmp_path, broken):
     nvcc = tmp_path / "bin" / "nvcc"
     expected = "no working CUDA compiler"
@@ -185,12 +185,17 @@ def test_no_usable_compiler_costs_only_cuda(tmp_path, broken):
         nvcc.parent.mkdir()
         if broken == "failing":
             nvcc.write_text("#!/bin/sh\nexit 1\n")
-        else:
-            real = find_nvcc()
+        elif broken == "too old":
             nvcc.write_text(
-                f'#!/bin/sh\n[ "$*" = --version ] && echo "release 11.8, V11.8.89" && exit\nexec {real} "$@"\n'
+                f'#!/bin/sh\n[ "$*" = --version ] && echo "release 11.8, V11.8.89" && exit\nexec {find_nvcc()} "$@"\n'
             )
             expected = "CUDA 12.0 or newer is needed to build it"
+        else:
+            error = "fatal error: nv/target: No such file or directory"
+            nvcc.write_text(
+                f'#!/bin/sh\ncase "$*" in *probe.cu*) echo "{error}" >&2; exit 1;; esac\nexec {find_nvcc()} "$@"\n'
+            )
+            expected = f"{nvcc} cannot compile it ({error})"
         nvcc.chmod(nvcc.stat().st_mode | stat.S_IXUSR)
     auto = configure(tmp_path / "auto", "AUTO", CUDACXX=str(nvcc))
     assert auto.returncode == 0, auto.stdout

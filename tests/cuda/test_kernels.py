@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastlm import _library
 from fastlm.ops.adam import adam_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
 from fastlm.ops.relu import (
@@ -406,6 +407,21 @@ def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
     canaries.check()
 
 
+# --- the check at first use -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", _library._ops)
+def test_self_check_tells_a_kernel_from_a_broken_one(kernels, name):
+    op, kernel = _library._ops[name], kernels.kernels[name]
+    assert op.mismatch(kernel, kernels.device.type) is None
+
+    def broken(*args):
+        out = kernel.run(*args)
+        for t in _library._tensors([out, [args[i] for i in op.mutated]]):
+            t.mul_(0.9)
+        return out
+
+    assert "off by" in op.mismatch(kernel._replace(run=broken), kernels.device.type)
+
+
 # --- bad arguments ----------------------------------------------------------------------------------------------------
 def test_bindings_refuse_what_they_cannot_do(kernels):
     module, stream = kernels.module, kernels.stream()
@@ -417,11 +433,11 @@ def test_bindings_refuse_what_they_cannot_do(kernels):
     with pytest.raises(ValueError, match="bias_act: bias must be contiguous"):
         module.bias_act_forward(x, x[0, :3], x, False, stream)
     q, lse = torch.zeros(1, 3, 4, 8, device=kernels.device), torch.zeros(1, 3, 4, device=kernels.device)
-    with pytest.raises(ValueError, match="heads of q, 3, must be a multiple of those of k, 2"):
+    with pytest.raises(ValueError, match="heads of q must be a multiple of those of k, got 3 and 2"):
         module.attention_forward(q, q[:, :2], q[:, :2], q, lse, 0, 0, 1.0, stream)
     with pytest.raises(ValueError, match=r"attention: v must be float32 \(1, 3, 4, 8\)"):
         module.attention_forward(q, q, q[:, :, :2], q, lse, 0, 0, 1.0, stream)
-    with pytest.raises(ValueError, match="attention: lse must be float32 contiguous"):
+    with pytest.raises(ValueError, match="attention: lse must be contiguous float32"):
         module.attention_forward(q, q, q, q, lse.half(), 0, 0, 1.0, stream)
     steps = [torch.tensor(0.0)]
     with pytest.raises(ValueError, match=r"grads\[0\] must have the dtype and sizes of params\[0\]"):
