@@ -275,16 +275,15 @@ for D, dtype in CASES:
 
 def test_compiles_for_gpus():
     """Tensor cores for 16 bits and none, so no TF32, for float32; what fits into every GPU from sm_80 on."""
-    cases = "[(64, torch.bfloat16), (128, torch.float16), (32, torch.float32)]"
+    cases = "[(64, torch.bfloat16), (128, torch.float16), (32, torch.float32), (64, torch.float32)]"
     compiled = compile_for_gpu(CODE.replace("CASES", cases))
     assert {c["kernel"] for c in compiled} == {
         "attention_fwd_kernel", "attention_delta_kernel", "attention_bwd_dkdv_kernel", "attention_bwd_dq_kernel"
     }  # fmt: skip
-    assert len([c for c in compiled if c["kernel"] == "attention_fwd_kernel"]) == 6
+    assert len([c for c in compiled if c["kernel"] == "attention_fwd_kernel"]) == 8
     for c in compiled:
         what = c["kernel"], c["dtype"], c["constants"], c["architecture"]
-        # Which of float32's accumulators spill a register differs from one Triton to the next: 8 bytes with 3.7.1.
-        assert c["spilled"] <= (16 if c["dtype"] == "fp32" else 0), what
+        assert c["spilled"] == 0, what
         assert c["shared"] <= 99 * 1024, what
         if c["dtype"] == "fp32":
             assert "tf32" not in c["ptx"] and "mma" not in c["ptx"], what

@@ -374,15 +374,14 @@ _HALF_TILES = {
     "dkdv": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
     "dq": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
-_FLOAT_TILES = {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
+_FLOAT_TILES = {32: (16, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
 _HOPPER_TILES = {("fwd", 128): (128, 64, 8, 2), ("dkdv", 128): (32, 64, 8, 2)}
 
 
 @functools.cache
 def configuration(kernel: str, capability: tuple[int, int], dtype: torch.dtype, D: int) -> dict[str, int]:
     """Tiles, warps and pipeline stages of one kernel: "fwd", "dkdv" or "dq"."""
-    D = max(D, 64)
-    tiles = _FLOAT_TILES[D] if dtype == torch.float32 else _HALF_TILES[kernel][D]
+    tiles = _FLOAT_TILES[max(D, 32)] if dtype == torch.float32 else _HALF_TILES[kernel][max(D, 64)]
     if capability[0] == 9 and dtype != torch.float32:
         tiles = _HOPPER_TILES.get((kernel, D), tiles)
     return dict(zip(("BT", "BS", "num_warps", "num_stages"), tiles, strict=True))
