@@ -1,23 +1,9 @@
-"""What the wrappers of the compiled kernels share."""
+"""What the wrappers of the CUDA kernels ask of torch. A test answers in its place, to run them without a GPU."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
-
-
-def unsupported_dtype(x: Tensor, *_: object) -> str | None:
-    return None if x.dtype in FLOATS else f"does not take {x.dtype}"
-
-
-def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """x with the strides of `like`, which is dense: itself where they agree, else a copy.
-
-    Called inside kernels, never in a traced formula, from which a compiler may drop it.
-    """
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
 def current_stream(x: Tensor) -> int:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels.native._common import FLOATS, current_stream
+from fastlm.kernels._common import FLOATS
+from fastlm.kernels.native._common import current_stream
 
 
 def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels.native._common import FLOATS, capability, current_stream
+from fastlm.kernels._common import FLOATS, empty_in_order_of, with_rows
+from fastlm.kernels.native._common import capability, current_stream
 
 MAX_HEAD_DIM = 256
 
@@ -64,24 +65,13 @@ def _diagonal(causal: int, q_len: int, k_len: int) -> int:
     return (k_len, k_len - q_len, 0)[causal]
 
 
-def _readable(x: Tensor) -> Tensor:
-    """x with the elements of a row next to each other, as the kernels read them: itself or a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _writing(run: Callable[..., Any], *outputs: Tensor) -> None:
     """run(*outputs), through a copy of those that the kernels cannot write in place."""
-    written = [x if _readable(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format) for x in outputs]
+    written = [x if with_rows(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format) for x in outputs]
     run(*written)
     for x, y in zip(outputs, written, strict=True):
         if x is not y:
             x.copy_(y)
-
-
-def _empty(like: Tensor, last: int) -> Tensor:
-    """Empty and dense, with `last` as the last size and the dimensions in memory in the order of those of `like`."""
-    order = sorted(range(4), key=lambda i: (-like.stride()[i], i))
-    return torch.empty_permuted((*like.shape[:3], last), order, dtype=like.dtype, device=like.device)
 
 
 if _native.cpu is not None:
@@ -89,10 +79,10 @@ if _native.cpu is not None:
 
     @kernel("attention", backend="native", device="cpu", supports=_unsupported)
     def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        causal, scale = options[9], options[12]
-        o = _empty(q, v.shape[-1])
+        *_, causal, _, _, scale, _softcap, _dropout_p, _deterministic = options
+        o = empty_in_order_of(q, v.shape[-1])
         lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-        q, k, v = _readable(q), _readable(k), _readable(v)
+        q, k, v = with_rows(q), with_rows(k), with_rows(v)
         diagonal = _diagonal(causal, q.shape[2], k.shape[2])
         _writing(lambda o: _forward(q, k, v, o, lse, diagonal, scale, torch.get_num_threads()), o)
         return o, lse
@@ -101,10 +91,10 @@ if _native.cpu is not None:
     def attention_backward(
         do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
     ) -> tuple[Tensor, ...]:
-        causal, scale, wanted = options[9], options[12], options[16]
-        outputs = [_empty(x, x.shape[-1]) for x in (q, k, v)]
+        *_, causal, _, _, scale, _softcap, _dropout_p, _deterministic, wanted = options
+        outputs = [empty_in_order_of(x, x.shape[-1]) for x in (q, k, v)]
         do = torch.zeros_like(o) if do is None else do
-        read = [_readable(do), None if dlse is None else dlse.contiguous(), *map(_readable, (q, k, v, o))]
+        read = [with_rows(do), None if dlse is None else dlse.contiguous(), *map(with_rows, (q, k, v, o))]
         read.append(lse.contiguous())
         diagonal = _diagonal(causal, q.shape[2], k.shape[2])
         _writing(lambda *written: _backward(*read, *written, diagonal, scale, torch.get_num_threads()), *outputs)
@@ -117,8 +107,8 @@ if _native.cpu is not None:
 def _unsupported_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
     if q.dtype == torch.float64:
         return "does not take float64"
-    without_window = [*options[:10], -1, -1, *options[12:]]  # it takes windows
-    return _unsupported(q, k, v, *without_window)
+    *tensors, causal, _, _, scale, softcap, dropout_p, deterministic = options
+    return _unsupported(q, k, v, *tensors, causal, -1, -1, scale, softcap, dropout_p, deterministic)  # it takes windows
 
 
 def _backward_unsupported_cuda(do, dlse, q, k, v, o, lse, *rest) -> str | None:
@@ -143,10 +133,10 @@ if _native.cuda is not None:
 
     @kernel("attention", backend="native", device="cuda", supports=_unsupported_cuda)
     def attention_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        causal, window_left, window_right, scale = options[9:13]
-        o = _empty(q, v.shape[-1])
+        *_, causal, window_left, window_right, scale, _softcap, _dropout_p, _deterministic = options
+        o = empty_in_order_of(q, v.shape[-1])
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-        q, k, v = _readable(q), _readable(k), _readable(v)
+        q, k, v = with_rows(q), with_rows(k), with_rows(v)
         diagonals = _diagonals(causal, window_left, window_right, q.shape[2], k.shape[2])
         _writing(lambda o: _cuda.attention_forward(q, k, v, o, lse, *diagonals, scale, current_stream(q)), o)
         return o, lse
@@ -155,13 +145,12 @@ if _native.cuda is not None:
     def attention_backward_cuda(
         do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
     ) -> tuple[Tensor, ...]:
-        causal, window_left, window_right, scale = options[9:13]
-        wanted = options[16]
+        *_, causal, window_left, window_right, scale, _softcap, _dropout_p, _deterministic, wanted = options
         dq = torch.empty_like(q) if wanted[0] else None
         # These two come from one pass.
         dk, dv = (torch.empty_like(k), torch.empty_like(v)) if wanted[1] or wanted[2] else (None, None)
         do = torch.zeros_like(o) if do is None else do
-        read = [_readable(do), None if dlse is None else dlse.contiguous(), *map(_readable, (q, k, v, o))]
+        read = [with_rows(do), None if dlse is None else dlse.contiguous(), *map(with_rows, (q, k, v, o))]
         read.append(lse.contiguous())
         stats = lse.new_empty(*lse.shape, 2)
         diagonals = _diagonals(causal, window_left, window_right, q.shape[2], k.shape[2])

@@ -7,32 +7,20 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels.native._common import current_stream, unsupported_dtype
-
-
-def _unsupported(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
-    if dropout_p > 0:
-        return "does not do dropout"
-    return _unsupported_backward(x, x, bias, act)
-
-
-def _unsupported_backward(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> str | None:
-    if act not in ("relu", "relu_squared"):
-        return f"does not do act={act!r}"
-    return unsupported_dtype(saved)
-
+from fastlm.kernels._common import unsupported_bias_act, unsupported_bias_act_backward
+from fastlm.kernels.native._common import current_stream
 
 if _native.cpu is not None:
     _forward, _backward = _native.cpu.bias_act_forward, _native.cpu.bias_act_backward
 
-    @kernel("bias_act", backend="native", device="cpu", supports=_unsupported)
+    @kernel("bias_act", backend="native", device="cpu", supports=unsupported_bias_act)
     def bias_act(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
         x, bias = x.contiguous(), bias.contiguous()
         y = torch.empty_like(x)
         _forward(x, bias, y, act == "relu_squared", torch.get_num_threads())
         return y
 
-    @kernel("bias_act_backward", backend="native", device="cpu", supports=_unsupported_backward)
+    @kernel("bias_act_backward", backend="native", device="cpu", supports=unsupported_bias_act_backward)
     def bias_act_backward(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
         dy, saved, bias = dy.contiguous(), saved.contiguous(), bias.contiguous()
         dx = torch.empty_like(saved)
@@ -44,14 +32,14 @@ if _native.cpu is not None:
 if _native.cuda is not None:
     _cuda = _native.cuda
 
-    @kernel("bias_act", backend="native", device="cuda", supports=_unsupported)
+    @kernel("bias_act", backend="native", device="cuda", supports=unsupported_bias_act)
     def bias_act_cuda(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
         x, bias = x.contiguous(), bias.contiguous()
         y = torch.empty_like(x)
         _cuda.bias_act_forward(x, bias, y, act == "relu_squared", current_stream(x))
         return y
 
-    @kernel("bias_act_backward", backend="native", device="cuda", supports=_unsupported_backward)
+    @kernel("bias_act_backward", backend="native", device="cuda", supports=unsupported_bias_act_backward)
     def bias_act_backward_cuda(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
         dy, saved, bias = dy.contiguous(), saved.contiguous(), bias.contiguous()
         dx = torch.empty_like(saved)

@@ -6,7 +6,8 @@ from torch import Tensor, empty_like, get_num_threads
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels.native._common import as_laid_out, current_stream
+from fastlm.kernels._common import as_laid_out, flat
+from fastlm.kernels.native._common import current_stream
 
 if _native.cpu is not None:
     _forward, _backward = _native.cpu.relu_forward, _native.cpu.relu_backward
@@ -14,20 +15,27 @@ if _native.cpu is not None:
     @kernel("relu", backend="native", device="cpu")
     def relu(x: Tensor) -> Tensor:
         y = empty_like(x)
-        _forward(x if x.is_contiguous() else as_laid_out(x, y), y, False, get_num_threads())
+        if x.is_contiguous():
+            _forward(x, y, False, get_num_threads())
+        else:
+            _forward(flat(as_laid_out(x, y)), flat(y), False, get_num_threads())
         return y
 
     @kernel("relu_squared", backend="native", device="cpu")
     def relu_squared(x: Tensor) -> Tensor:
         y = empty_like(x)
-        _forward(x if x.is_contiguous() else as_laid_out(x, y), y, True, get_num_threads())
+        if x.is_contiguous():
+            _forward(x, y, True, get_num_threads())
+        else:
+            _forward(flat(as_laid_out(x, y)), flat(y), True, get_num_threads())
         return y
 
     def _gradient(dy: Tensor, saved: Tensor, squared: bool) -> Tensor:
         dx = empty_like(saved)
-        if not (dy.is_contiguous() and saved.is_contiguous()):
-            dy, saved = as_laid_out(dy, dx), as_laid_out(saved, dx)
-        _backward(dy, saved, dx, squared, get_num_threads())
+        if dy.is_contiguous() and saved.is_contiguous():
+            _backward(dy, saved, dx, squared, get_num_threads())
+        else:
+            _backward(flat(as_laid_out(dy, dx)), flat(as_laid_out(saved, dx)), flat(dx), squared, get_num_threads())
         return dx
 
     @kernel("relu_backward", backend="native", device="cpu")
@@ -44,12 +52,13 @@ if _native.cuda is not None:
 
     def _cuda_output(x: Tensor, squared: bool) -> Tensor:
         y = empty_like(x)
-        _cuda.relu_forward(as_laid_out(x, y), y, squared, current_stream(x))
+        _cuda.relu_forward(flat(as_laid_out(x, y)), flat(y), squared, current_stream(x))
         return y
 
     def _cuda_gradient(dy: Tensor, saved: Tensor, squared: bool) -> Tensor:
         dx = empty_like(saved)
-        _cuda.relu_backward(as_laid_out(dy, dx), as_laid_out(saved, dx), dx, squared, current_stream(saved))
+        dy, saved = flat(as_laid_out(dy, dx)), flat(as_laid_out(saved, dx))
+        _cuda.relu_backward(dy, saved, flat(dx), squared, current_stream(dx))
         return dx
 
     @kernel("relu", backend="native", device="cuda")

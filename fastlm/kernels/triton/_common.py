@@ -1,4 +1,4 @@
-"""What the Triton kernels share: dtypes, registration, launch.
+"""What the Triton kernels share: registration, launch.
 
 Naming code: `p_` pointer, `i_` index of a program or tile, `o_` offsets, `m_` mask, `b_` block of values; sizes
 B H T S D (batch, heads, queries, keys, head dim), blocks BT BS BD; a comment gives the shape of each load.
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from fastlm._library import kernel
 
-FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 # Triton reads the variable when a kernel is decorated, so it holds for the whole process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
@@ -35,18 +34,6 @@ def triton_kernel(op: str, supports: Callable[..., str | None]) -> Callable[[Cal
         return run
 
     return register
-
-
-def unsupported_dtype(x: Tensor, *_: object) -> str | None:
-    return None if x.dtype in FLOATS else f"does not take {x.dtype}"
-
-
-def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """x with the strides of `like`, which is dense: itself where they agree, else a copy.
-
-    Called inside kernels, never in a traced formula, from which a compiler may drop it.
-    """
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
 
 
 def launch(jit_kernel: Any, programs: int, first: Tensor, *args: Any, **constants: Any) -> None:

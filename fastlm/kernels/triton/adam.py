@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels.triton._common import INTERPRETED, as_laid_out, launch, triton_kernel, widen
+from fastlm.kernels._common import as_laid_out
+from fastlm.kernels.triton._common import INTERPRETED, launch, triton_kernel, widen
 
 _BLOCK = 1024
 # Elements of one program: enough to pay for finding them, few enough that small parameters do not wait for large ones.
@@ -83,7 +84,7 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
-    if INTERPRETED and params[0].is_cuda:
+    if INTERPRETED and params and params[0].is_cuda:
         return "is interpreted on the host, which cannot follow addresses of CUDA memory"
     return next((f"does not take {p.dtype}" for p in params if p.dtype not in _TYPES), None)
 
@@ -95,7 +96,8 @@ def adam_(
     weight_decay: float, decoupled: bool, amsgrad: bool, maximize: bool,
 ) -> None:  # fmt: skip
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else [])]
-    torch._foreach_add_(list(steps), 1)
+    if not params:
+        return
     device = params[0].device
     groups: dict[tuple[torch.dtype, float, bool], tuple[list[int], list[int]]] = {}
     copies = []  # kept until the kernels are launched: freed memory would go to the next copy
@@ -104,7 +106,7 @@ def adam_(
         copies += [(x, y, i != 1) for i, (x, y) in enumerate(zip(tensors, laid_out, strict=True)) if x is not y]
         n, here = tensors[0].numel(), [x.data_ptr() for x in laid_out]
         aligned = n % 16 == 0 and all(a % 16 == 0 for a in here)
-        sizes, addresses = groups.setdefault((tensors[0].dtype, step.item(), aligned), ([], []))
+        sizes, addresses = groups.setdefault((tensors[0].dtype, step.item() + 1, aligned), ([], []))
         sizes.append(n)
         addresses += here
     for (dtype, t, aligned), (sizes, addresses) in groups.items():
@@ -121,6 +123,7 @@ def adam_(
     for x, y, written in copies:  # all but the gradient, which is lists[1]
         if written:
             x.copy_(y)
+    torch._foreach_add_(list(steps), 1)  # after the launches, any of which may fail
 
 
 def _alike(tensors: list[Tensor]) -> list[Tensor]:

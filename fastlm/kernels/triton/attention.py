@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm.kernels._common import empty_in_order_of, with_rows
 from fastlm.kernels.triton._common import capability, launch, loop_bound, triton_kernel
 
 _LOG2E = math.log2(math.e)
@@ -437,17 +438,6 @@ class _Problem:
         return {**chosen, **even, **sizes, "HAS_LO": self.has_lo, "HAS_HI": self.has_hi, "SOFTCAP": self.cap > 0}
 
 
-def _empty_like(t: Tensor, width: int) -> Tensor:
-    """An empty dense (B, H, T, width) whose dimensions lie in memory in the order of t's."""
-    order = sorted(range(4), key=t.stride, reverse=True)
-    return torch.empty_permuted((*t.shape[:3], width), order, dtype=t.dtype, device=t.device)
-
-
-def _rows(t: Tensor) -> Tensor:
-    """t with contiguous rows: itself where they are."""
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for t in tensors for stride in t.stride()[:3]]
 
@@ -460,9 +450,9 @@ def attention(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     p = _Problem(q, k, v, causal, window_left, window_right, scale, softcap)
-    out = _empty_like(q, p.DV)
+    out = empty_in_order_of(q, p.DV)
     lse = torch.empty(p.B, p.H, p.T, device=q.device, dtype=torch.float32)
-    q, k, v, o = _rows(q), _rows(k), _rows(v), _rows(out)
+    q, k, v, o = with_rows(q), with_rows(k), with_rows(v), with_rows(out)
     chosen = p.configuration("fwd")
     launch(
         attention_fwd_kernel, triton.cdiv(p.T, chosen["BT"]) * p.B * p.H, q, k, v, o, lse, *_strides(q, k, v, o),
@@ -481,10 +471,10 @@ def attention_backward(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     p = _Problem(q, k, v, causal, window_left, window_right, scale, softcap)
     dq, dk, dv, *extras = (q.new_empty(0) for _ in range(6))  # outputs of an op must not share memory
-    out = [_empty_like(t, t.shape[-1]) for t in (q, k, v)]
+    out = [empty_in_order_of(t, t.shape[-1]) for t in (q, k, v)]
     do = torch.zeros_like(o) if do is None else do
     dlse = dlse.contiguous() if dlse is not None else None
-    q, k, v, o, do, lse = _rows(q), _rows(k), _rows(v), _rows(o), _rows(do), lse.contiguous()
+    q, k, v, o, do, lse = with_rows(q), with_rows(k), with_rows(v), with_rows(o), with_rows(do), lse.contiguous()
     delta = torch.empty_like(lse)
     launch(
         attention_delta_kernel, triton.cdiv(p.T, 32) * p.B * p.H, do, o, dlse, delta, *_strides(do, o), p.H, p.T,
@@ -492,7 +482,7 @@ def attention_backward(
     )  # fmt: skip
     numbers = (p.H, p.H // p.Hk, p.T, p.S, p.lo, p.hi, p.scale, p.cap, scale)
     if wanted[1] or wanted[2]:
-        dk, dv = _rows(out[1]), _rows(out[2])
+        dk, dv = with_rows(out[1]), with_rows(out[2])
         chosen = p.configuration("dkdv")
         launch(
             attention_bwd_dkdv_kernel, triton.cdiv(p.S, chosen["BS"]) * p.B * p.Hk, q, k, v, do, lse, delta, dk, dv,
@@ -501,7 +491,7 @@ def attention_backward(
         dk = (dk if dk is out[1] else out[1].copy_(dk)) if wanted[1] else q.new_empty(0)
         dv = (dv if dv is out[2] else out[2].copy_(dv)) if wanted[2] else q.new_empty(0)
     if wanted[0]:
-        dq = _rows(out[0])
+        dq = with_rows(out[0])
         chosen = p.configuration("dq")
         launch(
             attention_bwd_dq_kernel, triton.cdiv(p.T, chosen["BT"]) * p.B * p.H, q, k, v, do, lse, delta, dq,

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels.triton._common import launch, triton_kernel, unsupported_dtype, widen
+from fastlm.kernels._common import unsupported_bias_act, unsupported_bias_act_backward
+from fastlm.kernels.triton._common import launch, triton_kernel, widen
 from fastlm.kernels.triton.relu import act, act_backward
 
 _BT, _BD = 8, 128
@@ -63,24 +64,12 @@ def bias_act_bwd_kernel(
     tl.store(p_sums + i_chunk * D + o_d, tl.sum(b_sums, axis=0), mask=m_d)
 
 
-def _unsupported(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
-    if dropout_p > 0:
-        return "does not do dropout"
-    return _unsupported_backward(x, x, bias, act)
-
-
-def _unsupported_backward(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> str | None:
-    if act not in ("relu", "relu_squared"):
-        return f"does not do act={act!r}"
-    return unsupported_dtype(saved)
-
-
 def _rows_and_columns(x: Tensor) -> tuple[int, int]:
     columns = x.shape[-1]
     return (x.numel() // columns if columns else 0), columns
 
 
-@triton_kernel("bias_act", _unsupported)
+@triton_kernel("bias_act", unsupported_bias_act)
 def bias_act(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
     x, bias = x.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
@@ -90,7 +79,7 @@ def bias_act(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor |
     return y
 
 
-@triton_kernel("bias_act_backward", _unsupported_backward)
+@triton_kernel("bias_act_backward", unsupported_bias_act_backward)
 def bias_act_backward(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
     dy, saved, bias = dy.contiguous(), saved.contiguous(), bias.contiguous()
     dx = torch.empty_like(saved)

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels.triton._common import as_laid_out, launch, triton_kernel, unsupported_dtype, widen
+from fastlm.kernels._common import as_laid_out, unsupported_dtype
+from fastlm.kernels.triton._common import launch, triton_kernel, widen
 
 # Eight elements a thread with four warps: one or two 128-bit accesses for each tensor.
 _BLOCK = 1024

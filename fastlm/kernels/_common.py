@@ -1,0 +1,48 @@
+"""What the wrappers of the C++, CUDA and Triton kernels share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
+
+def unsupported_dtype(x: Tensor, *_: object) -> str | None:
+    return None if x.dtype in FLOATS else f"does not take {x.dtype}"
+
+
+def unsupported_bias_act(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
+    if dropout_p > 0:
+        return "does not do dropout"
+    return unsupported_bias_act_backward(x, x, bias, act)
+
+
+def unsupported_bias_act_backward(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> str | None:
+    if act not in ("relu", "relu_squared"):
+        return f"does not do act={act!r}"
+    return unsupported_dtype(saved)
+
+
+def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """x with the strides of `like`, which is dense: itself where they agree, else a copy.
+
+    Called inside kernels, never in a traced formula, from which a compiler may drop it.
+    """
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+def flat(x: Tensor) -> Tensor:
+    """The memory of a dense tensor, (numel,): two of one layout pair their elements in it, however many dimensions."""
+    return x if x.is_contiguous() else x.as_strided((x.numel(),), (1,))
+
+
+def empty_in_order_of(like: Tensor, last: int) -> Tensor:
+    """Empty and dense, with `last` as the last size and the dimensions in memory in the order of those of `like`."""
+    order = sorted(range(4), key=lambda i: (-like.stride()[i], i))
+    return torch.empty_permuted((*like.shape[:3], last), order, dtype=like.dtype, device=like.device)
+
+
+def with_rows(x: Tensor) -> Tensor:
+    """x with the elements of a row next to each other, as attention's kernels read them: itself or a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
