@@ -5,7 +5,14 @@ Triton reads TRITON_INTERPRET when it decorates a kernel, so it is set here, bef
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same numbers whichever tests ran before."""
+    torch.manual_seed(0)

@@ -56,7 +56,7 @@ def gradients(q, k, v, do, dlse, dtype, **kwargs):
 # B, H, Hk, T, S, D, DV
 CASES = [
     ((1, 1, 1, 1, 1, 1, 1), {}),
-    ((2, 2, 1, 1, 63, 40, 24), {}),
+    ((8, 4, 2, 1, 63, 40, 24), {}),  # many heads: the error of one row of plain torch is a matter of luck
     ((1, 2, 2, 64, 64, 64, 64), {"causal": 1}),
     ((1, 1, 1, 65, 65, 16, 16), {"causal": 1}),
     ((1, 4, 2, 63, 97, 32, 48), {"causal": 1}),
@@ -87,9 +87,15 @@ def test_values_and_gradients(sizes, kwargs, dtype):
     assert torch.equal(lse == -math.inf, want[1] == -math.inf)
     assert_close(lse, want[1], ulps=16)
     got = kernels.attention_backward(do, dlse, q, k, v, o, lse, *options(**kwargs), ALL)
-    for mine, exact, plain in zip(got[:3], want[2:], stock[2:], strict=True):
+    # A query that sees one key has p = 1, and do v - do o is 0: plain torch takes a number from itself, the kernel the
+    # same sum in another order.
+    seen = visible(T, S, *(kwargs.get(name, default) for name, default in (("causal", 0), ("left", -1), ("right", -1))))
+    alone = bool((seen.sum(-1) == 1).any())
+    dp = alone * (do.double() @ v.repeat_interleave(H // Hk, 1).double().mT).abs().max() * abs(kwargs.get("scale", 0.3))
+    cancelled = [float(dp * other.abs().max()) for other in (k, q)] + [0.0]
+    for mine, exact, plain, terms in zip(got[:3], want[2:], stock[2:], cancelled, strict=True):
         assert mine.dtype == dtype
-        assert_close(mine, exact, stock=plain, factor=3)
+        assert_close(mine, exact, stock=plain, factor=3, cancelled=terms)
     assert [t.numel() for t in got[3:]] == [0, 0, 0]
 
 
