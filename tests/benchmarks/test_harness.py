@@ -47,6 +47,11 @@ def test_runs_are_timed():
     assert time_runs(variant, 3, "cpu") >= 0.03
 
 
+def test_processor_time_leaves_out_the_slices_of_others():
+    variant = Variant(lambda: time.sleep(0.01), clock=time.thread_time)
+    assert time_runs(variant, 10, "cpu") < 0.05
+
+
 def test_a_wrong_result_is_refused():
     exact = torch.linspace(0, 1, 100, dtype=torch.float64)
 
