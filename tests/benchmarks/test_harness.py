@@ -1,15 +1,18 @@
 """The harness: what it refuses, what it measures, what it writes."""
 
+import importlib
 import json
 import math
 import re
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from fastlm import _native
 from fastlm.benchmarks import cases, main, measure_bandwidth, measure_peak
+from fastlm.benchmarks.cases._common import no_compiler
 from fastlm.benchmarks.harness import (
     BenchmarkError,
     Built,
@@ -126,6 +129,26 @@ def test_quick_cases_are_right(group):
         assert case.flops or case.bytes or group == "dispatch"
 
 
+COMPILED = {
+    "relu": ("relu_squared", torch.float32, (8, 16), "cpu"),
+    "bias_act": ("relu", torch.bfloat16, (8, 16), "cpu"),
+    "attention": ((1, 2, 16, 8), torch.float32, "cpu"),
+    "adam": ([(5, 3)], True, "cpu"),
+    "train": (GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11), 2, torch.float32, "cpu"),
+}
+
+
+@pytest.mark.skipif(no_compiler(quick=False) is not None, reason="no torch.compile here")
+@pytest.mark.parametrize("group", COMPILED)
+def test_full_cases_have_torch_compile(group, monkeypatch):
+    """With the backend that compiles nothing: how each is made, without a minute of C++."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    build = importlib.import_module(f"fastlm.benchmarks.cases.{group}").build
+    local = Local(Case(group, "tiny", partial(build, *COMPILED[group], quick=False)))
+    assert {"torch", "torch.compile", "fastlm"} <= set(local.names()[0])
+    assert local.time("torch.compile", 2) > 0
+
+
 def test_command_writes_json_and_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert main(["dispatch", "--quick", "--rounds", "2", "--out", str(tmp_path / "new")]) == 0
@@ -170,8 +193,6 @@ def test_seconds_in_a_readable_unit(value, text):
 
 
 def test_full_runs_ask_for_a_compiler():
-    from fastlm.benchmarks.cases._common import no_compiler
-
     assert no_compiler(quick=True) == "left out of quick runs"
     assert no_compiler(quick=False) in (
         None, "torch.compile does not support this Python", "torch.compile needs a C++ compiler"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastlm.benchmarks.harness import Built, Variant
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -45,6 +47,28 @@ def in_float64(
         return outputs_of(function, exact, dy.double())()
 
     return outputs
+
+
+def eager_compiled_ours(
+    stock: Callable[..., Tensor], ours: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor, quick: bool
+) -> Built:
+    """Forward and backward of torch's function, of the same under torch.compile, and of fastlm's."""
+    functions, missing = {"torch": stock, "fastlm": ours}, {}
+    if (reason := no_compiler(quick)) is None:
+        functions["torch.compile"] = compiled(stock)
+    else:
+        missing["torch.compile"] = reason
+    variants = {
+        name: Variant(forward_backward(function, inputs, dy), outputs_of(function, inputs, dy))
+        for name, function in functions.items()
+    }
+    return Built(variants, in_float64(stock, inputs, dy), missing)
+
+
+def compiled(function: Callable) -> Callable:
+    """For the shapes of this case alone: after other cases in this process it would allow for any shape, or give up."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
 
 
 def no_compiler(quick: bool) -> str | None:

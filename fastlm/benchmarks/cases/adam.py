@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlm
+from fastlm.benchmarks.cases._common import compiled, no_compiler
 from fastlm.benchmarks.harness import Built, Case, Variant
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -50,6 +51,13 @@ def variant(make, sizes: list[tuple[int, ...]], clip: bool, device: str) -> Vari
     return Variant(run, outputs)
 
 
+def compiled_adamw(parameters: list[nn.Parameter], **hyper) -> torch.optim.Optimizer:
+    """The whole step in one graph; foreach, whose operations over all tensors are what torch.compile fuses."""
+    optimizer = torch.optim.AdamW(parameters, foreach=True, **hyper)
+    optimizer.step = compiled(optimizer.step)
+    return optimizer
+
+
 def exact(device: str) -> dict[str, Tensor]:
     small = [nn.Parameter(p.detach().double()) for p in weights([(33, 7), (65,)], device)]
     for p, source in zip(small, weights([(33, 7), (65,)], device), strict=True):
@@ -60,14 +68,19 @@ def exact(device: str) -> dict[str, Tensor]:
     return {f"weight {i}": p.detach() for i, p in enumerate(small)}
 
 
-def build(sizes: list[tuple[int, ...]], clip: bool, device: str) -> Built:
+def build(sizes: list[tuple[int, ...]], clip: bool, device: str, quick: bool) -> Built:
     makers = {
         "torch": partial(torch.optim.AdamW, fused=True),
         "torch default": torch.optim.AdamW,
         "fastlm": fastlm.optim.AdamW,
     }
+    missing = {}
+    if (reason := no_compiler(quick)) is None:
+        makers["torch.compile"] = compiled_adamw
+    else:
+        missing["torch.compile"] = reason
     variants = {name: variant(make, sizes, clip, device) for name, make in makers.items()}
-    return Built(variants, partial(exact, device))
+    return Built(variants, partial(exact, device), missing)
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -78,7 +91,6 @@ def cases(device: str, quick: bool) -> list[Case]:
         # Reads weight, gradient and both moments, writes all but the gradient; the norm reads the gradient once more.
         size = count * 4 * (8 if clip else 7)
         label = f"AdamW {count / 1e6:.3g} M fp32" + (" and clipping" if clip else "")
-        made.append(
-            Case("adam", label, partial(build, sizes, clip, device), bytes=size, device=device, allocators=False)
-        )
+        build_case = partial(build, sizes, clip, device, quick)
+        made.append(Case("adam", label, build_case, bytes=size, device=device, allocators=False))
     return made

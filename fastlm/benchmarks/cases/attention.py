@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, forward_backward, in_float64, leaf, outputs_of
-from fastlm.benchmarks.harness import Built, Case, Variant
+from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, leaf
+from fastlm.benchmarks.harness import Built, Case
 
 SHAPES = {  # (B, H, T, D)
     "cpu": [(16, 6, 256, 64), (8, 8, 512, 64), (4, 12, 1024, 64), (1, 16, 4096, 128)],
@@ -23,18 +23,11 @@ def flops(B: int, H: int, T: int, D: int) -> float:
     return 7 * 2 * B * H * T * T * D / 2
 
 
-def build(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str) -> Built:
+def build(shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, quick: bool) -> Built:
     inputs = [leaf(shape, dtype, device, seed) for seed in range(3)]
     dy = leaf(shape, dtype, device, seed=3).detach()
-    functions = {
-        "torch": partial(F.scaled_dot_product_attention, is_causal=True),
-        "fastlm": partial(fastlm.attention, causal=True),
-    }
-    variants = {
-        name: Variant(forward_backward(function, inputs, dy), outputs_of(function, inputs, dy))
-        for name, function in functions.items()
-    }
-    return Built(variants, in_float64(functions["torch"], inputs, dy))
+    stock = partial(F.scaled_dot_product_attention, is_causal=True)
+    return eager_compiled_ours(stock, partial(fastlm.attention, causal=True), inputs, dy, quick)
 
 
 def cases(device: str, quick: bool) -> list[Case]:
@@ -46,7 +39,7 @@ def cases(device: str, quick: bool) -> list[Case]:
                 Case(
                     "attention",
                     f"({B}, {H}, {T}, {D}) {name}",
-                    partial(build, shape, dtype, device),
+                    partial(build, shape, dtype, device, quick),
                     dtype=str(dtype).removeprefix("torch."),
                     flops=flops(*shape),
                     # q, k, v, o once each way, do, and the three gradients

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, forward_backward, in_float64, leaf, no_compiler, outputs_of
+from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, leaf
 from fastlm.benchmarks.cases.relu import STOCK
-from fastlm.benchmarks.harness import Built, Case, Variant
+from fastlm.benchmarks.harness import Built, Case
 
 
 def build(act: str, dtype: torch.dtype, shape: tuple[int, int], device: str, quick: bool) -> Built:
@@ -19,17 +19,7 @@ def build(act: str, dtype: torch.dtype, shape: tuple[int, int], device: str, qui
     def stock(x, bias):
         return STOCK[act](x + bias)
 
-    functions = {"torch": stock, "fastlm": partial(fastlm.bias_act, act=act)}
-    missing = {}
-    if (reason := no_compiler(quick)) is None:
-        functions["torch.compile"] = torch.compile(stock)
-    else:
-        missing["torch.compile"] = reason
-    variants = {
-        name: Variant(forward_backward(function, inputs, dy), outputs_of(function, inputs, dy))
-        for name, function in functions.items()
-    }
-    return Built(variants, in_float64(stock, inputs, dy), missing)
+    return eager_compiled_ours(stock, partial(fastlm.bias_act, act=act), inputs, dy, quick)
 
 
 def cases(device: str, quick: bool) -> list[Case]:

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, forward_backward, in_float64, leaf, no_compiler, outputs_of
-from fastlm.benchmarks.harness import Built, Case, Variant
+from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, leaf
+from fastlm.benchmarks.harness import Built, Case
 
 STOCK = {"relu": torch.relu, "relu_squared": lambda x: torch.relu(x).square()}
 OURS = {"relu": fastlm.relu, "relu_squared": fastlm.relu_squared}
@@ -17,17 +17,7 @@ OURS = {"relu": fastlm.relu, "relu_squared": fastlm.relu_squared}
 def build(op: str, dtype: torch.dtype, shape: tuple[int, int], device: str, quick: bool) -> Built:
     x = leaf(shape, dtype, device, seed=0)
     dy = leaf(shape, dtype, device, seed=1).detach()
-    functions = {"torch": STOCK[op], "fastlm": OURS[op]}
-    missing = {}
-    if (reason := no_compiler(quick)) is None:
-        functions["torch.compile"] = torch.compile(STOCK[op])
-    else:
-        missing["torch.compile"] = reason
-    variants = {
-        name: Variant(forward_backward(function, [x], dy), outputs_of(function, [x], dy))
-        for name, function in functions.items()
-    }
-    return Built(variants, in_float64(STOCK[op], [x], dy), missing)
+    return eager_compiled_ours(STOCK[op], OURS[op], [x], dy, quick)
 
 
 def cases(device: str, quick: bool) -> list[Case]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, no_compiler
+from fastlm.benchmarks.cases._common import DTYPES, compiled, no_compiler
 from fastlm.benchmarks.harness import Built, Case, Variant
 from fastlm.benchmarks.stock import StockGPT
 from fastlm.models import GPT, GPTConfig
@@ -59,7 +59,7 @@ def build(shape: GPTConfig, B: int, dtype: torch.dtype, device: str, quick: bool
             else torch.optim.AdamW(model.parameters(), fused=True, **HYPER)
         )
         if name == "torch.compile":  # torch's own compiler is not on trial: no outputs for the gate
-            variants[name] = Variant(step(torch.compile(model, dynamic=False), optimizer, idx, targets, autocast))
+            variants[name] = Variant(step(compiled(model), optimizer, idx, targets, autocast))
         else:
             outputs = partial(loss_and_gradients, model, idx[:1], targets[:1], autocast)
             variants[name] = Variant(step(model, optimizer, idx, targets, autocast), outputs)
