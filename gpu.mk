@@ -6,6 +6,12 @@ COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | tr -d . | \
               sed 's/^90$$/90a/; s/$$/-real/' | paste -sd';' -)
 GPU_TESTS ?= tests/cuda/test_kernels.py tests/cuda/test_gpu.py tests/kernels
+# Seconds that each part may take, the sanitizer per tool: ten minutes in all. Longer runs give their own, and name one
+# part: make gpu-test GPU_TESTS="tests/cuda tests/kernels tests/ops" GPU_TEST_SECONDS=540
+GPU_BUILD_SECONDS    ?= 180
+GPU_TEST_SECONDS     ?= 150
+GPU_SANITIZE_SECONDS ?= 30
+GPU_BENCH_SECONDS    ?= 120
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) /usr/local/cuda/bin/compute-sanitizer)
 GPU_PYTHON = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
 # Run from the results, so that Python finds the installed package and not the sources.
@@ -17,14 +23,15 @@ gpu: gpu-build  ## Build, test, sanitize and measure on a CUDA GPU, with PYTHON'
 
 gpu-build:  ## Build the CUDA module for the GPUs of this machine and install fastlm into PYTHON
 	mkdir -p "$(RESULTS)"
-	FASTLM_CUDA=ON CUDAARCHS="$${CUDAARCHS:-$(GPU_ARCHS)}" "$(GPU_PYTHON)" -m pip install -v --no-index --no-build-isolation \
+	@[ -n "$${CUDAARCHS:=$(GPU_ARCHS)}" ] || { echo "nvidia-smi names no GPU; set CUDAARCHS, such as 90a-real"; exit 1; }
+	FASTLM_CUDA=ON CUDAARCHS="$${CUDAARCHS:-$(GPU_ARCHS)}" timeout $(GPU_BUILD_SECONDS) "$(GPU_PYTHON)" -m pip install -v --no-index --no-build-isolation \
 	  --no-deps --force-reinstall . > "$(RESULTS)/build.log" 2>&1 || { tail -n 60 "$(RESULTS)/build.log"; exit 1; }
 	$(IN_RESULTS) "$(GPU_PYTHON)" "$(CURDIR)/tests/cuda/versions.py" "$(COMMIT)" > versions.json
 	@cat "$(RESULTS)/versions.json"
 
 gpu-test:  ## Run the GPU tests on the fastlm that PYTHON has
 	mkdir -p "$(RESULTS)"
-	$(IN_RESULTS) timeout 540 "$(GPU_PYTHON)" -m pytest -q -p no:cacheprovider -k "not emulated" \
+	$(IN_RESULTS) timeout $(GPU_TEST_SECONDS) "$(GPU_PYTHON)" -m pytest -q -p no:cacheprovider -k "not emulated" \
 	  --junitxml=test.xml $(addprefix $(CURDIR)/,$(GPU_TESTS))
 
 gpu-sanitize:  ## Run each CUDA kernel under NVIDIA's four sanitizers
@@ -32,11 +39,11 @@ gpu-sanitize:  ## Run each CUDA kernel under NVIDIA's four sanitizers
 	$(IN_RESULTS) export PYTORCH_NO_CUDA_MEMORY_CACHING=1 && : > sanitizer.log && status=0 && \
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  echo "=== $$tool" >> sanitizer.log; \
-	  timeout 140 "$(SANITIZER)" --tool $$tool --error-exitcode 9 --print-limit 20 \
+	  timeout $(GPU_SANITIZE_SECONDS) "$(SANITIZER)" --tool $$tool --error-exitcode 9 --print-limit 20 \
 	    "$(GPU_PYTHON)" "$(CURDIR)/tests/cuda/sanitize.py" >> sanitizer.log 2>&1; \
 	  code=$$?; echo "=== $$tool: exit $$code" | tee -a sanitizer.log; [ $$code = 0 ] || status=1; \
 	done; exit $$status
 
 gpu-bench:  ## Measure the ops and the training step on the GPU
 	mkdir -p "$(RESULTS)"
-	$(IN_RESULTS) timeout 540 "$(GPU_PYTHON)" -m fastlm.cli bench --device cuda --quick --out .
+	$(IN_RESULTS) timeout $(GPU_BENCH_SECONDS) "$(GPU_PYTHON)" -m fastlm.cli bench --device cuda --quick --out .
