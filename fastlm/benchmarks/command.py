@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -54,6 +57,11 @@ def run(argv: Sequence[str] | None) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:  # while nothing is lost yet
+        options.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=options.out).close()
+    except OSError as error:
+        parser.error(f"--out: cannot write to {options.out}: {error.strerror}")
     if options.threads:
         torch.set_num_threads(options.threads)
     rounds = options.rounds or (3 if options.quick else 9)
@@ -67,6 +75,7 @@ def run(argv: Sequence[str] | None) -> int:
         f"limits, measured now: float32 {limits['float32'] / 1e9:,.0f} GFLOP/s, "
         f"bfloat16 {limits['bfloat16'] / 1e9:,.0f} GFLOP/s, memory {limits['bandwidth'] / 1e9:,.1f} GB/s"
     )
+    kept, picture = options.out / "bench.json", options.out / "bench.png"
     rows: list[Row] = []
     status = 0
     for group in options.cases or GROUPS:
@@ -80,14 +89,25 @@ def run(argv: Sequence[str] | None) -> int:
         if in_group:
             report.print_table(group, in_group)
         rows += in_group
+        with _whole(kept) as path:
+            path.write_text(json.dumps(as_json(rows, machine, limits), indent=1) + "\n")
 
-    options.out.mkdir(parents=True, exist_ok=True)
-    kept = options.out / "bench.json"
-    kept.write_text(json.dumps(as_json(rows, machine, limits), indent=1) + "\n")
-    picture = options.out / "bench.png"
-    drawn = bool(rows) and report.draw(rows, machine, picture)
+    with _whole(picture) as path:
+        drawn = bool(rows) and report.draw(rows, machine, path)
     print(f"\n{kept}" + (f", {picture}" if drawn else "; no picture without matplotlib"))
     return status
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of `path` in one step. What fastlm.data has for this needs numpy."""
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        yield beside
+        if beside.exists():
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _measure(found: Case, limits: dict[str, float], rounds: int, seconds: float, quick: bool) -> list[Row]:

@@ -245,7 +245,7 @@ def _serve(pipe: Any, allocator: str, threads: int, find: tuple[str, tuple]) -> 
         pipe.send(("ok", local.names()))
         while (question := pipe.recv()) is not None:
             pipe.send(("ok", getattr(local, question[0])(*question[1:])))
-    except BenchmarkError as error:
+    except (BenchmarkError, ModuleNotFoundError) as error:  # the allocator's module comes with numpy's users
         pipe.send(("error", str(error)))
     except EOFError:  # the parent is gone
         pass

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastlm import _native
-from fastlm.benchmarks import cases, main, measure_bandwidth, measure_peak
+from fastlm.benchmarks import cases, command, main, measure_bandwidth, measure_peak
 from fastlm.benchmarks.cases._common import no_compiler
 from fastlm.benchmarks.harness import (
     BenchmarkError,
@@ -171,13 +171,23 @@ def test_command_runs_both_allocators(tmp_path):
     [
         (["norms"], "CASE must be one of .*dispatch.*, got norms"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--out", __file__ + "/new"], "--out: cannot write to .*new: Not a directory"),
     ],
 )
-def test_bad_arguments_get_a_sentence(arguments, message, capsys):
+def test_bad_arguments_get_a_sentence(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(command, "measure_limits", lambda device: pytest.fail("measured first"))
     with pytest.raises(SystemExit) as left:
         main(arguments)
     assert left.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_result_that_could_not_be_finished_leaves_the_old_one(tmp_path):
+    (tmp_path / "bench.json").write_text("old")
+    with pytest.raises(KeyboardInterrupt), command._whole(tmp_path / "bench.json") as path:
+        path.write_text("ne")
+        raise KeyboardInterrupt
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("bench.json", "old")]
 
 
 def test_json_has_no_nan():
