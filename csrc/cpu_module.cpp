@@ -160,6 +160,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("usable_isas", &cpu::usable_isas, "Those that this machine can run, best first.");
   m.def("active_isa", [] { return cpu::kernels().isa; }, "The one in use.");
   m.def("select_isa", [](const std::string& name) { cpu::select_isa(name.c_str()); }, "Force one of the usable sets.");
+  m.attr("threaded") = cpu::kThreaded;
   m.def("threads_usable", &cpu::threads_usable, "False in a forked child, where kernels run on one thread.");
   m.def("use_exchange", [](bool on) { return fastlm::TensorReader::instance().use_exchange(on); },
         "Read tensors through torch's DLPack exchange capsule (the default where there is one); returns whether it is in use.");

@@ -10,6 +10,12 @@
 
 namespace fastlm::cpu {
 
+#if defined(_OPENMP)
+constexpr bool kThreaded = true;
+#else
+constexpr bool kThreaded = false;  // kernels run on the calling thread
+#endif
+
 // False in a child made by os.fork after a parallel region: libgomp would wait for ever for threads the child lacks.
 bool threads_usable();
 
