@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastlm bench",
         description="Time fastlm's ops and training step beside torch's, as a share of what this machine can do.",
+        epilog="Times are of the clock, but on the CPU those of dispatch are processor time.",
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(GROUPS)}; all if none is named")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, if not given")

@@ -83,6 +83,7 @@ class Case:
     device: str = "cpu"
     allocators: bool = True  # whether the setting can matter
     compare: bool = True  # whether the variants do the same work
+    target: str = ""  # what fastlm should take at most, on the machine of bench/LOG.md
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Row:
     bytes: float = 0.0
     items: float = 0.0
     rounds: int = 0
+    target: str = ""
     noisy: bool = False
     loaded: bool = False
     missing: str = ""
@@ -285,6 +287,7 @@ def measure(
             row = Row(case.group, case.name, name, allocator, middle, quartiles)
             if case.compare:
                 row.ratio, row.ratio_quartiles = ratio, ratio_quartiles
+            row.target = case.target if name == "fastlm" else ""
             row.share = least / middle if least else math.nan
             row.flops, row.bytes, row.items, row.rounds = case.flops, case.bytes, case.items, rounds
             row.noisy = quartiles[1] - quartiles[0] > _NOISY * middle

@@ -39,7 +39,8 @@ def _cells(row: Row) -> list[str]:
         ratio = ""
     share = "" if math.isnan(row.share) else f"{100 * row.share:.0f} %"
     remarks = [f"±{50 * spread:.0f} %"] + ["noisy"] * row.noisy + ["loaded machine"] * row.loaded
-    return [row.case, row.variant, row.allocator, seconds(row.seconds), rate(row), share, ratio, ", ".join(remarks)]
+    median = seconds(row.seconds) + (f" (target {row.target})" if row.target else "")
+    return [row.case, row.variant, row.allocator, median, rate(row), share, ratio, ", ".join(remarks)]
 
 
 HEADINGS = ["case", "variant", "allocator", "median", "rate", "of limit", "times faster", "spread"]

@@ -37,13 +37,17 @@ def _named(op, x):
 
 
 def cases(device: str, quick: bool) -> list[Case]:
+    ours, op, ordinary = "fastlm.relu", "torch.ops.fastlm.relu", contextlib.nullcontext
     listed = [
-        ("fastlm.relu, no gradient wanted", "fastlm.relu", contextlib.nullcontext, False),
-        ("torch.ops.fastlm.relu, inference mode", "torch.ops.fastlm.relu", torch.inference_mode, False),
-        ("torch.ops.fastlm.relu, no gradient wanted", "torch.ops.fastlm.relu", contextlib.nullcontext, False),
-        ("fastlm.relu, forward and backward", "fastlm.relu", contextlib.nullcontext, True),
+        (f"{ours}, no gradient wanted", ours, ordinary, False, "1.7 µs"),
+        (f"{op}, inference mode", op, torch.inference_mode, False, "2.2 µs"),
+        (f"{op}, no gradient wanted", op, ordinary, False, "4 µs"),
+        (f"{ours}, forward and backward", ours, ordinary, True, "2 x torch's"),
     ]
-    return [
-        Case("dispatch", name, partial(build, function, context, gradient, device), device=device, allocators=False)
-        for name, function, context, gradient in listed
-    ]
+    made = []
+    for name, *how, target in listed:
+        target = target if device == "cpu" else ""
+        made.append(
+            Case("dispatch", name, partial(build, *how, device), device=device, allocators=False, target=target)
+        )
+    return made

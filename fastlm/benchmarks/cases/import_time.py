@@ -20,4 +20,4 @@ def build_import() -> Built:
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    return [Case("import_time", "import", build_import, allocators=False, compare=False)]
+    return [Case("import_time", "import", build_import, allocators=False, compare=False, target="0.3 s")]
