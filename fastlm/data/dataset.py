@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 
 from fastlm.data.corpus import CleaningReport, Corpus, load_corpus
-from fastlm.data.files import sync_directory, write_atomically
+from fastlm.data.files import sealed_json, sync_directory, unsealed, write_atomically
 from fastlm.data.ngram import ngram_bits_per_byte
 from fastlm.data.tokenizer import BPETokenizer, ByteTokenizer, load_tokenizer
 from fastlm.data.tokens import TokenFile, bits_per_byte
@@ -58,11 +58,9 @@ class Dataset:
         if not path.is_dir():
             raise FileNotFoundError(f"fastlm.data: no data set at {path}")
         try:
-            content = json.loads((path / "dataset.json").read_bytes())
-            if content.pop("sha256") != _checksum(content):
-                raise ValueError("its content does not match its checksum")
+            content = unsealed(json.loads((path / "dataset.json").read_bytes()))
             report = CleaningReport(**content["report"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"fastlm.data: {path / 'dataset.json'} is missing or corrupted: {error}") from None
         tokenizer = load_tokenizer(path / "tokenizer.json")
         train = TokenFile.open(path / "train.bin", verify=True)
@@ -157,8 +155,7 @@ def _build(folder: Path, corpus: Corpus, kind: str, vocab_size: int) -> None:
     TokenFile.write(folder / "train.bin", tokenizer.encode_documents(corpus.train), tokenizer.vocab_size)
     TokenFile.write(folder / "val.bin", tokenizer.encode_documents(corpus.val), tokenizer.vocab_size)
     content = {"version": _VERSION, "corpus_sha256": corpus.sha256, "report": dataclasses.asdict(corpus.report)}
-    content["sha256"] = _checksum(content)
-    write_atomically(folder / "dataset.json", json.dumps(content, indent=1).encode())
+    write_atomically(folder / "dataset.json", sealed_json(content))
 
 
 def _remove_litter(final: Path) -> None:
@@ -190,7 +187,3 @@ def _publish(temporary: Path, final: Path) -> Dataset:
         return Dataset.open(final)
     except OSError as error:
         raise OSError(error.errno, f"fastlm.data: {final} could not be written: {error.strerror or error}") from error
-
-
-def _checksum(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
