@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ class ConsoleProgress(Progress):
 
     @contextlib.contextmanager
     def steps(self, total: int, done: int, flops: int, peak: float | None) -> Iterator[None]:
-        from rich.progress import BarColumn, Progress, TextColumn
+        from rich.progress import Progress, TextColumn
 
         self._total, self._first, self._flops, self._peak = total, done, flops, peak
         self._loss = self._bits = self._seconds = self._val = None
@@ -64,9 +65,9 @@ class ConsoleProgress(Progress):
             self._bar = None
             yield
             return
-        columns = (BarColumn(bar_width=12), TextColumn("{task.description}", markup=False))
-        with Progress(*columns, console=self._out, refresh_per_second=4) as self._bar:
-            self._task = self._bar.add_task("", total=total, completed=done)
+        text = TextColumn("{task.description}", markup=False)
+        with Progress(text, console=self._out, refresh_per_second=4) as self._bar:
+            self._task = self._bar.add_task("", total=None)
             yield
 
     def step(
@@ -76,7 +77,7 @@ class ConsoleProgress(Progress):
         self._seconds = self._smooth(self._seconds, seconds)
         self._now = (step, lr, grad_norm, tokens)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description=self._line())
+            self._bar.update(self._task, description=self._line(self._out.width))
         elif time.monotonic() - self._printed > self._PLAIN_SECONDS:
             self._print()
 
@@ -85,19 +86,29 @@ class ConsoleProgress(Progress):
         if self._bar is None:
             self._print()
         else:
-            self._bar.update(self._task, description=self._line())
+            self._bar.update(self._task, description=self._line(self._out.width))
 
-    def _line(self) -> str:
+    def _line(self, width: float = math.inf) -> str:
+        """All there is to say, or without what is least missed where it is longer than `width` columns."""
         step, lr, grad_norm, tokens = self._now
-        val = "-" if self._val is None else f"{self._val:.3f}"
-        share = ""
-        if self._peak:
-            share = f"{100 * self._flops / self._seconds / self._peak:.0f} % of peak  "
         left = int((self._total - step) * (time.monotonic() - self._began) / (step - self._first))
-        return (
-            f"{step:,}/{self._total:,}  loss {self._bits:.3f}  val {val}  bits/byte  lr {lr:.1e}  |g| {grad_norm:.2f}"
-            f"  {tokens / self._seconds:,.0f} tokens/s  {share}{left // 60}:{left % 60:02d} left"
-        )
+        fields = {
+            "step": f"{step:,}/{self._total:,}",
+            "loss": f"loss {self._bits:.3f}",
+            "val": "val " + ("-" if self._val is None else f"{self._val:.3f}"),
+            "unit": "bits/byte",
+            "lr": f"lr {lr:.1e}",
+            "norm": f"|g| {grad_norm:.2f}",
+            "speed": f"{tokens / self._seconds:,.0f} tokens/s",
+            "peak": f"{100 * self._flops / self._seconds / self._peak:.0f} % of peak" if self._peak else "",
+            "left": f"{left // 60}:{left % 60:02d} left",
+        }
+        for name in ("norm", "lr", "unit", "speed", "val", "peak", None):
+            line = "  ".join(filter(None, fields.values()))
+            if len(line) <= width:
+                break
+            fields.pop(name, None)
+        return line
 
     def _print(self) -> None:
         self._printed = time.monotonic()
