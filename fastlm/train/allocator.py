@@ -13,12 +13,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 _ONE_GIB = 1 << 30
 
 
+def on_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
+
+
 def keep_freed_memory() -> bool:
     """Blocks up to 1 GiB come from the heap, and the heap shrinks only above 1 GiB free. False where not glibc.
 
     For the whole process and for good: a program's choice, not a library's.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if not on_glibc():
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_THRESHOLD, _ONE_GIB) and mallopt(_M_TRIM_THRESHOLD, _ONE_GIB))

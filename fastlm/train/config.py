@@ -30,7 +30,7 @@ class TrainConfig:
     tokenizer: Literal["bpe", "byte"] = "bpe"
     """Byte pairs learnt from the training text, or plain bytes."""
     vocab_size: int = 2048
-    """Tokens of a bpe tokenizer."""
+    """Most tokens of a bpe tokenizer; bytes have 257."""
 
     # Model
     n_layer: int = 4
@@ -50,7 +50,7 @@ class TrainConfig:
 
     # Length of the run
     steps: int = 2000
-    """Optimizer steps."""
+    """Optimizer steps; where --minutes is given, that decides them."""
     minutes: float | None = None
     """Wall-clock time for all of it. The number of steps is then set at the start, from timed steps, and recorded."""
     batch_size: int = 8
@@ -108,6 +108,8 @@ class TrainConfig:
             raise ValueError(f"{option('learning_rate')} must be above 0, got {self.learning_rate}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"{option('minutes')} must be above 0, got {self.minutes}")
+        if self.tokenizer == "bpe" and not 257 <= self.vocab_size <= 2**24:  # the bytes and the end of a document
+            raise ValueError(f"{option('vocab_size')} must be in 257 .. 2**24 for bpe, got {self.vocab_size}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"{option('seed')} must be in [0, 2**63), got {self.seed}")
         self.model_config(self.vocab_size)  # raises for a shape that cannot be
@@ -187,14 +189,19 @@ def option(field: str) -> str:
 
 
 def prepare_machine(config: TrainConfig) -> TrainConfig:
-    """Applies threads and allocator to this process; returns the configuration with what was left open decided.
+    """The configuration with what was left open decided, its threads and allocator applied to this process."""
+    config = decide(config)
+    torch.set_num_threads(config.threads)
+    if config.keep_memory:
+        keep_freed_memory()
+    return config
+
+
+def decide(config: TrainConfig) -> TrainConfig:
+    """The configuration with what was left open decided; changes nothing in this process.
 
     The number of threads is decided too: sums depend on it, so a run must be resumed with the number it began with.
     """
-    threads = config.threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    if config.keep_memory:
-        keep_freed_memory()
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -203,7 +210,7 @@ def prepare_machine(config: TrainConfig) -> TrainConfig:
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"
-    return config.replace(device=device, precision=precision, threads=threads)
+    return config.replace(device=device, precision=precision, threads=config.threads or torch.get_num_threads())
 
 
 def has_fast_bf16(device: str) -> bool:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from fastlm.data import Dataset
 from fastlm.models import GPT
+from fastlm.train.allocator import on_glibc
 from fastlm.train.config import TrainConfig
 from fastlm.train.evaluation import autocast, evaluate
 from fastlm.train.step import build_model, build_optimizer, training_step
@@ -21,10 +22,14 @@ _TIMED_SECONDS = 5.0  # of steps
 _DISK_BYTES_PER_SECOND = 200e6  # of a checkpoint with its checksum: a plain disk
 _REPORT_SECONDS = 4.0  # loading matplotlib, the picture, the process's end
 _SAMPLE_TOKENS_PER_SECOND = 60
-# What the C library's heap holds at the peak for each byte in use: tensors of many sizes come and go, and leave gaps
-# that the next ones do not fit. Measured with glibc on models of 2 M and 11 M parameters, 8 to 32 rows: 1.54 to 1.71
-# and 1.40 to 1.51; with every tensor in pages of its own the two are 1.02 and 1.01.
-_HEAP_PER_BYTE = {"bf16": 1.62, "fp32": 1.45}
+_RESERVE = 0.08  # of the time for steps: a machine slows down as it warms up and shares its clock
+# What glibc's heap holds at the peak for each byte in use: tensors of many sizes come and go, and leave gaps that the
+# next ones do not fit. Measured on models of 2 M and 11 M parameters, 8 to 32 rows: 1.54 to 1.71 in bf16, up to 1.88
+# where the hardware has none, and 1.40 to 1.60 in fp32. The same without keep_memory, for glibc by itself comes to take
+# blocks of up to 32 MiB from the heap (mallopt(3)). With every tensor in pages of its own, as other C libraries keep
+# large blocks, the two are 1.02 and 1.01.
+_HEAP_PER_BYTE = {"bf16": 1.69, "fp32": 1.5}
+_PAGES_PER_BYTE = 1.02
 
 
 def plan_steps(config: TrainConfig, dataset: Dataset, spent: float) -> TrainConfig:
@@ -51,7 +56,7 @@ def plan_steps(config: TrainConfig, dataset: Dataset, spent: float) -> TrainConf
     checkpoint = 12 * model.num_parameters() / _DISK_BYTES_PER_SECOND
     after = len(dataset.val) * token_seconds + config.sample_tokens / _SAMPLE_TOKENS_PER_SECOND + _REPORT_SECONDS
     left = config.minutes * 60 - spent - (time.perf_counter() - began)
-    steps = int((left - config.evaluations * (subset + checkpoint) - after) / step_seconds)
+    steps = int((left - config.evaluations * (subset + checkpoint) - after) * (1 - _RESERVE) / step_seconds)
     if steps < 1:
         raise ValueError(
             f"--minutes {config.minutes:g} leaves no time for a step: preparing took"
@@ -85,7 +90,8 @@ def estimate(config: TrainConfig, vocab_size: int) -> Estimate:
         loss.backward()
         del loss, moments
         parameters, flops_per_token = model.num_parameters(), 3 * model.flops_per_token()
-    memory = live.peak if config.device == "cuda" else int(live.peak * _HEAP_PER_BYTE[config.precision])
+    per_byte = _HEAP_PER_BYTE[config.precision] if on_glibc() else _PAGES_PER_BYTE
+    memory = live.peak if config.device == "cuda" else int(live.peak * per_byte)
     return Estimate(parameters, flops_per_token, flops_per_token * config.tokens_per_step, memory)
 
 
