@@ -11,7 +11,9 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -85,17 +87,21 @@ def train(arguments: list[str]) -> int:
         """Replace the run that --out holds."""
 
     options = _parse(Options, "train", arguments, default=Options(PRESETS[preset]))
+    given = {name.replace("_", "-").partition("=")[0] for name in arguments}
+    if "--steps" in given and options.config.minutes is not None:
+        raise ValueError("--steps and --minutes both set the length of the run; give one of them")
+    if "--vocab-size" in given and options.config.tokenizer == "byte":
+        raise ValueError("--vocab-size is of a bpe tokenizer; bytes have 257 tokens")
     if options.dry_run:
         return _dry_run(options.config, options.overwrite)
-    result = start(options.config, _progress(), peak=_peak(options.config), overwrite=options.overwrite)
-    return _report(result)
+    spent = _seconds_alive() if sys.argv[2:] == arguments else 0.0  # a program that calls this has done other work too
+    return _report(start(options.config, _progress(), peak=_peak, spent=spent, overwrite=options.overwrite))
 
 
 def resume(arguments: list[str]) -> int:
     """Go on with a run that was stopped."""
     import tyro
 
-    from fastlm.train import open_run
     from fastlm.train import resume as go_on
 
     @dataclasses.dataclass
@@ -104,8 +110,7 @@ def resume(arguments: list[str]) -> int:
         """Directory of the run."""
 
     options = _parse(Options, "resume", arguments)
-    config, _ = open_run(options.run)
-    return _report(go_on(options.run, _progress(), peak=_peak(config)))
+    return _report(go_on(options.run, _progress(), peak=_peak))
 
 
 def sample(arguments: list[str]) -> int:
@@ -283,24 +288,41 @@ def _peak(config: Any) -> float:
     import torch
 
     from fastlm.benchmarks.limits import measure_peak
-    from fastlm.train.config import prepare_machine
 
-    resolved = prepare_machine(config)
-    dtype = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
-    return measure_peak(dtype, device=resolved.device)
+    return measure_peak(torch.bfloat16 if config.precision == "bf16" else torch.float32, device=config.device)
+
+
+def _seconds_alive() -> float:
+    """Of this process: importing torch from a cold disk takes many. Elsewhere than on Linux those of CPU time."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()  # from the third on, see proc(5)
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return time.process_time()
+
+
+# Bytes of training text up to which a dry run learns the tokenizer (a second). A longer text, taken for one that fills
+# the vocabulary, has at most as many tokens as bytes and ends of documents.
+_TOKENIZED_HERE = 1 << 20
 
 
 def _dry_run(config: Any, overwrite: bool) -> int:
-    from fastlm.data import load_corpus
-    from fastlm.train.config import prepare_machine
+    from fastlm.data import BPETokenizer, load_corpus
+    from fastlm.train.config import decide
     from fastlm.train.plan import estimate
-    from fastlm.train.rundir import claim
+    from fastlm.train.rundir import check_lengths, claim
     from fastlm.train.step import padded_vocab_size
 
-    resolved = prepare_machine(claim(config, overwrite))
-    report = load_corpus(config.data).report  # what the run would refuse is refused here
-    vocab_size = padded_vocab_size(resolved.vocab_size if resolved.tokenizer == "bpe" else 257)
-    cost = estimate(resolved, vocab_size)
+    resolved = claim(decide(config), overwrite, dry_run=True)
+    corpus = load_corpus(config.data)  # what the run would refuse is refused here
+    report, vocab_size = corpus.report, resolved.vocab_size if resolved.tokenizer == "bpe" else 257
+    lengths = (report.train_bytes + report.train_documents + 1, report.val_bytes + report.val_documents + 1)
+    if resolved.tokenizer == "bpe" and report.train_bytes <= _TOKENIZED_HERE:
+        tokenizer = BPETokenizer.train(corpus.train, vocab_size)
+        vocab_size = tokenizer.vocab_size
+        lengths = tuple(len(tokenizer.encode_documents(part)) for part in (corpus.train, corpus.val))
+    check_lengths(resolved, *lengths)
+    cost = estimate(resolved, padded_vocab_size(vocab_size))
     width = max(len(field.name) for field in dataclasses.fields(resolved))
     for field in dataclasses.fields(resolved):
         value, given = getattr(resolved, field.name), getattr(config, field.name)

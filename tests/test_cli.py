@@ -5,12 +5,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import fastlm
 from fastlm import cli
+from fastlm.train import PRESETS
+from fastlm.train.config import decide
+from fastlm.train.plan import estimate
 
 SMALL = [
     "--tokenizer",
@@ -89,15 +93,20 @@ def test_live_line_on_a_terminal(monkeypatch, capsys):
 
     from fastlm.train import ConsoleProgress, Evaluation
 
-    progress = ConsoleProgress()
-    progress._out = Console(force_terminal=True, width=150, file=sys.stdout)
-    with progress.steps(total=10, done=4, flops=10**9, peak=None):
-        progress.step(5, 3.0, 1.5, 1e-3, 0.5, 1000, 0.5)
-        progress.evaluated(5, Evaluation(2.0, 1.25, 100))
-        progress.step(6, 3.0, 1.5, 1e-3, 0.5, 1000, 0.5)
-    said = capsys.readouterr().out
-    assert "6/10  loss 1.500  val 1.250  bits/byte  lr 1.0e-03  |g| 0.50  2,000 tokens/s" in said
-    assert "of peak" not in said
+    def said(width, peak):
+        progress = ConsoleProgress()
+        progress._out = Console(force_terminal=True, width=width, file=sys.stdout)
+        with progress.steps(total=20_000, done=11_998, flops=10**9, peak=peak):
+            progress.step(11_999, 3.0, 1.5, 1e-3, 0.5, 10_000, 0.5)
+            progress.evaluated(11_999, Evaluation(2.0, 1.25, 100))
+            progress.step(12_000, 3.0, 1.5, 1e-3, 0.5, 10_000, 0.5)
+        return re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", capsys.readouterr().out)
+
+    whole = "12,000/20,000  loss 1.500  val 1.250  bits/byte  lr 1.0e-03  |g| 0.50  20,000 tokens/s"
+    assert re.search(re.escape(whole) + r"  \d+:\d\d left", said(150, None))
+    assert re.search(re.escape(whole) + r"  50 % of peak  \d+:\d\d left", said(150, 4e9))
+    assert re.search(r"12,000/20,000  loss 1\.500  val 1\.250  .*50 % of peak  \d+:\d\d left *\s", said(80, 4e9))
+    assert re.search(r"12,000/20,000  loss 1\.500  \d+:\d\d left *\s", said(40, 4e9))
 
 
 def test_resume_sample_and_eval(run, capsys, monkeypatch, tmp_path):
@@ -131,14 +140,30 @@ def test_dry_run_touches_nothing(text, tmp_path, monkeypatch, capsys):
     assert re.search(r"^work        [\d,]+ FLOPs per token, [\d.e+]+ per step$", said, re.MULTILINE)
     assert re.search(r"^memory      [\d,]+ MiB", said, re.MULTILINE)
     assert list(empty.iterdir()) == []
-    assert "absent.txt does not exist" in fails(capsys, ["train", "--dry-run", "--data", "absent.txt"], 2)
+
+
+def test_a_dry_run_refuses_what_the_run_would(text, run, tmp_path, capsys):
+    Path(tmp_path, "short.txt").write_text(Path(text).read_text()[:2000])
+    for arguments, sentence in [
+        (["--data", "absent.txt"], "fastlm.data: absent.txt does not exist"),
+        (["--data", f"{tmp_path}/short.txt"], "--block-size 256: the held-out text has only 202 tokens"),
+        (["--data", text, "--tokenizer", "bpe", "--block-size", "1024"], "--block-size 1024: the held-out text has"),
+        (["--data", text, "--out", run], f"{run} holds a run already"),
+    ]:
+        options = ["--tokenizer", "byte", *arguments, "--out", str(tmp_path / "new")]
+        options = options[:-2] if "--out" in arguments else options
+        said = [fails(capsys, ["train", *mode, *options], 2) for mode in (["--dry-run"], [])]
+        assert said[0] == said[1] and sentence in said[0]
+    assert cli.main(["train", "--dry-run", "--data", text, "--out", run, "--overwrite"]) == 0
+    parameters = re.search(r"^parameters  ([\d,]+)$", capsys.readouterr().out, re.MULTILINE)[1]
+    full = estimate(decide(PRESETS["tiny"]), PRESETS["tiny"].vocab_size).parameters
+    assert 0 < int(parameters.replace(",", "")) < full  # the text gives fewer tokens than asked for
 
 
 @pytest.mark.parametrize(("preset", "parameters"), [("tiny", 2e6), ("small", 12e6), ("gpt2", 124e6)])
-def test_presets_have_the_size_they_are_named_for(preset, parameters, text, capsys):
-    assert cli.main(["train", "--preset", preset, "--data", text, "--dry-run"]) == 0
-    found = re.search(r"^parameters  ([\d,]+)$", capsys.readouterr().out, re.MULTILINE)
-    assert int(found[1].replace(",", "")) == pytest.approx(parameters, rel=0.25)
+def test_presets_have_the_size_they_are_named_for(preset, parameters):
+    config = decide(PRESETS[preset])
+    assert estimate(config, config.vocab_size).parameters == pytest.approx(parameters, rel=0.25)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small", "gpt2"])
@@ -153,18 +178,32 @@ def test_every_preset_takes_a_step(preset, text, tmp_path, quick_peak, capsys):
     )
 
 
-def test_a_time_limit_decides_the_steps_once(text, tmp_path, quick_peak, capsys):
-    out = tmp_path / "run"
-    assert cli.main(["train", "--data", text, "--out", str(out), *SMALL, "--minutes", "0.4"]) == 0
+def test_a_time_limit_decides_the_steps_once(text, tmp_path, quick_peak, monkeypatch, capsys):
+    out, small = tmp_path / "run", [option for option in SMALL if option not in ("--steps", "6")]
+    assert cli.main(["train", "--data", text, "--out", str(out), *small, "--minutes", "0.4"]) == 0
     steps = json.loads((out / "config.json").read_text())["config"]["steps"]
     said = capsys.readouterr().out
     assert f"0.4 minutes: {steps:,} steps of 64 tokens" in said
     assert f"\n{steps:,}/{steps:,}  loss" in said
     assert json.loads((out / "result.json").read_text())["step"] <= steps
-    assert "--minutes 0.001 leaves no time for a step: preparing took" in fails(
-        capsys, ["train", "--data", text, "--out", str(tmp_path / "none"), *SMALL, "--minutes", "0.001"], 2
-    )
+    arguments = ["train", "--data", text, "--out", str(tmp_path / "none"), *small, "--minutes", "0.4"]
+    monkeypatch.setattr(sys, "argv", ["fastlm", *arguments])
+    monkeypatch.setattr(cli, "_seconds_alive", lambda: 300.0)
+    assert re.search("--minutes 0.4 leaves no time for a step: preparing took 3[0-9]{2} s", fails(capsys, arguments, 2))
     assert not (tmp_path / "none" / "checkpoints").exists()
+
+
+def test_time_counts_from_the_start_of_the_process(monkeypatch):
+    code = (
+        "import sys, time; sys.path[:] = sys.argv[1:]; time.sleep(1.5); from fastlm import cli;"
+        " print(cli._seconds_alive())"
+    )
+    began = time.perf_counter()
+    alive = float(subprocess.check_output([sys.executable, "-c", code, *map(os.path.abspath, sys.path)]))
+    assert (1.4 if sys.platform == "linux" else 0) < alive < time.perf_counter() - began + 0.05
+
+    monkeypatch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(FileNotFoundError()))
+    assert 0 < cli._seconds_alive() <= time.process_time()
 
 
 def test_mistakes_are_one_sentence_and_exit_code_2(run, text, tmp_path, monkeypatch, capsys):
@@ -177,6 +216,14 @@ def test_mistakes_are_one_sentence_and_exit_code_2(run, text, tmp_path, monkeypa
         (["train", "--preset", "huge"], "--preset must be one of tiny, small, gpt2, got 'huge'"),
         (["resume", "nowhere"], "nowhere holds no run: there is no config.json in it"),
         (["sample", "nowhere"], "nowhere holds no run: there is no config.json in it"),
+        (
+            ["train", "--steps=6", "--minutes", "1"],
+            "--steps and --minutes both set the length of the run; give one of them",
+        ),
+        (
+            ["train", "--tokenizer", "byte", "--vocab_size", "300"],
+            "--vocab-size is of a bpe tokenizer; bytes have 257 tokens",
+        ),
         (["sample", "run", "--tokens", "0"], "--tokens must be at least 1, got 0"),
         (
             ["train", "--data", text, "--out", "run", *SMALL],
@@ -202,6 +249,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(run, text, tmp_path, monkeypa
     ("arguments", "sentence"),
     [
         (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--vocab-size", "10"], "--vocab-size must be in 257 .. 2**24 for bpe, got 10"),
         (["--dropout", "1"], "GPTConfig: dropout must be in [0, 1), got 1.0"),
         (["--n-embd", "100"], "GPTConfig: n_embd must be a multiple of 2 * n_head"),
         (["--stepz", "1"], "--steps"),

@@ -4,11 +4,11 @@ A run keeps them in `checkpoints/step-00000400/`:
 
     model.safetensors        the weights, named as in `GPT.named_parameters()`
     optimizer.safetensors    AdamW's moments, `<parameter>/<name in the optimizer's state>`
-    checkpoint.json          step, validation loss, shapes of the model, SHA-256 of the two files above
+    checkpoint.json          step, validation loss, shapes of the model, SHA-256 of the two files above and of itself
 
 All three are written into a hidden directory and flushed to the disk, then the directory gets its name in one rename.
 A crash, a kill or a full disk at any moment leaves either the whole checkpoint or none. The newest two and the best by
-validation loss stay; older ones go only after a newer one has its name.
+validation loss stay; others go only after a newer one has its name.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlm.data.files import sync_directory, write_atomically
+from fastlm.data.files import sealed_json, sync_directory, unsealed, write_atomically
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,6 @@ class Checkpoint:
 
     step: int  # steps done
     val_loss: float | None  # nats per token on the fixed subset of the held-out text; None before the first evaluation
-    best_val_loss: float | None  # the lowest one up to here
     model_config: dict
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]  # "<parameter>/<state>"
@@ -52,7 +53,6 @@ def save(
     *,
     step: int,
     val_loss: float | None,
-    best_val_loss: float | None,
     model_config: dict,
     model: dict[str, Tensor],
     optimizer: dict[str, Tensor],
@@ -61,7 +61,7 @@ def save(
     from safetensors.torch import save as to_bytes
 
     directory.mkdir(parents=True, exist_ok=True)
-    target = directory / f"step-{step:08d}"
+    target = directory / _name(step)
     if target.exists():
         with contextlib.suppress(CheckpointError):
             load(target)
@@ -81,17 +81,16 @@ def save(
             "version": _VERSION,
             "step": step,
             "val_loss": val_loss,
-            "best_val_loss": best_val_loss,
             "model_config": model_config,
-            "sha256": hashes,
+            "files": hashes,
         }
-        write_atomically(temporary / "checkpoint.json", json.dumps(state, indent=2).encode())
+        write_atomically(temporary / "checkpoint.json", sealed_json(state))
         os.replace(temporary, target)
         sync_directory(directory)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _drop_superfluous(directory)
+    _drop_superfluous(directory, target)
     return target
 
 
@@ -100,11 +99,9 @@ def load(path: Path) -> Checkpoint:
     from safetensors.torch import load as from_bytes
 
     try:
-        state = json.loads((path / "checkpoint.json").read_bytes())
-        if state["version"] != _VERSION:
-            raise CheckpointError(f"{path} has checkpoint format {state['version']}; this fastlm reads {_VERSION}")
+        state = _state(path)
         tensors = {}
-        for name, expected in state["sha256"].items():
+        for name, expected in state["files"].items():
             content = (path / name).read_bytes()
             if hashlib.sha256(content).hexdigest() != expected:
                 raise CheckpointError(f"{path / name} is corrupted: its content does not match its checksum")
@@ -112,7 +109,6 @@ def load(path: Path) -> Checkpoint:
         return Checkpoint(
             step=state["step"],
             val_loss=state["val_loss"],
-            best_val_loss=state["best_val_loss"],
             model_config=state["model_config"],
             model=tensors["model.safetensors"],
             optimizer=tensors["optimizer.safetensors"],
@@ -122,6 +118,22 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a whole checkpoint: {Path(error.filename).name} is missing") from None
     except (ValueError, KeyError, TypeError) as error:  # JSON or safetensors that cannot be parsed, or lacks a field
         raise CheckpointError(f"{path} is corrupted: {error}") from None
+
+
+def _state(path: Path) -> dict[str, Any]:
+    """checkpoint.json, verified. Raises OSError, ValueError, or CheckpointError for another version's."""
+    content = json.loads((path / "checkpoint.json").read_bytes())
+    version = content.get("version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version != _VERSION:
+        raise CheckpointError(f"{path} has checkpoint format {version}; this fastlm reads {_VERSION}")
+    state = unsealed(content)
+    if path.name != _name(state["step"]):
+        raise ValueError(f"it is of step {state['step']}")
+    return state
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def load_newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint:
@@ -154,7 +166,12 @@ def load_best(directory: Path, warn: Callable[[str], None]) -> Checkpoint:
 
 def paths(directory: Path) -> list[Path]:
     """All checkpoints, oldest first; whether they can be read is not looked at."""
-    return sorted(path for path in directory.glob("step-*") if path.is_dir())
+    return sorted(path for path in directory.glob("step-*") if path.is_dir() and is_ours(path))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `save` gives such a name."""
+    return re.fullmatch(r"step-\d{8,}|\.tmp-.*", path.name) is not None
 
 
 def restore_model(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
@@ -193,14 +210,16 @@ def _best(candidates: list[Path]) -> Path | None:
     """The one with the lowest validation loss, if any has one."""
     losses = {}
     for path in candidates:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            losses[path] = float(json.loads((path / "checkpoint.json").read_bytes())["val_loss"])
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, CheckpointError):
+            losses[path] = float(_state(path)["val_loss"])
     return min(losses, key=losses.__getitem__, default=None)
 
 
-def _drop_superfluous(directory: Path) -> None:
+def _drop_superfluous(directory: Path, target: Path) -> None:
+    """Keeps the two newest and the best up to `target`; a later one could not be read, else the run had begun there."""
     everything = paths(directory)
-    for path in set(everything[:-2]) - {_best(everything)}:
+    good = everything[: everything.index(target) + 1]
+    for path in set(everything) - {*good[-2:], _best(good)}:
         _remove(path)
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from fastlm.data.files import write_atomically
+from fastlm.data.files import write_all, write_atomically
 
 
 class Metrics:
@@ -19,7 +19,8 @@ class Metrics:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, **row: float) -> None:
-        os.write(self._descriptor, (json.dumps(row) + "\n").encode())  # unbuffered, so that it can be watched
+        """Unbuffered, so that it can be watched. ValueError for what is no number: no JSON spells it."""
+        write_all(self._descriptor, (json.dumps(row, allow_nan=False) + "\n").encode())
 
     def __enter__(self) -> Metrics:
         return self

@@ -3,42 +3,62 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from fastlm import _library, _native
 from fastlm._version import __version__
 from fastlm.data import Dataset, prepare
-from fastlm.data.files import write_atomically
+from fastlm.data.files import sealed_json, unsealed, write_atomically
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import checkpoint as checkpoints
-from fastlm.train.config import TrainConfig, prepare_machine
+from fastlm.train.config import TrainConfig, decide
 from fastlm.train.progress import Progress
 
 # Bytes of text that are read again to compare with: the 5-gram takes about a second and 100 MB of memory for each MB.
 NGRAM_TEXT_LIMIT = 32 << 20
 NGRAM_TEXT_HERE = 1 << 20  # bytes that are counted in this process
+# What a run writes into its directory beside the prepared text, whose folders are named after their content.
+_NAMES = ("config.json", "metrics.jsonl", "result.json", "sample.txt", "loss.png", "checkpoints")
+_ASIDE = ".replaced-run"  # where a run waits until the one that replaces it has a checkpoint
 
 
-def claim(config: TrainConfig, overwrite: bool) -> TrainConfig:
-    """The configuration with a directory that holds no run yet: its own, or the first free `runs/<preset>-<number>`.
+def claim(config: TrainConfig, overwrite: bool, *, dry_run: bool = False) -> TrainConfig:
+    """The configuration with a directory for a run: its own, or the first free `runs/<preset>-<number>`, made here.
 
-    Raises ValueError for a directory that holds a run, unless that may be overwritten.
+    Raises ValueError for a directory that holds a run, unless that may be overwritten, and for one with other files
+    under the names that a run writes. dry_run: nothing is made or moved.
     """
     if config.out is None:
-        number = 1
-        while (out := Path("runs") / f"{config.preset}-{number}").exists():
-            number += 1
-        return config.replace(out=str(out))
-    if not overwrite and checkpoints.paths(Path(config.out) / "checkpoints"):
+        names = (Path("runs") / f"{config.preset}-{number}" for number in itertools.count(1))
+        free = next(out for out in names if (not out.exists() if dry_run else _made(out)))
+        return config.replace(out=str(free))
+    out = Path(config.out)
+    if not dry_run:
+        settle(out)
+    there = [name for name in _NAMES if os.path.lexists(out / name)]
+    if not there:
+        return config
+    try:
+        _read(out)
+    except (OSError, ValueError):
+        raise ValueError(
+            f"{out} holds {there[0]}, and no run that can be read; move it away or give another --out"
+        ) from None
+    foreign = [path for path in (out / "checkpoints").glob("*") if not checkpoints.is_ours(path)]
+    if foreign:
+        raise ValueError(f"{foreign[0]} is no checkpoint of a run; move it away or give another --out")
+    if not overwrite:
         raise ValueError(
             f"{config.out} holds a run already; go on with it by `fastlm resume {config.out}`,"
             " replace it with --overwrite, or give another --out"
@@ -46,12 +66,48 @@ def claim(config: TrainConfig, overwrite: bool) -> TrainConfig:
     return config
 
 
-def clear(out: Path) -> None:
-    """Removes what a run wrote into its directory; the prepared text stays."""
-    for name in ("config.json", "metrics.jsonl", "result.json", "sample.txt", "loss.png"):
-        with contextlib.suppress(FileNotFoundError):
-            (out / name).unlink()
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+def _made(out: Path) -> bool:
+    """Whether this call made the directory: of two runs that start at once, one does."""
+    try:
+        out.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[None]:
+    """Around a new run: the one that `out` holds comes back if the new one fails before its first checkpoint."""
+    settle(out, failed=True)
+    try:
+        if (out / "config.json").exists():
+            (out / _ASIDE).mkdir(exist_ok=True)
+            for name in _NAMES:  # config.json first: what is left is then no run
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(out / name, out / _ASIDE / name)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # the next `train` or `resume` tries again
+            settle(out, failed=True)
+        raise
+
+
+def settle(out: Path, *, failed: bool = False) -> None:
+    """What becomes of a run set aside: nothing is left of it once the new one has a checkpoint.
+
+    It comes back where the new one never began, or failed without a checkpoint.
+    """
+    aside = out / _ASIDE
+    began = (out / "config.json").exists()
+    if began and checkpoints.paths(out / "checkpoints"):
+        shutil.rmtree(aside, ignore_errors=True)
+    elif (aside / "config.json").exists() and (failed or not began):
+        (out / "config.json").unlink(missing_ok=True)
+        for name in reversed(_NAMES):  # config.json last: until then this is done again
+            if (aside / name).exists():
+                shutil.rmtree(out / name, ignore_errors=True)  # checkpoints, of which the new run has none
+                os.replace(aside / name, out / name)
+        aside.rmdir()
 
 
 def prepare_data(config: TrainConfig, progress: Progress) -> Dataset:
@@ -64,13 +120,18 @@ def prepare_data(config: TrainConfig, progress: Progress) -> Dataset:
         f"tokens    {len(dataset.train):,} to train on, {len(dataset.val):,} held out,"
         f" {dataset.tokenizer.vocab_size:,} in the vocabulary, {dataset.val_bytes / len(dataset.val):.2f} bytes each"
     )
-    for part, tokens in (("training", dataset.train), ("held-out", dataset.val)):
-        if len(tokens) <= config.block_size:
+    check_lengths(config, len(dataset.train), len(dataset.val))
+    return dataset
+
+
+def check_lengths(config: TrainConfig, train: int, val: int) -> None:
+    """Raises ValueError for text that is too short for the model. train, val: tokens of each part, or a bound."""
+    for part, tokens in (("training", train), ("held-out", val)):
+        if tokens <= config.block_size:
             raise ValueError(
-                f"--block-size {config.block_size}: the {part} text has only {len(tokens)} tokens;"
+                f"--block-size {config.block_size}: the {part} text has only {tokens} tokens;"
                 " give more text or a smaller block"
             )
-    return dataset
 
 
 def ngram_baseline(dataset: Dataset, progress: Progress) -> float | None:
@@ -100,11 +161,33 @@ def write_run(out: Path, config: TrainConfig, dataset: Dataset) -> None:
         "config": config.to_dict(),
         "dataset": dataset.path.relative_to(out).as_posix(),
         "corpus_sha256": dataset.corpus_sha256,
+        **_environment(),
+    }
+    write_atomically(out / "config.json", sealed_json(content))
+
+
+def _environment() -> dict[str, str | None]:
+    """What the last bits of a run depend on beside its configuration."""
+    return {
         "fastlm": __version__,
         "torch": torch.__version__,
-        "backend": os.environ.get("FASTLM_BACKEND", "auto"),
+        "backend": _library._state.backend,
+        "cpu_isa": _native.cpu.active_isa() if _native.cpu is not None else None,
     }
-    write_atomically(out / "config.json", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def changed_environment(out: Path) -> str | None:
+    """A sentence on what differs from when the run was started and ends the equality of bits; None for nothing."""
+    then, now = _read(out), _environment()
+    changes = [f"{name} {then.get(name)} -> {now[name]}" for name in now if then.get(name) != now[name]]
+    if not changes:
+        return None
+    return f"since the run was started, {', '.join(changes)}: it goes on, but no longer with the same bits"
+
+
+def _read(out: Path) -> dict[str, Any]:
+    """config.json, verified. Raises OSError or ValueError."""
+    return unsealed(json.loads((out / "config.json").read_bytes()))
 
 
 def open_run(out: str | os.PathLike[str]) -> tuple[TrainConfig, Dataset]:
@@ -112,12 +195,13 @@ def open_run(out: str | os.PathLike[str]) -> tuple[TrainConfig, Dataset]:
     out = Path(out)
     file = out / "config.json"
     try:
-        content = json.loads(file.read_bytes())
+        content = _read(out)
         config = TrainConfig.from_dict(content["config"]).replace(out=str(out))
         dataset, corpus_sha256 = Dataset.open(out / content["dataset"]), content["corpus_sha256"]
     except FileNotFoundError as error:
         if not file.exists():
-            raise ValueError(f"{out} holds no run: there is no config.json in it") from None
+            aside = f"; `fastlm resume {out}` brings back the one set aside" if (out / _ASIDE).exists() else ""
+            raise ValueError(f"{out} holds no run: there is no config.json in it{aside}") from None
         raise ValueError(f"{out}: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} cannot be used: {error}") from None
@@ -145,7 +229,7 @@ def load_model(
     checkpoint that was passed over.
     """
     config, dataset = open_run(out)
-    config = prepare_machine(config.replace(device="auto", threads=0))  # perhaps elsewhere than it was trained
+    config = decide(config.replace(device="auto", threads=0))  # perhaps elsewhere than it was trained
     load = checkpoints.load_best if which == "best" else checkpoints.load_newest
     checkpoint = load(Path(out) / "checkpoints", warn)
     model = GPT(GPTConfig.from_dict(checkpoint.model_config)).to(config.device).eval()

@@ -7,12 +7,14 @@ weights, bit for bit, as one that was not (on the same machine, with the same nu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +27,19 @@ from fastlm.train.metrics import Metrics
 from fastlm.train.plan import plan_steps
 from fastlm.train.plot import plot_losses
 from fastlm.train.progress import Progress
-from fastlm.train.rundir import NGRAM_TEXT_LIMIT, claim, clear, ngram_baseline, open_run, prepare_data, write_run
+from fastlm.train.rundir import (
+    NGRAM_TEXT_LIMIT,
+    changed_environment,
+    claim,
+    ngram_baseline,
+    open_run,
+    prepare_data,
+    replacing,
+    settle,
+    write_run,
+)
 from fastlm.train.sampling import known_word_share, stream_text
-from fastlm.train.step import build_model, build_optimizer, learning_rate, training_step
+from fastlm.train.step import TrainingError, build_model, build_optimizer, learning_rate, training_step
 
 
 @dataclass(frozen=True)
@@ -44,36 +56,66 @@ class Result:
 
 
 def train(
-    config: TrainConfig, progress: Progress | None = None, *, peak: float | None = None, overwrite: bool = False
+    config: TrainConfig,
+    progress: Progress | None = None,
+    *,
+    peak: Callable[[TrainConfig], float] | None = None,
+    spent: float = 0.0,
+    overwrite: bool = False,
 ) -> Result:
     """Starts a run in `config.out`.
 
-    peak: floating-point operations per second that the machine can do in the configuration's precision, to report what
-    share of it training takes. overwrite: replace the run that is there. Raises ValueError or OSError for text or a
-    directory that cannot be used and TrainingError when the loss stops being a number.
+    peak: measures the floating-point operations per second that the machine can do in the configuration's precision,
+    to report what share of it training takes. spent: seconds of `config.minutes` that were over before this call.
+    overwrite: replace the run that is there, which goes once the new one has a checkpoint. Raises ValueError or OSError
+    for text or a directory that cannot be used and TrainingError when the loss stops being a number.
     """
-    started = time.perf_counter()
+    began = time.perf_counter() - spent
     progress = progress or Progress()
-    config = prepare_machine(claim(config, overwrite))
+    made_here = config.out is None
+    config = claim(prepare_machine(config), overwrite)
     out = Path(config.out)
-    dataset = prepare_data(config, progress)
+    try:
+        dataset = prepare_data(config, progress)
+    except BaseException:
+        if made_here:
+            with contextlib.suppress(OSError):  # it holds something
+                out.rmdir()
+        raise
     ngram = ngram_baseline(dataset, progress)
+    limit = peak(config) if peak is not None else None
     if config.minutes is not None:
-        config = plan_steps(config, dataset, spent=time.perf_counter() - started)
+        config = plan_steps(config, dataset, spent=time.perf_counter() - began)
         progress.say(f"{config.minutes:g} minutes: {config.steps:,} steps of {config.tokens_per_step:,} tokens")
-    clear(out)
-    write_run(out, config, dataset)
-    return _run(out, config, dataset, ngram, progress, peak, None)
+    with replacing(out):
+        write_run(out, config, dataset)
+        return _run(out, config, dataset, ngram, progress, limit, None)
 
 
-def resume(out: str | os.PathLike[str], progress: Progress | None = None, *, peak: float | None = None) -> Result:
-    """Continues the run in `out` from its newest checkpoint that is whole, to the end that was planned for it."""
+def resume(
+    out: str | os.PathLike[str],
+    progress: Progress | None = None,
+    *,
+    peak: Callable[[TrainConfig], float] | None = None,
+) -> Result:
+    """Continues the run in `out` to the end that was planned for it.
+
+    It goes on from its newest checkpoint that is whole; from the start, if it was stopped before the first one.
+    """
     progress = progress or Progress()
     out = Path(out)
+    settle(out)
     config, dataset = open_run(out)
     config = prepare_machine(config)
-    checkpoint = checkpoints.load_newest(out / "checkpoints", progress.warn)
-    return _run(out, config, dataset, ngram_baseline(dataset, progress), progress, peak, checkpoint)
+    if (changed := changed_environment(out)) is not None:
+        progress.warn(changed)
+    checkpoint = None
+    if checkpoints.paths(out / "checkpoints"):
+        checkpoint = checkpoints.load_newest(out / "checkpoints", progress.warn)
+    else:
+        progress.say("stopped before its first checkpoint: starting again from step 0")
+    limit = peak(config) if peak is not None else None
+    return _run(out, config, dataset, ngram_baseline(dataset, progress), progress, limit, checkpoint)
 
 
 def _run(
@@ -89,9 +131,9 @@ def _run(
     model = build_model(config, dataset)
     optimizer = build_optimizer(model, config)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    step, val_loss, best_val_loss = 0, None, None
+    step, val_loss = 0, None
     if checkpoint is not None:
-        step, val_loss, best_val_loss = checkpoint.step, checkpoint.val_loss, checkpoint.best_val_loss
+        step = checkpoint.step
         checkpoints.restore_model(model, checkpoint)
         checkpoints.restore_optimizer(optimizer, names, checkpoint.optimizer)
     saved = step if checkpoint is not None else None
@@ -106,12 +148,12 @@ def _run(
                 out / "checkpoints",
                 step=step,
                 val_loss=val_loss,
-                best_val_loss=best_val_loss,
                 model_config=model.config.to_dict(),
                 model={name: parameter for parameter, name in names.items()},
                 optimizer=checkpoints.optimizer_tensors(optimizer, names),
             )
             saved = step
+            settle(out)
 
     # Steps.
     interval = config.evaluation_interval
@@ -135,8 +177,7 @@ def _run(
 
             if step % interval == 0 or step == config.steps:
                 evaluation = evaluate(model, config, dataset.val, dataset.val_bytes, config.evaluation_tokens)
-                val_loss = evaluation.nats_per_token
-                best_val_loss = val_loss if best_val_loss is None else min(best_val_loss, val_loss)
+                val_loss = _finite(evaluation, step).nats_per_token
                 metrics.write(step=step, val_loss=val_loss, val_bits_per_byte=evaluation.bits_per_byte)
                 progress.evaluated(step, evaluation)
                 save()
@@ -149,7 +190,7 @@ def _run(
     best = checkpoints.load_best(out / "checkpoints", progress.warn)
     checkpoints.restore_model(model, best)
     progress.say(f"evaluating step {best.step:,} on all {dataset.val_bytes:,} bytes of held-out text")
-    evaluation = evaluate(model, config, dataset.val, dataset.val_bytes)
+    evaluation = _finite(evaluate(model, config, dataset.val, dataset.val_bytes), best.step)
     text = words_known = None
     if config.sample_tokens:
         pieces = stream_text(
@@ -171,6 +212,15 @@ def _run(
     write_atomically(out / "result.json", (json.dumps(summary, indent=2) + "\n").encode())
     plot_losses(out, evaluation.bits_per_byte, ngram)
     return Result(out, step, None, evaluation, ngram, text, words_known)
+
+
+def _finite(evaluation: Evaluation, step: int) -> Evaluation:
+    if not math.isfinite(evaluation.nats_per_token):
+        raise TrainingError(
+            f"the held-out loss became {evaluation.nats_per_token} after step {step:,}; the last good checkpoint stays,"
+            " try a lower --learning-rate"
+        )
+    return evaluation
 
 
 class StopRequest:

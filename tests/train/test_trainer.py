@@ -1,7 +1,10 @@
 """Runs: learning, exact resume, signals, a loss that is no number, a disk that fills."""
 
+import dataclasses
 import errno
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -9,14 +12,19 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+import fastlm
+from fastlm import _library, _native
 from fastlm.models import GPT
-from fastlm.train import CheckpointError, TrainingError, evaluate, load_model, resume, train
-from fastlm.train.metrics import read
+from fastlm.train import CheckpointError, TrainingError, evaluate, load_model, open_run, resume, train
+from fastlm.train import checkpoint as checkpoints
+from fastlm.train.metrics import Metrics, read
+from fastlm.train.rundir import claim, settle, write_run
 from fastlm.train.sampling import known_word_share
 from fastlm.train.step import learning_rate
 
@@ -110,21 +118,24 @@ def test_a_signal_saves_and_leaves_and_resume_ends_as_if_nothing_had_been(small,
 
 
 def test_kill_9_at_a_random_step_and_resume_give_the_same_bits(small, final_state, tmp_path):
-    config = small.replace(steps=400, evaluations=40, dropout=0.1)
+    config = small.replace(steps=400, evaluations=10, dropout=0.1)
     train(config.replace(out=str(tmp_path / "straight")))
-    target = random.randrange(20, 380)
-    out = Path(config.out)
     code = (
         "import sys; sys.path[:] = sys.argv[2:]; import json; from fastlm.train import TrainConfig, train;"
         " train(TrainConfig.from_dict(json.loads(sys.argv[1])))"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, json.dumps(config.to_dict()), *sys.path])
-    while process.poll() is None and len(read(out / "metrics.jsonl")) < target:
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
-    resume(out)
-    assert final_state(out) == final_state(tmp_path / "straight"), f"killed after about {target} steps"
+    for target in (random.randrange(20), random.randrange(20, 380)):  # the first checkpoint comes after step 40
+        out = tmp_path / f"killed-{target}"
+        settings = json.dumps(config.replace(out=str(out)).to_dict())
+        process = subprocess.Popen([sys.executable, "-c", code, settings, *sys.path])
+        while process.poll() is None and not (out / "config.json").exists():
+            time.sleep(0.002)
+        while process.poll() is None and len(read(out / "metrics.jsonl")) < target:
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        resume(out)
+        assert final_state(out) == final_state(tmp_path / "straight"), f"killed after about {target} steps"
 
 
 def test_resuming_a_finished_run_only_reports_again(small, hook, final_state):
@@ -161,23 +172,229 @@ def test_a_gradient_that_is_no_number_never_reaches_the_weights(small, monkeypat
         train(small)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_held_out_loss_that_is_no_number_stops_with_the_last_good_checkpoint(small, monkeypatch, whole):
+    calls = itertools.count(1)
+
+    def broken(model, config, tokens, text_bytes, limit=None):
+        result = evaluate(model, config, tokens, text_bytes, limit)
+        bad = limit is None if whole else next(calls) == 2
+        return dataclasses.replace(result, nats_per_token=math.nan, bits_per_byte=math.nan) if bad else result
+
+    monkeypatch.setattr("fastlm.train.trainer.evaluate", broken)
+    with pytest.raises(TrainingError, match=r"the held-out loss became nan after step \d+; the last good checkpoint"):
+        train(small)
+    assert load_model(small.out, "last").step == (12 if whole else 3)
+    assert "NaN" not in Path(small.out, "metrics.jsonl").read_text()
+    assert not Path(small.out, "result.json").exists()
+
+
+def test_metrics_are_whole_lines_of_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "write", lambda descriptor, content, write=os.write: write(descriptor, content[:3]))
+    with Metrics(tmp_path / "metrics.jsonl", keep_steps=0) as metrics:
+        metrics.write(step=1, loss=0.5)
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            metrics.write(step=2, loss=math.inf)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 0.5}\n'
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_others_stay(small, overwrite):
+    out = Path(small.out)
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints" / "epoch1.pt").write_text("a month of work")
+    (out / "config.json").write_text('{"model": "another"}')
+    before = files(out)
+    with pytest.raises(ValueError, match=f"{out} holds config.json, and no run that can be read; move it away or give"):
+        train(small, overwrite=overwrite)
+    assert files(out) == before
+
+    (out / "checkpoints" / "epoch1.pt").rename(out / "epoch1.pt")
+    (out / "checkpoints").rmdir()
+    (out / "config.json").unlink()
+    train(small)
+    (out / "epoch1.pt").rename(out / "checkpoints" / "epoch1.pt")
+    before = files(out)
+    with pytest.raises(ValueError, match=r"epoch1\.pt is no checkpoint of a run; move it away or give another --out"):
+        train(small, overwrite=overwrite)
+    assert files(out) == before
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_a_run_is_not_overwritten_unless_told(small, tmp_path, monkeypatch):
     train(small)
     with pytest.raises(ValueError, match=f"{small.out} holds a run already; go on with it by `fastlm resume"):
         train(small)
     train(small.replace(steps=3), overwrite=True)
     assert [r["step"] for r in read(Path(small.out, "metrics.jsonl")) if "loss" in r] == [1, 2, 3]
+    assert not Path(small.out, ".replaced-run").exists()
     monkeypatch.chdir(tmp_path)
     assert [str(train(small.replace(out=None, steps=1)).out) for _ in range(2)] == ["runs/tiny-1", "runs/tiny-2"]
+
+
+def test_runs_that_start_at_once_get_directories_of_their_own(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: claim(small.replace(out=None), False).out, range(40)))
+    assert sorted(claimed) == sorted(f"runs/tiny-{i}" for i in range(1, 41))
+    assert claim(small.replace(out=None), False, dry_run=True).out == "runs/tiny-41"
+    with pytest.raises(FileNotFoundError):
+        train(small.replace(out=None, data="absent.txt"))
+    assert not Path("runs/tiny-41").exists()
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_gives_back_the_one_it_replaces(small, hook, monkeypatch):
+    train(small)
+    before = files(Path(small.out))
+    with monkeypatch.context() as patch, pytest.raises(TrainingError):
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+        train(small.replace(seed=1), overwrite=True)
+    assert files(Path(small.out)) == before
+    with pytest.raises(ZeroDivisionError):  # after the first one the new run is the one that stays
+        train(small.replace(seed=1), hook(4, lambda: 1 / 0), overwrite=True)
+    assert load_model(small.out, "last").step == 3 and load_model(small.out).config.seed == 1
+    assert not Path(small.out, ".replaced-run").exists()
+
+
+def test_killed_while_it_replaces_a_run(small, final_state, monkeypatch, tmp_path):
+    """SIGKILL after each rename, and in the first step: `resume` goes on with the old run or with the new one."""
+    train(small)
+    old = final_state(small.out)
+    train(small.replace(seed=1, out=str(tmp_path / "new")))
+    new = final_state(tmp_path / "new")
+    ready = Path(shutil.copytree(small.out, tmp_path / "ready"))
+    code = (
+        "import sys; sys.path[:] = sys.argv[3:]; import json, os, signal; from fastlm.train import TrainConfig, train\n"
+        "import fastlm.train.trainer as trainer\n"
+        "left = int(sys.argv[2])\n"
+        "def replace(a, b, call=os.replace):\n"
+        "    global left\n"
+        "    call(a, b)\n"
+        "    if '.replaced-run' in str(b): left -= 1\n"
+        "    if left == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def step(*_): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.replace, trainer.training_step = replace, step\n"
+        "train(TrainConfig.from_dict(json.loads(sys.argv[1])), overwrite=True)\n"
+    )
+    settings = json.dumps(small.replace(seed=1).to_dict())
+    for renames, expected in ((1, old), (6, old), (7, new)):
+        shutil.rmtree(small.out)
+        shutil.copytree(ready, small.out)
+        killed = subprocess.run([sys.executable, "-c", code, settings, str(renames), *sys.path])
+        assert killed.returncode == -signal.SIGKILL
+        if expected is old:
+            with pytest.raises(ValueError, match=r"`fastlm resume .*run` brings back the one set aside"):
+                load_model(small.out)
+        resume(small.out)
+        assert final_state(small.out) == expected, renames
+        assert not Path(small.out, ".replaced-run").exists()
+
+
+def test_a_disk_that_fills_while_a_run_is_replaced_loses_neither(small, final_state, full_disk, tmp_path):
+    config = small.replace(steps=2, evaluations=1, sample_tokens=0)
+    train(config)
+    out, ready, old = Path(config.out), tmp_path / "ready", final_state(config.out)
+    shutil.copytree(out, ready)
+    train(config.replace(seed=1, out=str(tmp_path / "new")))
+    ends = {"old": old, "new": final_state(tmp_path / "new")}
+    seen = []
+    for k in range(1, 200):
+        shutil.rmtree(out)
+        shutil.copytree(ready, out)
+        full_disk.count, full_disk.fail_at = 0, k
+        try:
+            train(config.replace(seed=1), overwrite=True)
+            break
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        finally:
+            full_disk.fail_at = None
+        settle(out)  # as `resume` does
+        whole = [path.name for path in checkpoints.paths(out / "checkpoints")]
+        assert whole == ["step-00000002"], f"write {k}"
+        seen += [name for name, state in ends.items() if final_state(out) == state]
+        assert len(seen) == k, f"write {k}"
+        if seen[-1] == "old":
+            assert files(out) == files(ready), f"write {k}"
+    assert 20 < k < 199 and seen == sorted(seen, reverse=True) and set(seen) == {"old", "new"}
+
+
+def test_another_environment_is_said_on_resume(small, hook, monkeypatch):
+    with fastlm.use_backend("reference"):
+        train(small, hook(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        recorded = json.loads(Path(small.out, "config.json").read_text())
+        assert recorded["backend"] == "reference"
+        assert recorded["cpu_isa"] == (_native.cpu.active_isa() if _native.cpu else None)
+        resume(small.out, progress := hook(9, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert progress.warnings == []
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    resume(small.out, progress := hook())
+    assert progress.warnings == [
+        f"since the run was started, torch {recorded['torch']} -> 9.9, backend reference -> {_library._state.backend}:"
+        " it goes on, but no longer with the same bits"
+    ]
+
+
+def test_loading_a_model_leaves_the_process_alone(small, monkeypatch):
+    train(small.replace(steps=1))
+    config = small.replace(keep_memory=True)
+    write_run(Path(small.out), config, open_run(small.out)[1])
+    for name in ("fastlm.train.config.keep_freed_memory", "torch.set_num_threads"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail("set for the whole process"))
+    assert load_model(small.out).config.keep_memory
+
+
+def corrupt(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_new_checkpoint_outlives_later_ones_that_cannot_be_read(small, hook):
+    train(small.replace(evaluations=4))
+    directory = Path(small.out, "checkpoints")
+    shutil.copytree(directory / "step-00000012", directory / "step-00000099")  # another step's, so unreadable
+    for name in ("step-00000009", "step-00000012"):
+        corrupt(directory / name / "model.safetensors")
+    with pytest.raises(CheckpointError, match="step-00000099 is corrupted: it is of step 12"):
+        checkpoints.load(directory / "step-00000099")
+    train_again = small.replace(out=small.out + "-again")
+    train(train_again, hook(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    shutil.copytree(Path(train_again.out, "checkpoints", "step-00000006"), directory / "step-00000006")
+    resume(small.out, hook(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert [path.name for path in checkpoints.paths(directory)] == ["step-00000006", "step-00000007"]
+    assert load_model(small.out, "last").step == 7
+
+
+def test_altered_records_are_refused(small):
+    train(small.replace(steps=1))
+    record = Path(small.out, "checkpoints", "step-00000001", "checkpoint.json")
+    good = record.read_text()
+    for change in ({"step": 2}, {"sha256": 3}, {"files": 3}, {"val_loss": 0.0}):
+        record.write_text(json.dumps({**json.loads(good), **change}))
+        with pytest.raises(CheckpointError, match="step-00000001 is corrupted: its content does not match"):
+            checkpoints.load(record.parent)
+    for content in ("[]", "3", "null", ""):
+        record.write_text(content)
+        with pytest.raises(CheckpointError, match="step-00000001 is corrupted"):
+            load_model(small.out)
+    record.write_text(json.dumps({"version": 1}))
+    with pytest.raises(CheckpointError, match="has checkpoint format 1; this fastlm reads 2"):
+        checkpoints.load(record.parent)
+    config = Path(small.out, "config.json")
+    config.write_text(config.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(ValueError, match=r"config.json cannot be used: its content does not match its checksum"):
+        resume(small.out)
 
 
 def test_a_corrupted_checkpoint_is_named_and_the_one_before_taken(small, hook, final_state):
     train(small)
     state = final_state(small.out)
     newest = Path(small.out, "checkpoints", "step-00000012")
-    weights = bytearray((newest / "model.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (newest / "model.safetensors").write_bytes(weights)
+    corrupt(newest / "model.safetensors")
     resume(small.out, progress := hook())
     assert progress.warnings == [
         f"{newest / 'model.safetensors'} is corrupted: its content does not match its checksum;"
