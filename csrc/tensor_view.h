@@ -161,7 +161,11 @@ class TensorReader {
   void read_exchange(PyObject* object, TensorView& out) const {
     if (!is_plain(object)) require_tensor(object);
     dlpack::Tensor t;
-    if (active_->tensor_from_object(object, &t) != 0) throw py::error_already_set();
+    if (active_->tensor_from_object(object, &t) != 0) {  // a nested tensor, a tensor subclass of sorts
+      std::string why = py::error_already_set().what();
+      fail_type("expected a tensor with memory of its own, and torch cannot show that of this one (",
+                why.substr(0, why.find('\n')), ")");
+    }
     out.data = static_cast<char*>(t.data) + t.byte_offset;
     set_dims(out, t.ndim, t.shape, t.strides);
     out.cuda = t.device.type == dlpack::kCUDA;

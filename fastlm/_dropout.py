@@ -20,6 +20,16 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
+def check_seed(op: str, seed: object, device: torch.device) -> None:
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
+        what = f"{seed.dtype} {tuple(seed.shape)}" if isinstance(seed, Tensor) else repr(seed)
+        raise TypeError(f"{op}: seed must be one int64 in a tensor, got {what}")
+    if seed.device != device:
+        raise ValueError(f"{op}: seed must be on the device of the input, {device}, got {seed.device}")
+
+
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """The high and low words of a 32 x 32 bit product, in int64 arithmetic that must not overflow."""
     low, high = a * (b & 0xFFFF), a * (b >> 16)

@@ -559,6 +559,12 @@ def _plain_cpu(args: Sequence[Any]) -> bool | None:
     return requires_grad
 
 
+def readable_values(t: Tensor) -> list | None:
+    """The numbers of a tensor, or None where reading them would wait for a GPU or stand in the way of a trace."""
+    plain = not _is_compiling() and _undisturbed() and _plain_cpu((t,)) is not None
+    return t.tolist() if plain else None
+
+
 # --- helpers ----------------------------------------------------------------------------------------------------------
 def _no_autocast():
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(

@@ -11,13 +11,14 @@ Under autocast q, k and v go to the lower precision, as in torch.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
-from fastlm._dropout import draw_seed, keep_mask
-from fastlm._library import define_op
+from fastlm._dropout import check_seed, draw_seed, keep_mask
+from fastlm._library import define_op, readable_values
 
 CAUSAL_NONE, CAUSAL_BOTTOM_RIGHT, CAUSAL_TOP_LEFT = 0, 1, 2
 _CAUSAL = {
@@ -258,6 +259,8 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"fastlm.{op}: {name} must have the dtype of q, {q.dtype}, got {t.dtype}")
     B, Hq, _, D = q.shape
     _, Hk, Tk, _ = k.shape
+    if D == 0:
+        raise ValueError(f"fastlm.{op}: q must have a head dim D of at least 1, got {tuple(q.shape)}")
     if Hk == 0 or Hq % Hk:
         raise ValueError(f"fastlm.{op}: the heads of q must be a multiple of those of k, got {Hq} and {Hk}")
     if k.shape != (B, Hk, Tk, D):
@@ -268,20 +271,44 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+def _window(window: object) -> tuple[int, int] | None:
+    """(left, right), None for what is neither an int nor two, -1 or more each."""
+    pair = (-1, -1) if window is None else tuple(window) if isinstance(window, (tuple, list)) else (window, window)
+    return pair if len(pair) == 2 and all(type(n) is int and n >= -1 for n in pair) else None
+
+
+def _check_packed(op: str, name: str, cu_seqlens: Tensor, total: int, longest: int | None) -> None:
+    """As far as the numbers can be read: on a GPU that would wait for it."""
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"{op}: cu_seqlens_{name} must be (sequences + 1,) int32 or int64, got {cu_seqlens.dtype} "
+            f"{tuple(cu_seqlens.shape)}"
+        )
+    starts = readable_values(cu_seqlens)
+    if starts is None:
+        return
+    if starts[0] != 0 or starts[-1] != total or any(a > b for a, b in itertools.pairwise(starts)):
+        raise ValueError(f"{op}: cu_seqlens_{name} must rise from 0 to the total of {total}, got {starts}")
+    found = max(b - a for a, b in itertools.pairwise(starts))
+    if longest is not None and longest < found:
+        raise ValueError(f"{op}: max_seqlen_{name} must be at least the longest sequence, {found}, got {longest}")
+
+
 def _check_options(
-    q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, causal, window, dropout_p, softcap
+    q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window,
+    dropout_p, softcap,
 ):  # fmt: skip
     op = "fastlm.attention"
     B, Hq, Tq, _ = q.shape
     full = (B, Hq, Tq, k.shape[2])
     if causal not in _CAUSAL:
         raise ValueError(f"{op}: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}")
-    if not (window is None or isinstance(window, int) or (isinstance(window, (tuple, list)) and len(window) == 2)):
-        raise ValueError(f"{op}: window must be an int or (left, right), got {window!r}")
+    if _window(window) is None:
+        raise ValueError(f"{op}: window must be an int or (left, right), -1 or more each, got {window!r}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{op}: softcap must be positive or None, got {softcap}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"{op}: mask must be bool (True: visible), got {mask.dtype}; an additive mask is called bias")
     if bias is not None and not bias.is_floating_point():
@@ -298,25 +325,23 @@ def _check_options(
         )
     if sinks is not None and sinks.shape != (Hq,):
         raise ValueError(f"{op}: sinks must be (Hq,) = ({Hq},), got {tuple(sinks.shape)}")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
-        raise TypeError(f"{op}: seed must be one int64, got {seed.dtype} {tuple(seed.shape)}")
+    check_seed(op, seed, q.device)
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must be given together")
     if cu_seqlens_q is not None:
         if B != 1:
             raise ValueError(f"{op}: packed sequences must come as one batch, q (1, H, total, D), got B = {B}")
-        for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            if t.dtype not in (torch.int32, torch.int64) or t.dim() != 1 or t.numel() < 2:
-                raise ValueError(
-                    f"{op}: {name} must be (sequences + 1,) int32 or int64, got {t.dtype} {tuple(t.shape)}"
-                )
+        _check_packed(op, "q", cu_seqlens_q, Tq, max_seqlen_q)
+        _check_packed(op, "k", cu_seqlens_k, k.shape[2], max_seqlen_k)
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(
                 f"{op}: cu_seqlens_k must have as many sequences as cu_seqlens_q, {cu_seqlens_q.numel() - 1}, "
                 f"got {cu_seqlens_k.numel() - 1}"
             )
-    tensors = (mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k)
-    names = ("mask", "bias", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k")
+    elif max_seqlen_q is not None or max_seqlen_k is not None:
+        raise ValueError(f"{op}: max_seqlen_q and max_seqlen_k belong to packed sequences, given by cu_seqlens_q")
+    tensors = (mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    names = ("mask", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
     for name, t in zip(names, tensors, strict=True):
         if t is not None and t.device != q.device:
             raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {t.device}")
@@ -330,16 +355,17 @@ def _arguments(
     """The schema's arguments from the public ones, checked."""
     _check("attention", q, k, v)
     _check_options(
-        q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, causal, window, dropout_p, softcap
+        q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
+        window, dropout_p, softcap,
     )  # fmt: skip
-    left, right = (-1, -1) if window is None else (window, window) if isinstance(window, int) else window
+    left, right = _window(window)
     if dropout_p == 0:
         seed = None
     elif seed is None:
         seed = draw_seed(q.device)
     return (
         q, k, v, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0,
-        max_seqlen_k or 0, _CAUSAL[causal], max(left, -1), max(right, -1),
+        max_seqlen_k or 0, _CAUSAL[causal], left, right,
         q.shape[-1] ** -0.5 if scale is None else float(scale), softcap or 0.0, dropout_p, deterministic is not False,
     )  # fmt: skip
 
@@ -398,7 +424,8 @@ def attention(
         dropout_p: probability in [0, 1) of dropping a weight after the softmax; the others are divided by 1 - p.
         seed: 0-d int64 tensor that decides what is dropped; drawn from torch's generator where not given.
         cu_seqlens_q, cu_seqlens_k: (n + 1,) int32 or int64, where each of n packed sequences begins, and the total;
-            then q is (1, Hq, total, D), and a query sees keys of its own sequence alone.
+            then q is (1, Hq, total, D), and a query sees keys of its own sequence alone. On a GPU their numbers are
+            not checked, since that would wait for it.
         max_seqlen_q, max_seqlen_k: the longest of those, if known: saves a kernel from planning for more.
         deterministic: False allows a faster backward whose last bits may differ from run to run.
         return_lse: also give lse (B, Hq, Tq), the natural log of the softmax's denominator; it has a gradient.
@@ -419,6 +446,44 @@ def attention(
     return (o, lse) if return_lse else o
 
 
+def _check_drop_in(query, key, value, attn_mask, dropout_p, heads) -> torch.Size:
+    """The leading dimensions of the output, after checking what the drop-in calls by other names than attention."""
+    op = "fastlm.scaled_dot_product_attention"
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+        if t.dim() < 2 + heads:
+            raise ValueError(f"{op}: {name} must have at least {2 + heads} dimensions, got {tuple(t.shape)}")
+        if not t.is_floating_point():
+            raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
+        if t.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
+            raise TypeError(f"{op}: {name} must have the dtype of query, {query.dtype}, got {t.dtype}")
+        if t.device != query.device:
+            raise ValueError(f"{op}: {name} must be on the device of query, {query.device}, got {t.device}")
+    shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+    said = ", ".join(f"{name} {shape}" for name, shape in zip(("query", "key", "value"), shapes, strict=True))
+    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0 or key.shape[-2] != value.shape[-2]:
+        raise ValueError(f"{op}: sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), got {said}")
+    if heads and (key.shape[-3] != value.shape[-3] or key.shape[-3] == 0 or query.shape[-3] % key.shape[-3]):
+        raise ValueError(f"{op}: with enable_gqa query must have a multiple of the heads of key and value, got {said}")
+    try:
+        lead = torch.broadcast_shapes(*(t.shape[: t.dim() - 2 - heads] for t in (query, key, value)))
+    except RuntimeError:
+        raise ValueError(f"{op}: leading dimensions must broadcast, got {said}") from None
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    if attn_mask is not None:
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise TypeError(f"{op}: attn_mask must be bool or floating point, got {attn_mask.dtype}")
+        if attn_mask.device != query.device:
+            raise ValueError(f"{op}: attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
+        full = (*lead, *query.shape[query.dim() - 2 - heads : -2], query.shape[-2], key.shape[-2])
+        sizes = zip(reversed(attn_mask.shape), reversed(full), strict=False)
+        if attn_mask.dim() > len(full) or any(a not in (1, b) for a, b in sizes):
+            raise ValueError(f"{op}: attn_mask must broadcast to {full}, got {tuple(attn_mask.shape)}")
+    return lead
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -435,7 +500,8 @@ def scaled_dot_product_attention(
         query: (..., Hq, Tq, D). key: (..., Hk, Tk, D). value: (..., Hk, Tk, Dv). Leading dimensions broadcast.
         attn_mask: bool (True: visible) or floating point (added to the scores), broadcastable to (..., Hq, Tq, Tk).
         dropout_p: probability of dropping a weight; applied always, as in torch.
-        is_causal: key j is visible to query i iff j <= i: aligned at the top left, as in torch.
+        is_causal: key j is visible to query i iff j <= i: aligned at the top left, as in torch. With attn_mask, what both
+            let through (torch does so in some of its kernels and refuses it in others).
         scale: on the scores; 1 / sqrt(D) where not given.
         enable_gqa: allow Hq to be a multiple of Hk.
 
@@ -445,13 +511,8 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: sizes or options that do not fit. TypeError: dtypes that do not fit.
     """
-    name = "fastlm.scaled_dot_product_attention"
-    if is_causal and attn_mask is not None:
-        raise ValueError(f"{name}: attn_mask must be None where is_causal is True")
-    if min(query.dim(), key.dim(), value.dim()) < 2:
-        raise ValueError(f"{name}: query, key and value must have at least 2 dimensions")
     heads = 1 if enable_gqa else 0  # dimensions, left of (T, D), that do not broadcast
-    lead = torch.broadcast_shapes(*(t.shape[: t.dim() - 2 - heads] for t in (query, key, value)))
+    lead = _check_drop_in(query, key, value, attn_mask, dropout_p, heads)
 
     def as_4d(t: Tensor) -> Tensor:
         t = t.expand(*lead, *t.shape[t.dim() - 2 - heads :])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm._dropout import draw_seed, keep_mask
+from fastlm._dropout import check_seed, draw_seed, keep_mask
 from fastlm._library import define_op
 
 ACTIVATIONS = {
@@ -68,6 +68,7 @@ def _arguments(x: Tensor, bias: Tensor, act: str = "relu", dropout_p: float = 0.
         raise TypeError(f"fastlm.bias_act: bias must have the dtype of x, {x.dtype}, got {bias.dtype}")
     if bias.device != x.device:
         raise ValueError(f"fastlm.bias_act: bias must be on the device of x, {x.device}, got {bias.device}")
+    check_seed("fastlm.bias_act", seed, x.device)
     if dropout_p > 0 and seed is None:
         seed = draw_seed(x.device)
     return x, bias, act, dropout_p, seed if dropout_p > 0 else None

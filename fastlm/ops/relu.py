@@ -12,13 +12,13 @@ from torch import Tensor
 from fastlm._library import define_op
 
 
-def _require_floating_point(x: Tensor) -> None:
+def _require_floating_point(op: str, x: Tensor) -> None:
     if not x.is_floating_point():
-        raise TypeError(f"fastlm.relu: x must be floating point, got {x.dtype}")
+        raise TypeError(f"fastlm.{op}: x must be floating point, got {x.dtype}")
 
 
 def relu_reference(x: Tensor) -> Tensor:
-    _require_floating_point(x)
+    _require_floating_point("relu", x)
     return torch.relu(x)
 
 
@@ -27,7 +27,7 @@ def relu_backward_reference(dy: Tensor, y: Tensor) -> Tensor:
 
 
 def relu_squared_reference(x: Tensor) -> Tensor:
-    _require_floating_point(x)
+    _require_floating_point("relu_squared", x)
     return torch.relu(x).square()
 
 
@@ -89,6 +89,9 @@ def relu(x: Tensor) -> Tensor:
     Returns:
         A tensor of x's shape, dtype and strides.
 
+    Raises:
+        TypeError: x is not floating point.
+
     Under torch.compile it becomes torch.relu, so that Inductor fuses it with its neighbours.
     """
     return _fast_relu(x)
@@ -102,6 +105,9 @@ def relu_squared(x: Tensor) -> Tensor:
 
     Returns:
         A tensor of x's shape, dtype and strides.
+
+    Raises:
+        TypeError: x is not floating point.
 
     Under torch.compile it becomes plain torch, so that Inductor fuses it with its neighbours.
     """

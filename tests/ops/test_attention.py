@@ -134,6 +134,12 @@ def test_drop_in_shapes_and_masks():
         fastlm.scaled_dot_product_attention(q, k[:1], v[:, :1, :1], is_causal=True, scale=0.2),
         F.scaled_dot_product_attention(q, k[:1].expand_as(q), v[:, :1, :1].expand_as(q), is_causal=True, scale=0.2),
     )
+    past, bias = torch.ones(9, 9).tril().bool(), mask.float()
+    for attn_mask, both in ((mask, mask & past), (bias, bias.masked_fill(~past, -torch.inf))):
+        torch.testing.assert_close(
+            fastlm.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=True),
+            F.scaled_dot_product_attention(q, k, v, both).nan_to_num(0),  # rows that see nothing
+        )
     dropped = fastlm.scaled_dot_product_attention(q, k, torch.ones_like(v), dropout_p=0.5)
     assert abs(dropped.mean().item() - 1) < 0.1 and dropped.std() > 0.1
 
@@ -285,7 +291,13 @@ def test_autocast_and_checkpointing():
         ({"causal": "left"}, ValueError,
          "causal must be False, True, 'bottom_right' or 'top_left', got 'left'"),
         ({"dropout_p": 1.0}, ValueError, "dropout_p must be in [0, 1), got 1.0"),
-        ({"softcap": -1.0}, ValueError, "softcap must be positive or None, got -1.0"),
+        ({"softcap": -1.0}, ValueError, "softcap must be positive and finite, or None, got -1.0"),
+        ({"softcap": float("inf")}, ValueError, "softcap must be positive and finite, or None, got inf"),
+        ({"q": torch.ones(2, 4, 5, 0), "k": torch.ones(2, 2, 7, 0)}, ValueError,
+         "q must have a head dim D of at least 1, got (2, 4, 5, 0)"),
+        ({"seed": 3, "dropout_p": 0.1}, TypeError, "seed must be one int64 in a tensor, got 3"),
+        ({"max_seqlen_q": -7}, ValueError,
+         "max_seqlen_q and max_seqlen_k belong to packed sequences, given by cu_seqlens_q"),
         ({"mask": torch.ones(5, 7)}, TypeError,
          "mask must be bool (True: visible), got torch.float32; an additive mask is called bias"),
         ({"bias": torch.ones(5, 6)}, ValueError,
@@ -296,7 +308,10 @@ def test_autocast_and_checkpointing():
         ({"cu_seqlens_q": torch.tensor([0, 5])}, ValueError, "cu_seqlens_q and cu_seqlens_k must be given together"),
         ({"cu_seqlens_q": torch.tensor([0, 5]), "cu_seqlens_k": torch.tensor([0, 7])}, ValueError,
          "packed sequences must come as one batch, q (1, H, total, D), got B = 2"),
-        ({"window": (1, 2, 3)}, ValueError, "window must be an int or (left, right), got (1, 2, 3)"),
+        ({"window": (1, 2, 3)}, ValueError,
+         "window must be an int or (left, right), -1 or more each, got (1, 2, 3)"),
+        ({"window": -5}, ValueError, "window must be an int or (left, right), -1 or more each, got -5"),
+        ({"window": True}, ValueError, "window must be an int or (left, right), -1 or more each, got True"),
     ],
 )  # fmt: skip
 def test_bad_input_gets_a_sentence(change, error, text):
@@ -304,3 +319,52 @@ def test_bad_input_gets_a_sentence(change, error, text):
     with pytest.raises(error) as caught:
         fastlm.attention(**arguments)
     assert str(caught.value) == f"fastlm.attention: {text}"
+
+
+@pytest.mark.parametrize(
+    ("starts", "options", "text"),
+    [
+        ([2, 5], {}, "cu_seqlens_q must rise from 0 to the total of 5, got [2, 5]"),
+        ([0, 4, 2, 5], {}, "cu_seqlens_q must rise from 0 to the total of 5, got [0, 4, 2, 5]"),
+        ([0, 9], {}, "cu_seqlens_q must rise from 0 to the total of 5, got [0, 9]"),
+        ([0, 3], {}, "cu_seqlens_q must rise from 0 to the total of 5, got [0, 3]"),
+        ([0, 2, 5], {"max_seqlen_q": 2}, "max_seqlen_q must be at least the longest sequence, 3, got 2"),
+    ],
+)
+def test_packed_sequences_that_do_not_fit_get_a_sentence(starts, options, text):
+    q = torch.ones(1, 2, 5, 3)
+    whole = torch.tensor([0, *[5] * (len(starts) - 1)])
+    with pytest.raises(ValueError) as caught:
+        fastlm.attention(q, q, q, cu_seqlens_q=torch.tensor(starts), cu_seqlens_k=whole, **options)
+    assert str(caught.value) == f"fastlm.attention: {text}"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"key": None}, TypeError, "key must be a tensor, got NoneType"),
+        ({"value": torch.ones(3)}, ValueError, "value must have at least 2 dimensions, got (3,)"),
+        ({"key": torch.ones(2, 4, 7, 3).double()}, TypeError,
+         "key must have the dtype of query, torch.float32, got torch.float64"),
+        ({"key": torch.ones(2, 4, 7, 2)}, ValueError,
+         "sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), "
+         "got query (2, 4, 5, 3), key (2, 4, 7, 2), value (2, 4, 7, 3)"),
+        ({"key": torch.ones(2, 3, 7, 3)}, ValueError,
+         "leading dimensions must broadcast, got query (2, 4, 5, 3), key (2, 3, 7, 3), value (2, 4, 7, 3)"),
+        ({"key": torch.ones(2, 3, 7, 3), "value": torch.ones(2, 3, 7, 3), "enable_gqa": True}, ValueError,
+         "with enable_gqa query must have a multiple of the heads of key and value, "
+         "got query (2, 4, 5, 3), key (2, 3, 7, 3), value (2, 3, 7, 3)"),
+        ({"attn_mask": torch.ones(3, 5, 7).bool()}, ValueError,
+         "attn_mask must broadcast to (2, 4, 5, 7), got (3, 5, 7)"),
+        ({"attn_mask": torch.ones(5, 7).int()}, TypeError,
+         "attn_mask must be bool or floating point, got torch.int32"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p must be in [0, 1), got 1.5"),
+    ],
+)  # fmt: skip
+def test_the_drop_in_speaks_of_its_own_arguments(change, error, text):
+    arguments = {"query": torch.ones(2, 4, 5, 3), "key": torch.ones(2, 4, 7, 3), "value": torch.ones(2, 4, 7, 3)}
+    with pytest.raises(error) as caught:
+        fastlm.scaled_dot_product_attention(**{**arguments, **change})
+    assert str(caught.value) == f"fastlm.scaled_dot_product_attention: {text}"
+    with pytest.raises((RuntimeError, TypeError, ValueError)):  # torch refuses it too
+        F.scaled_dot_product_attention(**{**arguments, **change})

@@ -252,6 +252,10 @@ def test_inputs_stay_as_they_are_and_retained_graphs_repeat(backend):
          "fastlm.bias_act: x must be floating point, got torch.int32"),
         (lambda x: fastlm.bias_act(x, x[0], dropout_p=1.0), ValueError,
          "fastlm.bias_act: dropout_p must be in [0, 1), got 1.0"),
+        (lambda x: fastlm.bias_act(x, x[0], dropout_p=0.1, seed=1.0), TypeError,
+         "fastlm.bias_act: seed must be one int64 in a tensor, got 1.0"),
+        (lambda x: fastlm.bias_act(x, x[0], dropout_p=0.1, seed=torch.arange(8)), TypeError,
+         "fastlm.bias_act: seed must be one int64 in a tensor, got torch.int64 (8,)"),
         (lambda x: fastlm.bias_act(x, x[0].to("meta")), ValueError,
          "fastlm.bias_act: bias must be on the device of x, cpu, got meta"),
     ],
@@ -266,6 +270,14 @@ def test_relu_takes_floating_point_alone():
     for f in (fastlm.relu, fastlm.relu_squared):
         with pytest.raises(TypeError, match="must be floating point"):
             f(torch.arange(3))
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_tensor_without_memory_of_its_own_gets_a_sentence():
+    with pytest.raises((TypeError, RuntimeError)) as caught:
+        fastlm.relu(torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(3, 3)]))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("f", [fastlm.relu, fastlm.relu_squared])
