@@ -500,8 +500,8 @@ def scaled_dot_product_attention(
         query: (..., Hq, Tq, D). key: (..., Hk, Tk, D). value: (..., Hk, Tk, Dv). Leading dimensions broadcast.
         attn_mask: bool (True: visible) or floating point (added to the scores), broadcastable to (..., Hq, Tq, Tk).
         dropout_p: probability of dropping a weight; applied always, as in torch.
-        is_causal: key j is visible to query i iff j <= i: aligned at the top left, as in torch. With attn_mask, what both
-            let through (torch does so in some of its kernels and refuses it in others).
+        is_causal: key j is visible to query i iff j <= i: aligned at the top left, as in torch. With attn_mask, what
+            both let through (torch does so in some of its kernels and refuses it in others).
         scale: on the scores; 1 / sqrt(D) where not given.
         enable_gqa: allow Hq to be a multiple of Hk.
 
