@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,13 +158,23 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.embed.weight  # tied: (V, C) both ways
-        # Angles of every position, computed once; not weights, so not in the state_dict.
-        half = config.n_embd // config.n_head // 2
-        frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float64) / half)
-        angle = torch.arange(config.block_size, dtype=torch.float64)[:, None] * frequency  # (block_size, D/2)
-        self.register_buffer("rope_cos", angle.cos().float(), persistent=False)
-        self.register_buffer("rope_sin", angle.sin().float(), persistent=False)
+        self._make_rope_tables()
         self.init_weights()
+
+    def _make_rope_tables(self) -> None:
+        """Angles of every position, computed once; not weights, so not in the state_dict."""
+        config, device = self.config, self.embed.weight.device
+        half = config.n_embd // config.n_head // 2
+        frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+        angle = torch.arange(config.block_size, dtype=torch.float64, device=device)[:, None] * frequency
+        self.register_buffer("rope_cos", angle.cos().float(), persistent=False)  # (block_size, D/2)
+        self.register_buffer("rope_sin", angle.sin().float(), persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GPT:
+        """What .to() and its like do. The tables stay float32: in bfloat16 far positions would share an angle."""
+        super()._apply(fn, recurse)
+        self._make_rope_tables()
+        return self
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -190,6 +201,8 @@ class GPT(nn.Module):
         idx: (B, T) int64 tokens, T at most block_size less what the cache holds. targets: (B, T) int64, -1 where
         nothing is to be predicted. Without targets: (logits (B, T, V) float32, None). With targets: (None, mean
         cross-entropy in nats, 0-d float32). With a cache, idx continues what the cache holds and is added to it.
+
+        Raises ValueError for sizes that do not fit, and for targets of no token.
         """
         if idx.dim() != 2:
             raise ValueError(f"GPT: idx must be (B, T), got {tuple(idx.shape)}")
@@ -200,6 +213,8 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: idx may hold at most {self.config.block_size - start} tokens a row{had}, got {T}")
         if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"GPT: targets must be {tuple(idx.shape)} as idx is, got {tuple(targets.shape)}")
+        if targets is not None and idx.numel() == 0:
+            raise ValueError(f"GPT: with targets idx must hold at least one token, got {tuple(idx.shape)}")
         if cache is not None and cache.batch_size != B:
             raise ValueError(f"GPT: idx must have the cache's {cache.batch_size} rows, got {B}")
 

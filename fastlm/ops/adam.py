@@ -60,6 +60,17 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.element_size() < 4 else x
 
 
+def _overlaps_itself(x: Tensor) -> bool:
+    """Whether some two elements may share memory: a dimension does not step over all that the smaller ones span."""
+    span = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= span:
+                return True
+            span += (size - 1) * stride
+    return False
+
+
 def _check(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -105,7 +116,7 @@ def _check(
                 raise ValueError(
                     f"fastlm.adam_: {name}[{i}] must be on the device of params[0], {device}, got {tensor.device}"
                 )
-            if not tensor.is_contiguous() and name != "grads" and torch._debug_has_internal_overlap(tensor) == 1:
+            if name != "grads" and not tensor.is_contiguous() and _overlaps_itself(tensor):
                 raise ValueError(
                     f"fastlm.adam_: {name}[{i}] is written, so no two of its elements may share memory, got sizes "
                     f"{tuple(tensor.shape)} with strides {tensor.stride()}"

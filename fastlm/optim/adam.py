@@ -89,6 +89,10 @@ class Adam(Optimizer):
             raise ValueError(f"{name}: betas must be two numbers in [0, 1), got {betas}")
         if group["foreach"] and group["fused"]:
             raise RuntimeError(f"{name}: foreach and fused cannot both be True")
+        self._refuse_unsupported(group)
+
+    def _refuse_unsupported(self, group: dict[str, Any]) -> None:
+        name = f"fastlm.optim.{type(self).__name__}"
         for key, why in (
             ("capturable", "the step is counted on the host, which a CUDA graph would not replay"),
             ("differentiable", "the step is done in place"),
@@ -157,6 +161,7 @@ class Adam(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient, a state that does not fit, or a CUDA graph being captured.
+            NotImplementedError: a group that was made capturable or differentiable.
         """
         name = f"fastlm.optim.{type(self).__name__}"
         # is_initialized first: asking about a capture would initialise CUDA.
@@ -167,6 +172,7 @@ class Adam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            self._refuse_unsupported(group)  # a group may have been changed since
             by_device: dict[torch.device, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is None:

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlm.models import GPT, GPTConfig
-from fastlm.models.gpt import Cache
+from fastlm.models import GPT, Cache, GPTConfig
 
 SMALL = {"vocab_size": 61, "block_size": 16, "n_layer": 2, "n_head": 3, "n_embd": 24}
 
@@ -51,6 +50,17 @@ def test_logits_do_not_see_the_future():
     before, after = model(idx)[0], model(changed)[0]
     assert torch.equal(before[:, :9], after[:, :9])
     assert not torch.isclose(before[:, 9:], after[:, 9:]).all(dim=-1).any()
+
+
+def test_angles_stay_exact_in_a_model_of_lower_precision():
+    model, exact = make(), make()
+    model.to(torch.bfloat16)
+    assert model.embed.weight.dtype == torch.bfloat16 and model.blocks[0].mlp.up.weight.dtype == torch.bfloat16
+    assert torch.equal(model.rope_cos, exact.rope_cos) and torch.equal(model.rope_sin, exact.rope_sin)
+    logits, wanted = model(tokens(2, 16))[0], exact(tokens(2, 16))[0]
+    assert (logits - wanted).norm() < 0.1 * wanted.norm()
+    empty = GPT(GPTConfig(**SMALL)).to("meta").to_empty(device="cpu")
+    assert torch.equal(empty.rope_cos, exact.rope_cos)
 
 
 def test_positions_matter():
@@ -166,6 +176,7 @@ def test_config_round_trip():
         (lambda m: m(tokens(16)), r"GPT: idx must be \(B, T\), got \(16,\)"),
         (lambda m: m(tokens(1, 17)), "GPT: idx may hold at most 16 tokens a row, got 17"),
         (lambda m: m(tokens(1, 4), tokens(1, 3)), r"GPT: targets must be \(1, 4\) as idx is, got \(1, 3\)"),
+        (lambda m: m(tokens(2, 0), tokens(2, 0)), r"GPT: with targets idx must hold at least one token, got \(2, 0\)"),
         (lambda m: m(tokens(2, 4), cache=Cache(m.config, 3)), "GPT: idx must have the cache's 3 rows, got 2"),
         (lambda m: next(m.generate(tokens(1, 0), 1)), r"GPT.generate: idx must be \(B, T\) with T >= 1, got \(1, 0\)"),
         (lambda m: next(m.generate(tokens(1, 1), 1, temperature=-1)), "temperature must be at least 0, got -1"),

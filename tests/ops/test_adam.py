@@ -447,3 +447,15 @@ def test_the_binding_checks_for_itself(change, message):
 
 def test_empty_lists_do_nothing(backend):
     adam_([], [], [], [], [], [], **options())
+
+
+@pytest.mark.parametrize("backend", ["reference", *(["native"] if ISAS else [])])
+def test_written_memory_that_elements_share_is_refused(backend):
+    """Strides (1, 1): no dimension is expanded, and yet elements (0, 1) and (1, 0) are one."""
+    twice = torch.zeros(3).as_strided((2, 2), (1, 1))
+    lists = [[twice], *([torch.zeros(2, 2)] for _ in range(3)), [], [torch.tensor(0.0)]]
+    with (
+        fastlm.use_backend(backend),
+        pytest.raises(ValueError, match=r"params\[0\] is written, so no two of its elements"),
+    ):
+        adam_(*lists, **options())
