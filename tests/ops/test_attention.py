@@ -101,7 +101,8 @@ def test_third_derivative():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_exact_as_torch(backend, dtype):
     for B, Hq, Hk, Tq, Tk, D, causal in [
-        (2, 4, 4, 65, 65, 64, True), (1, 4, 1, 63, 130, 40, False), (1, 2, 2, 1, 77, 111, False),
+        (2, 4, 4, 65, 65, 64, True), (1, 4, 1, 63, 130, 40, False),
+        (8, 4, 4, 1, 77, 111, False),  # one query: over two heads, the largest errors would be a matter of luck
         (2, 2, 1, 129, 129, 128, True), (0, 2, 2, 3, 3, 8, True), (1, 2, 2, 0, 3, 8, False), (1, 1, 1, 3, 0, 8, False),
     ]:  # fmt: skip
         inputs = [t.detach() for t in qkv(B, Hq, Hk, Tq, Tk, D, D, torch.float32)]
