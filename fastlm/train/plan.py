@@ -22,6 +22,7 @@ _TIMED_SECONDS = 5.0  # of steps
 _DISK_BYTES_PER_SECOND = 200e6  # of a checkpoint with its checksum: a plain disk
 _REPORT_SECONDS = 4.0  # loading matplotlib, the picture, the process's end
 _SAMPLE_TOKENS_PER_SECOND = 60
+_EVALUATIONS_SHARE = 0.15  # of the time that steps and evaluations have together, at most
 _RESERVE = 0.08  # of the time for steps: a machine slows down as it warms up and shares its clock
 # What glibc's heap holds at the peak for each byte in use: tensors of many sizes come and go, and leave gaps that the
 # next ones do not fit. Measured on models of 2 M and 11 M parameters, 8 to 32 rows: 1.54 to 1.71 in bf16, up to 1.88
@@ -35,8 +36,9 @@ _PAGES_PER_BYTE = 1.02
 def plan_steps(config: TrainConfig, dataset: Dataset, spent: float) -> TrainConfig:
     """The configuration with as many steps as fit into `config.minutes`, of which `spent` seconds are over.
 
-    Times steps and evaluation on a model that is thrown away. The number of steps is decided here once, so the learning
-    rate runs its full course and the run can be repeated and resumed. Raises ValueError if no step fits.
+    On a slow machine it has fewer evaluations too: they may not eat the time of the steps. Times steps and evaluation
+    on a model that is thrown away. The number of steps is decided here once, so the learning rate runs its full course
+    and the run can be repeated and resumed. Raises ValueError if no step fits.
     """
     began = time.perf_counter()
     model = build_model(config, dataset)
@@ -56,14 +58,16 @@ def plan_steps(config: TrainConfig, dataset: Dataset, spent: float) -> TrainConf
     checkpoint = 12 * model.num_parameters() / _DISK_BYTES_PER_SECOND
     after = len(dataset.val) * token_seconds + config.sample_tokens / _SAMPLE_TOKENS_PER_SECOND + _REPORT_SECONDS
     left = config.minutes * 60 - spent - (time.perf_counter() - began)
-    steps = int((left - config.evaluations * (subset + checkpoint) - after) * (1 - _RESERVE) / step_seconds)
+    affordable = int(_EVALUATIONS_SHARE * (left - after) / (subset + checkpoint))
+    evaluations = max(1, min(config.evaluations, affordable))
+    steps = int((left - evaluations * (subset + checkpoint) - after) * (1 - _RESERVE) / step_seconds)
     if steps < 1:
         raise ValueError(
             f"--minutes {config.minutes:g} leaves no time for a step: preparing took"
             f" {config.minutes * 60 - left:.0f} s, evaluations would take"
-            f" {config.evaluations * (subset + checkpoint) + after:.0f} s"
+            f" {evaluations * (subset + checkpoint) + after:.0f} s"
         )
-    return config.replace(steps=steps)
+    return config.replace(steps=steps, evaluations=evaluations)
 
 
 @dataclass(frozen=True)

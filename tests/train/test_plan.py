@@ -124,6 +124,31 @@ def test_a_time_limit_holds_if_the_steps_become_slower(small, tmp_path, monkeypa
         assert (spent + now + rest < 60) == fits, slower
 
 
+def test_evaluations_leave_the_time_to_the_steps(small, tmp_path, monkeypatch):
+    """A token takes 0.1 s here: one of the wanted evaluations alone would take half the time."""
+    now = 0.0
+
+    def measure(model, config, tokens, text_bytes, limit=None):
+        nonlocal now
+        done = min(limit or len(tokens), len(tokens), 10)
+        now += done * 0.1
+        return Evaluation(1.0, 1.0, done)
+
+    def step(*_):
+        nonlocal now
+        now += 0.05
+
+    monkeypatch.setattr(plan, "training_step", step)
+    monkeypatch.setattr(plan, "evaluate", measure)
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: now)
+    config = prepare_machine(small.replace(minutes=20.0, evaluations=50, evaluation_tokens=256))
+    dataset = prepare_data(config, Progress())
+    planned = plan.plan_steps(config, dataset, 0.0)
+    left = 20 * 60 - len(dataset.val) * 0.1
+    assert 1 <= planned.evaluations < 50
+    assert planned.evaluations * 25.6 <= max(25.6, 0.16 * left) and planned.steps * 0.05 > 0.7 * left
+
+
 def test_precision_follows_the_machine_unless_given(small, monkeypatch):
     fast = has_fast_bf16("cpu")
     assert prepare_machine(small.replace(precision="auto")).precision == ("bf16" if fast else "fp32")
