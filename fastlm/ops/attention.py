@@ -38,13 +38,17 @@ _OPTIONS = (
 
 # --- the reference ----------------------------------------------------------------------------------------------------
 def _positions(total: int, cu_seqlens: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor | int]:
-    """Per row: its position within its sequence, the sequence's number and length."""
+    """Per row: its position within its sequence, the sequence's number, -1 outside of all, and length.
+
+    Unchecked numbers, on a GPU, lead to no index out of bounds: there that would end the process.
+    """
     at = torch.arange(total, device=device)
     if cu_seqlens is None:
         return at, torch.zeros_like(at), total
     cu_seqlens = cu_seqlens.to(torch.int64)
-    number = torch.searchsorted(cu_seqlens[1:], at, right=True)
-    return at - cu_seqlens[number], number, cu_seqlens.diff()[number]
+    number = torch.searchsorted(cu_seqlens, at, right=True) - 1
+    inside = number.clamp(0, cu_seqlens.numel() - 2)
+    return at - cu_seqlens[inside], torch.where(number == inside, number, -1), cu_seqlens.diff()[inside]
 
 
 def _geometry(q, k, mask, cu_seqlens_q, cu_seqlens_k, causal, window_left, window_right):
@@ -53,7 +57,7 @@ def _geometry(q, k, mask, cu_seqlens_q, cu_seqlens_k, causal, window_left, windo
     col, col_sequence, col_length = _positions(k.shape[2], cu_seqlens_k, q.device)
     col_in_row = col_length  # the key length that a query's sequence has
     if cu_seqlens_k is not None:
-        col_in_row = cu_seqlens_k.to(torch.int64).diff()[row_sequence.clamp(max=cu_seqlens_k.numel() - 2)]
+        col_in_row = cu_seqlens_k.to(torch.int64).diff()[row_sequence.clamp(0, cu_seqlens_k.numel() - 2)]
     shift = col_in_row - row_length  # bottom-right: the last query sits on the last key
     offset = col[None, :] - (row + shift)[:, None]  # (Tq, Tk)
     limits = []
@@ -66,7 +70,7 @@ def _geometry(q, k, mask, cu_seqlens_q, cu_seqlens_k, causal, window_left, windo
     if window_right >= 0:
         limits.append(offset <= window_right)
     if cu_seqlens_q is not None:
-        limits.append(row_sequence[:, None] == col_sequence[None, :])
+        limits.append((row_sequence[:, None] == col_sequence[None, :]) & (row_sequence >= 0)[:, None])
     if mask is not None:
         limits.append(mask)
     visible = None
@@ -249,6 +253,8 @@ def _autocast(dtype, args):
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"fastlm.{op}: {name} must be a tensor, got {type(t).__name__}")
         if t.dim() != 4:
             raise ValueError(f"fastlm.{op}: {name} must have 4 dimensions (B, H, T, D), got {tuple(t.shape)}")
         if not t.is_floating_point():
@@ -261,7 +267,7 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     _, Hk, Tk, _ = k.shape
     if D == 0:
         raise ValueError(f"fastlm.{op}: q must have a head dim D of at least 1, got {tuple(q.shape)}")
-    if Hk == 0 or Hq % Hk:
+    if Hq % Hk if Hk else Hq:  # no heads of either: as empty as no batch
         raise ValueError(f"fastlm.{op}: the heads of q must be a multiple of those of k, got {Hq} and {Hk}")
     if k.shape != (B, Hk, Tk, D):
         raise ValueError(f"fastlm.{op}: k must be (B, Hk, Tk, D) = {(B, Hk, Tk, D)} to match q, got {tuple(k.shape)}")
@@ -284,6 +290,8 @@ def _check_packed(op: str, name: str, cu_seqlens: Tensor, total: int, longest: i
             f"{op}: cu_seqlens_{name} must be (sequences + 1,) int32 or int64, got {cu_seqlens.dtype} "
             f"{tuple(cu_seqlens.shape)}"
         )
+    if longest is not None and not (type(longest) is int and longest >= 0):
+        raise ValueError(f"{op}: max_seqlen_{name} must be an int of at least 0, got {longest!r}")
     starts = readable_values(cu_seqlens)
     if starts is None:
         return
@@ -301,6 +309,11 @@ def _check_options(
     op = "fastlm.attention"
     B, Hq, Tq, _ = q.shape
     full = (B, Hq, Tq, k.shape[2])
+    tensors = (mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
+    names = ("mask", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
+    for name, t in zip(names, tensors, strict=True):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
     if causal not in _CAUSAL:
         raise ValueError(f"{op}: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}")
     if _window(window) is None:
@@ -340,8 +353,6 @@ def _check_options(
             )
     elif max_seqlen_q is not None or max_seqlen_k is not None:
         raise ValueError(f"{op}: max_seqlen_q and max_seqlen_k belong to packed sequences, given by cu_seqlens_q")
-    tensors = (mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
-    names = ("mask", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
     for name, t in zip(names, tensors, strict=True):
         if t is not None and t.device != q.device:
             raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {t.device}")
@@ -425,7 +436,7 @@ def attention(
         seed: 0-d int64 tensor that decides what is dropped; drawn from torch's generator where not given.
         cu_seqlens_q, cu_seqlens_k: (n + 1,) int32 or int64, where each of n packed sequences begins, and the total;
             then q is (1, Hq, total, D), and a query sees keys of its own sequence alone. On a GPU their numbers are
-            not checked, since that would wait for it.
+            not checked, since that would wait for it; a query outside of all sequences sees nothing.
         max_seqlen_q, max_seqlen_k: the longest of those, if known: saves a kernel from planning for more.
         deterministic: False allows a faster backward whose last bits may differ from run to run.
         return_lse: also give lse (B, Hq, Tq), the natural log of the softmax's denominator; it has a gradient.
@@ -446,9 +457,16 @@ def attention(
     return (o, lse) if return_lse else o
 
 
-def _check_drop_in(query, key, value, attn_mask, dropout_p, heads) -> torch.Size:
-    """The leading dimensions of the output, after checking what the drop-in calls by other names than attention."""
+def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> torch.Size:
+    """The leading dimensions of the output, after checking what the drop-in calls by other names than attention.
+
+    What torch's function refuses is refused, by TypeError or ValueError where torch has RuntimeError or IndexError too.
+    """
     op = "fastlm.scaled_dot_product_attention"
+    for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
+        if not isinstance(flag, (bool, torch.SymBool)):
+            raise TypeError(f"{op}: {name} must be a bool, got {flag!r}")
+    heads = 1 if enable_gqa else 0
     for name, t in (("query", query), ("key", key), ("value", value)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
@@ -463,8 +481,11 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, heads) -> torch.Size
     shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
     said = ", ".join(f"{name} {shape}" for name, shape in zip(("query", "key", "value"), shapes, strict=True))
     if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0 or key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"{op}: sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), got {said}")
-    if heads and (key.shape[-3] != value.shape[-3] or key.shape[-3] == 0 or query.shape[-3] % key.shape[-3]):
+        raise ValueError(
+            f"{op}: sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), D at least 1, got {said}"
+        )
+    Hq, Hk = query.shape[-3] if heads else 0, key.shape[-3] if heads else 0
+    if heads and (value.shape[-3] != Hk or (Hq % Hk if Hk else Hq)):
         raise ValueError(f"{op}: with enable_gqa query must have a multiple of the heads of key and value, got {said}")
     try:
         lead = torch.broadcast_shapes(*(t.shape[: t.dim() - 2 - heads] for t in (query, key, value)))
@@ -473,8 +494,13 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, heads) -> torch.Size
     if not 0 <= dropout_p < 1:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
     if attn_mask is not None:
-        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
-            raise TypeError(f"{op}: attn_mask must be bool or floating point, got {attn_mask.dtype}")
+        if not isinstance(attn_mask, Tensor):
+            raise TypeError(f"{op}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
+        autocast = attn_mask.is_floating_point() and torch.is_autocast_enabled(query.device.type)
+        if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype) and not autocast:
+            raise TypeError(
+                f"{op}: attn_mask must be bool, float32 or of the dtype of query, {query.dtype}, got {attn_mask.dtype}"
+            )
         if attn_mask.device != query.device:
             raise ValueError(f"{op}: attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
         full = (*lead, *query.shape[query.dim() - 2 - heads : -2], query.shape[-2], key.shape[-2])
@@ -498,7 +524,8 @@ def scaled_dot_product_attention(
 
     Args:
         query: (..., Hq, Tq, D). key: (..., Hk, Tk, D). value: (..., Hk, Tk, Dv). Leading dimensions broadcast.
-        attn_mask: bool (True: visible) or floating point (added to the scores), broadcastable to (..., Hq, Tq, Tk).
+        attn_mask: bool (True: visible), or float32 or query's dtype (added to the scores), broadcastable to
+            (..., Hq, Tq, Tk).
         dropout_p: probability of dropping a weight; applied always, as in torch.
         is_causal: key j is visible to query i iff j <= i: aligned at the top left, as in torch. With attn_mask, what
             both let through (torch does so in some of its kernels and refuses it in others).
@@ -511,8 +538,8 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: sizes or options that do not fit. TypeError: dtypes that do not fit.
     """
+    lead = _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
     heads = 1 if enable_gqa else 0  # dimensions, left of (T, D), that do not broadcast
-    lead = _check_drop_in(query, key, value, attn_mask, dropout_p, heads)
 
     def as_4d(t: Tensor) -> Tensor:
         t = t.expand(*lead, *t.shape[t.dim() - 2 - heads :])

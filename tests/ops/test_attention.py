@@ -3,15 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_testing import BACKENDS, DTYPES, ISAS, assert_as_exact_as_torch, overload, running
+from op_testing import BACKENDS, DTYPES, ISAS, assert_as_exact_as_torch, numbers, overload, running
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jvp, vmap
 
 import fastlm
-
-
-def numbers(shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def qkv(B=2, Hq=4, Hk=2, Tq=5, Tk=7, D=3, Dv=4, dtype=torch.float64):
@@ -141,6 +137,8 @@ def test_drop_in_shapes_and_masks():
             fastlm.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=True),
             F.scaled_dot_product_attention(q, k, v, both).nan_to_num(0),  # rows that see nothing
         )
+    for empty in (q[:0, 0, 0], q[:, 0, :0]):  # as three dimensions the first are heads
+        assert fastlm.scaled_dot_product_attention(empty, empty, empty).shape == empty.shape
     dropped = fastlm.scaled_dot_product_attention(q, k, torch.ones_like(v), dropout_p=0.5)
     assert abs(dropped.mean().item() - 1) < 0.1 and dropped.std() > 0.1
 
@@ -296,6 +294,8 @@ def test_autocast_and_checkpointing():
         ({"softcap": float("inf")}, ValueError, "softcap must be positive and finite, or None, got inf"),
         ({"q": torch.ones(2, 4, 5, 0), "k": torch.ones(2, 2, 7, 0)}, ValueError,
          "q must have a head dim D of at least 1, got (2, 4, 5, 0)"),
+        ({"k": None}, TypeError, "k must be a tensor, got NoneType"),
+        ({"mask": [True]}, TypeError, "mask must be a tensor, got list"),
         ({"seed": 3, "dropout_p": 0.1}, TypeError, "seed must be one int64 in a tensor, got 3"),
         ({"max_seqlen_q": -7}, ValueError,
          "max_seqlen_q and max_seqlen_k belong to packed sequences, given by cu_seqlens_q"),
@@ -330,6 +330,8 @@ def test_bad_input_gets_a_sentence(change, error, text):
         ([0, 9], {}, "cu_seqlens_q must rise from 0 to the total of 5, got [0, 9]"),
         ([0, 3], {}, "cu_seqlens_q must rise from 0 to the total of 5, got [0, 3]"),
         ([0, 2, 5], {"max_seqlen_q": 2}, "max_seqlen_q must be at least the longest sequence, 3, got 2"),
+        ([0, 2, 5], {"max_seqlen_k": -1}, "max_seqlen_k must be an int of at least 0, got -1"),
+        ([0, 2, 5], {"max_seqlen_q": True}, "max_seqlen_q must be an int of at least 0, got True"),
     ],
 )
 def test_packed_sequences_that_do_not_fit_get_a_sentence(starts, options, text):
@@ -340,6 +342,21 @@ def test_packed_sequences_that_do_not_fit_get_a_sentence(starts, options, text):
     assert str(caught.value) == f"fastlm.attention: {text}"
 
 
+@pytest.mark.parametrize("starts", [[2, 5], [0, 3], [0, 9], [7, 9], [0, 4, 2, 5]], ids=str)
+def test_unchecked_packed_sequences_stay_within_bounds(starts):
+    """The op itself, as on a GPU: what lies outside of all sequences sees nothing and is seen by nothing."""
+    q, k, v = (t.detach() for t in qkv(B=1, Hk=4, Tq=5, Tk=5, D=3, Dv=3))
+    cu = torch.tensor(starts)
+    o, lse = torch.ops.fastlm.attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, scale=0.5)
+    if len(starts) == 2:
+        inside = slice(*starts)
+        want = fastlm.attention(*(t[:, :, inside] for t in (q, k, v)), scale=0.5)
+        torch.testing.assert_close(o[:, :, inside], want)
+        outside = torch.ones(5, dtype=torch.bool)
+        outside[inside] = False
+        assert (o[:, :, outside] == 0).all() and (lse[:, :, outside] == -torch.inf).all()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -348,7 +365,7 @@ def test_packed_sequences_that_do_not_fit_get_a_sentence(starts, options, text):
         ({"key": torch.ones(2, 4, 7, 3).double()}, TypeError,
          "key must have the dtype of query, torch.float32, got torch.float64"),
         ({"key": torch.ones(2, 4, 7, 2)}, ValueError,
-         "sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), "
+         "sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), D at least 1, "
          "got query (2, 4, 5, 3), key (2, 4, 7, 2), value (2, 4, 7, 3)"),
         ({"key": torch.ones(2, 3, 7, 3)}, ValueError,
          "leading dimensions must broadcast, got query (2, 4, 5, 3), key (2, 3, 7, 3), value (2, 4, 7, 3)"),
@@ -358,7 +375,14 @@ def test_packed_sequences_that_do_not_fit_get_a_sentence(starts, options, text):
         ({"attn_mask": torch.ones(3, 5, 7).bool()}, ValueError,
          "attn_mask must broadcast to (2, 4, 5, 7), got (3, 5, 7)"),
         ({"attn_mask": torch.ones(5, 7).int()}, TypeError,
-         "attn_mask must be bool or floating point, got torch.int32"),
+         "attn_mask must be bool, float32 or of the dtype of query, torch.float32, got torch.int32"),
+        ({"attn_mask": torch.ones(5, 7).double()}, TypeError,
+         "attn_mask must be bool, float32 or of the dtype of query, torch.float32, got torch.float64"),
+        ({"attn_mask": [1]}, TypeError, "attn_mask must be a tensor, got list"),
+        ({"is_causal": 1}, TypeError, "is_causal must be a bool, got 1"),
+        ({"enable_gqa": "no"}, TypeError, "enable_gqa must be a bool, got 'no'"),
+        ({"query": torch.ones(5, 3), "key": torch.ones(7, 3), "value": torch.ones(7, 3), "enable_gqa": True},
+         ValueError, "query must have at least 3 dimensions, got (5, 3)"),
         ({"dropout_p": 1.5}, ValueError, "dropout_p must be in [0, 1), got 1.5"),
     ],
 )  # fmt: skip
@@ -367,5 +391,5 @@ def test_the_drop_in_speaks_of_its_own_arguments(change, error, text):
     with pytest.raises(error) as caught:
         fastlm.scaled_dot_product_attention(**{**arguments, **change})
     assert str(caught.value) == f"fastlm.scaled_dot_product_attention: {text}"
-    with pytest.raises((RuntimeError, TypeError, ValueError)):  # torch refuses it too
+    with pytest.raises((RuntimeError, TypeError, ValueError, IndexError)):  # torch refuses it too
         F.scaled_dot_product_attention(**{**arguments, **change})
