@@ -26,13 +26,13 @@ void run_kernel(int64_t work, const Run& run) {
 }
 
 void relu_forward(const TensorView& x, const TensorView& y, bool squared, int threads) {
-  border.check_same_dense("relu", x, {&y});
+  border.check_same_dense(squared ? "relu_squared" : "relu", x, {&y});
   int64_t n = x.numel();
   run_kernel(n, [&] { cpu::relu_forward(x.dtype, x.data, y.data, n, squared, threads); });
 }
 
 void relu_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, bool squared, int threads) {
-  border.check_same_dense("relu_backward", dy, {&saved, &dx});
+  border.check_same_dense(squared ? "relu_squared_backward" : "relu_backward", dy, {&saved, &dx});
   int64_t n = dy.numel();
   run_kernel(n, [&] { cpu::relu_backward(dy.dtype, dy.data, saved.data, dx.data, n, squared, threads); });
 }

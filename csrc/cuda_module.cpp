@@ -19,12 +19,12 @@ constexpr Border border{/*on_gpu=*/true};  // `stream` is one of the first tenso
 #endif
 
 void relu_forward(const TensorView& x, const TensorView& y, bool squared, uintptr_t stream) {
-  border.check_same_dense("relu", x, {&y});
+  border.check_same_dense(squared ? "relu_squared" : "relu", x, {&y});
   cuda::relu_forward({x.device, stream}, x.dtype, x.data, y.data, x.numel(), squared);
 }
 
 void relu_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, bool squared, uintptr_t stream) {
-  border.check_same_dense("relu_backward", dy, {&saved, &dx});
+  border.check_same_dense(squared ? "relu_squared_backward" : "relu_backward", dy, {&saved, &dx});
   cuda::relu_backward({dy.device, stream}, dy.dtype, dy.data, saved.data, dx.data, dy.numel(), squared);
 }
 

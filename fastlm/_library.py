@@ -224,7 +224,8 @@ class Op:
         if self.arguments is None:
             return tuple(given.values())
         if "seed" in signature.parameters:
-            given.setdefault("seed", torch.zeros((), dtype=torch.int64))  # else it would be drawn
+            device = next((t.device for t in _tensors(list(given.values()))), None)
+            given.setdefault("seed", torch.zeros((), dtype=torch.int64, device=device))  # else it would be drawn
         return self.arguments(**given)
 
     # --- resolution ---------------------------------------------------------------------------------------------------

@@ -159,6 +159,12 @@ def test_backends_takes_the_arguments_of_the_op(arguments, text):
     assert str(caught.value) == text
 
 
+def test_backends_answers_for_tensors_of_other_devices():
+    q = torch.empty(1, 2, 3, 4, device="meta")
+    for op, arguments in (("attention", {"q": q, "k": q, "v": q}), ("bias_act", {"x": q, "bias": q[0, 0, 0]})):
+        assert [s.backend for s in fastlm.backends(op, **arguments, dropout_p=0.1)] == ["reference"]
+
+
 def test_asking_for_backends_draws_no_random_number():
     before = torch.get_rng_state()
     q = torch.randn(1, 1, 2, 4, generator=torch.Generator())

@@ -14,18 +14,26 @@ ISAS = _native.cpu.usable_isas() if _native.cpu is not None else []
 # tests/kernels runs Triton's kernels in its interpreter; here they would take minutes.
 BACKENDS = [*(f"native-{isa}" for isa in ISAS), "reference"]
 if torch.cuda.is_available():
-    DEVICES = ["cpu", "cuda"]
-    if importlib.util.find_spec("triton"):
-        BACKENDS.append("triton")
-else:
-    DEVICES = ["cpu"]
+    kinds = {"native": _native.cuda is not None, "triton": importlib.util.find_spec("triton"), "reference": True}
+    BACKENDS += [f"cuda-{kind}" for kind, there in kinds.items() if there]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def on_device(backend):
+    """New tensors go where the backend is: a test's parameter `backend` decides it, see conftest.py."""
+    return torch.device("cuda") if backend.startswith("cuda-") else contextlib.nullcontext()
+
+
+def numbers(shape, dtype=torch.float32, seed=0):
+    """Normal, and the same on every device."""
+    drawn = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return drawn.to(dtype).to(torch.get_default_device())
 
 
 @contextlib.contextmanager
 def running(backend):
     """Runs fastlm's ops on a backend, named as in BACKENDS, and proves that a forced instruction set is active."""
-    name, _, isa = backend.partition("-")
+    name, _, isa = backend.removeprefix("cuda-").partition("-")
     before = _native.cpu.active_isa() if isa else None
     if isa:
         _native.cpu.select_isa(isa)
@@ -39,7 +47,7 @@ def running(backend):
 
 
 def overload(name, backend):
-    return getattr(getattr(torch.ops, NAMESPACES[backend.partition("-")[0]]), name).default
+    return getattr(getattr(torch.ops, NAMESPACES[backend.removeprefix("cuda-").partition("-")[0]]), name).default
 
 
 def assert_as_exact_as_torch(got, exact, plain, factor, what):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_testing import BACKENDS, DTYPES, ISAS, LAYOUTS, assert_as_exact_as_torch, overload, poisoned, running  # noqa: F401
+from op_testing import BACKENDS, DTYPES, ISAS, LAYOUTS, assert_as_exact_as_torch, numbers, overload, poisoned, running  # noqa: F401
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -26,10 +26,6 @@ def _bias(x):
     return torch.linspace(-1, 1, x.shape[-1], dtype=torch.float64).to(x.dtype)
 
 
-def _numbers(shape, dtype=torch.float32, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     with running(request.param):
@@ -41,7 +37,7 @@ def backend(request):
 def test_value_and_gradient(name, dtype, backend, poisoned):  # noqa: F811
     ours, theirs = OPS[name]
     for shape in SHAPES:
-        x, dy = _numbers(shape, dtype), _numbers(shape, dtype, seed=1)
+        x, dy = numbers(shape, dtype), numbers(shape, dtype, seed=1)
         results = []
         for f, of in ((ours, dtype), (theirs, torch.float64), (theirs, dtype)):
             leaf = x.to(of, copy=True).requires_grad_()
@@ -54,7 +50,7 @@ def test_value_and_gradient(name, dtype, backend, poisoned):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_bias_gradient_over_many_rows(dtype, backend):
-    x, dy = _numbers((5000, 37), dtype), _numbers((5000, 37), dtype, seed=1)
+    x, dy = numbers((5000, 37), dtype), numbers((5000, 37), dtype, seed=1)
     results = []
     for f, of in ((fastlm.bias_act, dtype), (lambda x, b: torch.relu(x + b), torch.float64),
                   (lambda x, b: torch.relu(x + b), dtype)):  # fmt: skip
@@ -68,7 +64,7 @@ def test_bias_gradient_over_many_rows(dtype, backend):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(name, layout, backend, poisoned):  # noqa: F811
     ours, theirs = OPS[name]
-    x, dy = _numbers((6, 5, 35)), _numbers((6, 5, 35), seed=1)
+    x, dy = numbers((6, 5, 35)), numbers((6, 5, 35), seed=1)
     before = x.clone()
     for gradient in ("same", "sum", "transposed", "cat"):
         results = []
@@ -102,7 +98,7 @@ def test_special_values(name, backend):
 @pytest.mark.parametrize("backend", ["native-baseline", "reference"] if ISAS else ["reference"])
 @pytest.mark.parametrize("name", OPS)
 def test_gradients_of_every_order(name, backend):
-    x = _numbers((4, 5), torch.float64).requires_grad_()
+    x = numbers((4, 5), torch.float64).requires_grad_()
     with running(backend):
         assert gradcheck(OPS[name][0], (x,), check_forward_ad=True, check_batched_grad=True)
         assert gradgradcheck(OPS[name][0], (x,), check_batched_grad=True)
@@ -117,7 +113,7 @@ def test_gradients_of_every_order(name, backend):
 
 @pytest.mark.parametrize("act", ACTS)
 def test_bias_act_gradients(act):
-    x, b = _numbers((3, 4), torch.float64).requires_grad_(), _numbers((4,), torch.float64, 1).requires_grad_()
+    x, b = numbers((3, 4), torch.float64).requires_grad_(), numbers((4,), torch.float64, 1).requires_grad_()
     assert gradcheck(fastlm.bias_act, (x, b, act), check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(fastlm.bias_act, (x, b, act))
     exact = {
@@ -133,7 +129,7 @@ def test_bias_act_gradients(act):
 @pytest.mark.parametrize("name", OPS)
 def test_transforms(name, backend):
     ours, theirs = (lambda x, f=f: f(x).pow(2).sum() for f in OPS[name])
-    x = _numbers((3, 4))
+    x = numbers((3, 4))
     for transform in (
         grad, jacrev, jacfwd, hessian,
         lambda f: vmap(grad(f)),
@@ -147,8 +143,8 @@ def test_transforms(name, backend):
     "name", ["relu", "relu_backward", "relu_squared", "relu_squared_backward", "bias_act", "bias_act_backward"]
 )
 def test_opcheck(name, backend):
-    x = _numbers((3, 4)).requires_grad_()
-    b = _numbers((4,)).requires_grad_()
+    x = numbers((3, 4)).requires_grad_()
+    b = numbers((4,)).requires_grad_()
     args = {1: (x,), 2: (x.detach().exp().requires_grad_(), x)}[2 if name.startswith("relu") and "back" in name else 1]
     if name.startswith("bias_act"):
         args = (
@@ -167,7 +163,7 @@ def test_compile(name, choice):
     with fastlm.use_backend(choice):
         compiled = torch.compile(lambda x: ours(x).sin(), fullgraph=True)
         for rows in (3, 5):
-            a, b = (_numbers((rows, 16)).requires_grad_() for _ in range(2))
+            a, b = (numbers((rows, 16)).requires_grad_() for _ in range(2))
             out, want = compiled(a), theirs(b).sin()
             # .sum() gives an expanded gradient: Inductor may drop a .contiguous() and hand it on as it is.
             out.sum().backward()
@@ -184,7 +180,7 @@ def test_compile_follows_the_backend():
         return graph
 
     compiled = torch.compile(lambda x: fastlm.relu(x), backend=record, fullgraph=True)
-    x = _numbers((4,))
+    x = numbers((4,))
     for choice in ("auto", "reference", "auto"):
         with fastlm.use_backend(choice):
             compiled(x)
@@ -194,7 +190,7 @@ def test_compile_follows_the_backend():
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
 def test_dropout(act):
-    x, b = _numbers((200, 300)), _numbers((300,))
+    x, b = numbers((200, 300)), numbers((300,))
     seed = torch.tensor(1234)
     y = fastlm.bias_act(x, b, act, dropout_p=0.25, seed=seed)
     full = fastlm.bias_act(x, b, act)
@@ -220,7 +216,7 @@ def test_dropout_bits_are_philox():
 
 
 def test_autocast_takes_the_bias_to_the_type_of_x():
-    x, b = _numbers((3, 4), torch.bfloat16), _numbers((4,)).requires_grad_()
+    x, b = numbers((3, 4), torch.bfloat16), numbers((4,)).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = fastlm.bias_act(x, b)
     assert y.dtype == torch.bfloat16
@@ -230,7 +226,7 @@ def test_autocast_takes_the_bias_to_the_type_of_x():
 
 def test_inputs_stay_as_they_are_and_retained_graphs_repeat(backend):
     for ours, _ in OPS.values():
-        x = _numbers((9, 33)).requires_grad_()
+        x = numbers((9, 33)).requires_grad_()
         before, version = x.detach().clone(), x._version
         y = ours(x)
         (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
