@@ -207,6 +207,8 @@ def info(arguments: list[str]) -> int:
         usable, active = _native.cpu.usable_isas(), _native.cpu.active_isa()
         missing = [isa for isa in _native.cpu.compiled_isas() if isa not in usable]
         runs = f"{active} in use; this machine runs {', '.join(usable)}"
+        if not _native.cpu.threaded:
+            runs += "; on one thread, since it was built without GCC's OpenMP"
         rows.append(("_cpu", runs + (f", not {', '.join(missing)}" if missing else "")))
     else:
         rows.append(("_cpu", f"missing: {_native.reasons['cpu']}"))
