@@ -207,9 +207,10 @@ def info(arguments: list[str]) -> int:
         usable, active = _native.cpu.usable_isas(), _native.cpu.active_isa()
         missing = [isa for isa in _native.cpu.compiled_isas() if isa not in usable]
         runs = f"{active} in use; this machine runs {', '.join(usable)}"
+        runs += f", not {', '.join(missing)}" if missing else ""
         if not _native.cpu.threaded:
             runs += "; on one thread, since it was built without GCC's OpenMP"
-        rows.append(("_cpu", runs + (f", not {', '.join(missing)}" if missing else "")))
+        rows.append(("_cpu", runs))
     else:
         rows.append(("_cpu", f"missing: {_native.reasons['cpu']}"))
     rows.append(("_cuda", "loaded" if _native.cuda is not None else f"missing: {_native.reasons['cuda']}"))

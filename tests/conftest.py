@@ -11,6 +11,11 @@ from full_disk import FullDisk
 import fastlm
 from fastlm import _native
 
+# Triton's kernels run on the GPU where there is one, else in Triton's interpreter on CPU tensors. Triton reads the
+# variable when it decorates a function, its own library's at its import: so here, before anything imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 try:
     import hypothesis
 except ImportError:  # the GPU tests do without it

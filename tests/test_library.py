@@ -174,9 +174,26 @@ def test_asking_for_backends_draws_no_random_number():
 
 def test_a_broken_triton_costs_triton_alone(tmp_path):
     (tmp_path / "triton.py").write_text("raise AttributeError('half installed')")
-    code = "import torch, fastlm; print(fastlm.relu(torch.ones(1)), fastlm.backends('relu')[1].reason)"
-    done = run_python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}", TRITON_INTERPRET="1")
-    assert "does not load: AttributeError: half installed" in done.stdout, done.stderr
+    code = f"""
+import sys; sys.path.insert(0, {str(tmp_path)!r})
+import torch, fastlm
+fastlm.relu(torch.ones(1))
+with fastlm.use_backend("triton"):
+    fastlm.relu(torch.ones(1))
+"""
+    done = run_python(code, TRITON_INTERPRET="1")
+    assert done.stderr.endswith(
+        "NotImplementedError: fastlm.relu on cpu: triton does not load: AttributeError: half installed\n"
+    ), done.stderr
+
+
+def test_the_interpreter_of_triton_is_not_chosen_by_itself():
+    q = torch.randn(1, 1, 3, 4)
+    code = "import torch, fastlm, sys; q = torch.ones(1, 1, 3, 4); fastlm.attention(q, q, q, window=1); "
+    done = run_python(code + "print('triton' in sys.modules)", TRITON_INTERPRET="1", FASTLM_BACKEND="auto")
+    assert done.stdout.strip() == "False", done.stderr
+    _, triton, _ = fastlm.backends("attention", q=q, k=q, v=q, window=1)
+    assert triton.reason == "runs on GPUs (on the CPU where it is asked for, with TRITON_INTERPRET=1)"
 
 
 @needs_cpu_module

@@ -41,7 +41,7 @@ void parallel_for(int threads, int64_t n, int64_t grain, const Body& body) {
 // thread's number, below `threads`, picks a workspace.
 template <class Body>
 void parallel_tasks(int threads, int64_t n, const Body& body) {
-  int team = threads_usable() ? static_cast<int>(std::min<int64_t>(threads, n)) : 1;
+  [[maybe_unused]] int team = threads_usable() ? static_cast<int>(std::min<int64_t>(threads, n)) : 1;
 #if defined(_OPENMP)
   if (team > 1) {
 #pragma omp parallel for num_threads(team) schedule(dynamic, 1)
