@@ -271,8 +271,9 @@ def test_relu_takes_floating_point_alone():
 @pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_tensor_without_memory_of_its_own_gets_a_sentence():
-    with pytest.raises((TypeError, RuntimeError)) as caught:
-        fastlm.relu(torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(3, 3)]))
+    x = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(3, 3)])
+    with fastlm.use_backend("native"), pytest.raises((TypeError, RuntimeError)) as caught:
+        fastlm.relu(x)
     assert "\n" not in str(caught.value)
 
 
