@@ -21,11 +21,11 @@ def randn(*shape, dtype=torch.float32):
     return torch.randn(shape, dtype=torch.float64).to(dtype).to(DEVICE)
 
 
-def assert_close(got, want, *, dtype=None, ulps=4, stock=None, factor=2, cancelled=0.0):
+def assert_close(got, want, *, dtype=None, ulps=4, stock=None, factor=2, cancelled=None):
     """`got` is within `factor` times the error of `stock`, plain torch in the same dtype, and a few ulps of `want`.
 
     `want` is float64. Without `stock`, the ulps alone are allowed. They are taken at the largest value, since sums
-    cancel, or at `cancelled`, what a difference was taken of, if that is larger.
+    cancel, or where `cancelled`, what an element is the difference of, is larger, at that.
     """
     assert got.shape == want.shape
     want = want.to(got.device)
@@ -34,10 +34,14 @@ def assert_close(got, want, *, dtype=None, ulps=4, stock=None, factor=2, cancell
     error = (got.double() - want)[finite].abs()
     if not error.numel():
         return
-    allowed = ulps * torch.finfo(dtype or got.dtype).eps * want[finite].abs().max().clamp_min(cancelled)
+    scale = want[finite].abs().max().expand_as(error)
+    if cancelled is not None:
+        scale = scale.maximum(cancelled.to(got.device)[finite])
+    allowed = ulps * torch.finfo(dtype or got.dtype).eps * scale
     if stock is not None:
         allowed = allowed + factor * (stock.double() - want)[finite].abs().max()
-    assert error.max() <= allowed, f"off by {error.max():.3g}, {allowed:.3g} allowed"
+    worst = (error - allowed).argmax()
+    assert error[worst] <= allowed[worst], f"off by {error[worst]:.3g}, {allowed[worst]:.3g} allowed"
 
 
 def compile_for_gpu(code, architectures=(80, 90)):
