@@ -5,7 +5,7 @@ PY      = $(VENV)/bin/python
 # pip with the versions that CI tests. Its own settings hold: to take torch's smaller CPU-only build,
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 PIP     = $(PY) -m pip install -qq --disable-pip-version-check --constraint constraints.txt
-DEMO    = --data stdlib --minutes 4.5
+DEMO    = --data stdlib --minutes 4.5 --fit-width
 # CUDA is compiled where there is a GPU to run it, unless FASTLM_CUDA says otherwise.
 FASTLM_CUDA ?= $(if $(shell nvidia-smi -L 2>/dev/null),AUTO,OFF)
 export FASTLM_CUDA

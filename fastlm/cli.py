@@ -216,9 +216,12 @@ def info(arguments: list[str]) -> int:
     rows.append(("_cuda", "loaded" if _native.cuda is not None else f"missing: {_native.reasons['cuda']}"))
     rows.append(("CUDA", _cuda_state(torch)))
     rows.append(("Triton", _triton_state()))
+    alike: dict[str, list[str]] = {}  # the ops that have the same to say
     for op, statuses in fastlm.backends().items():
         listed = (s.backend if s.usable else f"{s.backend} not usable ({s.reason})" for s in statuses)
-        rows.append((op, ", ".join(listed)))
+        alike.setdefault(", ".join(listed), []).append(op)
+    for listed, ops in alike.items():
+        rows += [("backends", listed), ("  of", ", ".join(ops))]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:<{width}}  {text}")

@@ -53,6 +53,8 @@ class TrainConfig:
     """Optimizer steps; where --minutes is given, that decides them."""
     minutes: float | None = None
     """Wall-clock time for all of it. The number of steps is then set at the start, from timed steps, and recorded."""
+    fit_width: bool = False
+    """With --minutes: take fewer heads, each of the same size, where the machine is too slow for so wide a model."""
     batch_size: int = 8
     """Rows in one forward pass."""
     accumulation: int = 1
@@ -108,6 +110,8 @@ class TrainConfig:
             raise ValueError(f"{option('learning_rate')} must be above 0, got {self.learning_rate}")
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"{option('minutes')} must be above 0, got {self.minutes}")
+        if self.fit_width and self.minutes is None:
+            raise ValueError("--fit-width goes with --minutes: it fits the model's width to the time")
         if self.tokenizer == "bpe" and not 257 <= self.vocab_size <= 2**24:  # the bytes and the end of a document
             raise ValueError(f"{option('vocab_size')} must be in 257 .. 2**24 for bpe, got {self.vocab_size}")
         if not 0 <= self.seed < 2**63:

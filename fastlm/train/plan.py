@@ -19,6 +19,9 @@ from fastlm.train.evaluation import autocast, evaluate
 from fastlm.train.step import build_model, build_optimizer, training_step
 
 _TIMED_SECONDS = 5.0  # of steps
+# With less text a narrower model learns more: the best number of tokens grows with that of the parameters (Hoffmann et
+# al., 2022, arXiv:2203.15556).
+_TOKENS_PER_PARAMETER = 3.0
 _DISK_BYTES_PER_SECOND = 200e6  # of a checkpoint with its checksum: a plain disk
 _REPORT_SECONDS = 4.0  # loading matplotlib, the picture, the process's end
 _SAMPLE_TOKENS_PER_SECOND = 60
@@ -36,20 +39,15 @@ _PAGES_PER_BYTE = 1.02
 def plan_steps(config: TrainConfig, dataset: Dataset, spent: float) -> TrainConfig:
     """The configuration with as many steps as fit into `config.minutes`, of which `spent` seconds are over.
 
-    On a slow machine it has fewer evaluations too: they may not eat the time of the steps. Times steps and evaluation
-    on a model that is thrown away. The number of steps is decided here once, so the learning rate runs its full course
-    and the run can be repeated and resumed. Raises ValueError if no step fits.
+    On a slow machine it has fewer evaluations too, since they may not eat the time of the steps, and with
+    `config.fit_width` a narrower model. Times steps and evaluation on models that are thrown away. All this is decided
+    here once, so the learning rate runs its full course and the run can be repeated and resumed. Raises ValueError if
+    no step fits.
     """
     began = time.perf_counter()
-    model = build_model(config, dataset)
-    optimizer = build_optimizer(model, config)
-    timed: list[float] = []
-    while len(timed) < 5 or (sum(timed) < _TIMED_SECONDS and len(timed) < 100):
-        start = time.perf_counter()
-        training_step(model, optimizer, config, dataset, len(timed), 0.0)
-        timed.append(time.perf_counter() - start)
-    timed = sorted(timed[2:])  # the first ones also take memory
-    step_seconds = sum(timed) / len(timed)
+    if config.fit_width:
+        config = _fit_width(config, dataset, config.minutes * 60 - spent)
+    model, step_seconds = _timed_step(config, dataset, _TIMED_SECONDS)
     start = time.perf_counter()
     evaluated = evaluate(model, config, dataset.val, dataset.val_bytes, 8 * config.batch_size * config.block_size)
     token_seconds = (time.perf_counter() - start) / evaluated.tokens
@@ -68,6 +66,29 @@ def plan_steps(config: TrainConfig, dataset: Dataset, spent: float) -> TrainConf
             f" {evaluations * (subset + checkpoint) + after:.0f} s"
         )
     return config.replace(steps=steps, evaluations=evaluations)
+
+
+def _fit_width(config: TrainConfig, dataset: Dataset, seconds: float) -> TrainConfig:
+    """Fewer heads of the same size, until training sees enough tokens for each parameter or one head is left."""
+    while True:
+        model, step_seconds = _timed_step(config, dataset)
+        tokens = seconds / step_seconds * config.tokens_per_step
+        if config.n_head == 1 or tokens >= _TOKENS_PER_PARAMETER * model.num_parameters():
+            return config
+        config = config.replace(n_head=config.n_head - 1, n_embd=config.n_embd // config.n_head * (config.n_head - 1))
+
+
+def _timed_step(config: TrainConfig, dataset: Dataset, seconds: float = 0.0) -> tuple[GPT, float]:
+    """Seconds of a training step, from at least five steps in at least `seconds`, and the model that they used up."""
+    model = build_model(config, dataset)
+    optimizer = build_optimizer(model, config)
+    timed: list[float] = []
+    while len(timed) < 5 or (sum(timed) < seconds and len(timed) < 100):
+        start = time.perf_counter()
+        training_step(model, optimizer, config, dataset, len(timed), 0.0)
+        timed.append(time.perf_counter() - start)
+    timed = sorted(timed[2:])  # the first ones also take memory
+    return model, sum(timed) / len(timed)
 
 
 @dataclass(frozen=True)

@@ -85,8 +85,11 @@ def train(
     ngram = ngram_baseline(dataset, progress)
     limit = peak(config) if peak is not None else None
     if config.minutes is not None:
-        config = plan_steps(config, dataset, spent=time.perf_counter() - began)
-        progress.say(f"{config.minutes:g} minutes: {config.steps:,} steps of {config.tokens_per_step:,} tokens")
+        width, config = config.n_embd, plan_steps(config, dataset, spent=time.perf_counter() - began)
+        plan = f"{config.minutes:g} minutes: {config.steps:,} steps of {config.tokens_per_step:,} tokens"
+        if config.n_embd != width:
+            plan += f"; {config.n_embd} wide instead of {width}, which learns more in that time on this machine"
+        progress.say(plan)
     with replacing(out):
         write_run(out, config, dataset)
         return _run(out, config, dataset, ngram, progress, limit, None)

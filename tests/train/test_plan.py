@@ -1,6 +1,7 @@
 """What is said before a run: its memory, its length."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 
 from fastlm.models import GPT
-from fastlm.train import PRESETS, Evaluation, Progress, plan
+from fastlm.train import PRESETS, Evaluation, Progress, plan, train
 from fastlm.train.config import has_fast_bf16, prepare_machine
 from fastlm.train.plan import _LiveBytes, estimate
 from fastlm.train.rundir import prepare_data
+from fastlm.train.step import build_model
 
 # Trains a few steps in a process of its own and prints the growth of its resident memory and the estimate. A step of a
 # model of a few kilobytes comes first: it loads the code, which is no part of what a run takes.
@@ -147,6 +149,38 @@ def test_evaluations_leave_the_time_to_the_steps(small, tmp_path, monkeypatch):
     left = 20 * 60 - len(dataset.val) * 0.1
     assert 1 <= planned.evaluations < 50
     assert planned.evaluations * 25.6 <= max(25.6, 0.16 * left) and planned.steps * 0.05 > 0.7 * left
+
+
+@pytest.mark.parametrize(("tokens_per_parameter", "heads"), [(1.1, 4), (0.9, 3), (0.6, 2), (0.001, 1)])
+def test_a_slow_machine_gets_a_narrower_model(small, monkeypatch, tokens_per_parameter, heads):
+    """On a clock on which every width gets as many steps, enough for `tokens_per_parameter` of the widest."""
+    wide = small.replace(n_head=4, n_embd=64, minutes=1.0, fit_width=True)
+    dataset = prepare_data(prepare_machine(wide), Progress())
+    sizes = {n: build_model(wide.replace(n_head=n, n_embd=16 * n), dataset).num_parameters() for n in range(1, 5)}
+    steps = tokens_per_parameter * sizes[4] / wide.tokens_per_step
+    now = 0.0
+
+    def step(*_):
+        nonlocal now
+        now += 60 / steps
+
+    monkeypatch.setattr(plan, "_TOKENS_PER_PARAMETER", 1.0)
+    monkeypatch.setattr(plan, "training_step", step)
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: now)
+    got = plan._fit_width(wide, dataset, 60.0)
+    assert (got.n_head, got.n_embd) == (heads, 16 * heads)
+    assert heads == max((n for n, size in sizes.items() if tokens_per_parameter * sizes[4] >= size), default=1)
+    assert got == wide.replace(n_head=got.n_head, n_embd=got.n_embd)
+
+
+def test_a_fitted_width_is_said_and_recorded(small, hook, monkeypatch):
+    monkeypatch.setattr(plan, "_TOKENS_PER_PARAMETER", math.inf)
+    said = hook()
+    result = train(small.replace(minutes=0.2, fit_width=True), said)
+    assert "; 8 wide instead of 16, which learns more in that time on this machine" in "".join(said.lines)
+    assert json.loads((result.out / "config.json").read_text())["config"]["n_embd"] == 8
+    with pytest.raises(ValueError, match="--fit-width goes with --minutes"):
+        small.replace(fit_width=True)
 
 
 def test_precision_follows_the_machine_unless_given(small, monkeypatch):
