@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Times are of the clock, but on the CPU those of dispatch are processor time.",
     )
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(GROUPS)}; all if none is named")
+    parser.add_argument("--match", default="", metavar="TEXT", help="cases whose name has TEXT in it, such as fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, if not given")
     parser.add_argument("--quick", action="store_true", help="few and small cases: whether all works, not how fast")
     parser.add_argument("--rounds", type=int, help="turns of each variant; 9 if not given, 3 when quick")
@@ -58,6 +59,12 @@ def run(argv: Sequence[str] | None) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = {
+        group: [found for found in cases(group, device, options.quick) if options.match in found.name]
+        for group in options.cases or GROUPS
+    }
+    if not any(chosen.values()):
+        parser.error(f"--match: none of these cases has {options.match!r} in its name")
     try:  # while nothing is lost yet
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()
@@ -79,19 +86,19 @@ def run(argv: Sequence[str] | None) -> int:
     kept, picture = options.out / "bench.json", options.out / "bench.png"
     rows: list[Row] = []
     status = 0
-    for group in options.cases or GROUPS:
+    for group in chosen:
         in_group: list[Row] = []
-        for found in cases(group, device, options.quick):
+        for found in chosen[group]:
             try:
                 in_group += _measure(found, limits, rounds, seconds, options.quick)
             except BenchmarkError as error:
                 print(f"fastlm bench: {error}", file=sys.stderr)
                 status = 1
+            with _whole(kept) as path:  # after each case: one may take very long
+                path.write_text(json.dumps(as_json(rows + in_group, machine, limits), indent=1) + "\n")
         if in_group:
             report.print_table(group, in_group)
         rows += in_group
-        with _whole(kept) as path:
-            path.write_text(json.dumps(as_json(rows, machine, limits), indent=1) + "\n")
 
     with _whole(picture) as path:
         drawn = bool(rows) and report.draw(rows, machine, path)

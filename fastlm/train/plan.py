@@ -19,8 +19,8 @@ from fastlm.train.evaluation import autocast, evaluate
 from fastlm.train.step import build_model, build_optimizer, training_step
 
 _TIMED_SECONDS = 5.0  # of steps
-# Of training, at least, where the width is to be fitted: with fewer a narrower model learns more (bench/LOG.md; the best
-# number of tokens grows with that of parameters: Hoffmann et al., 2022, arXiv:2203.15556).
+# Of training, at least, where the width is to be fitted: with fewer a narrower model learns more (bench/LOG.md), since
+# the best number of tokens grows with that of parameters (Hoffmann et al., 2022, arXiv:2203.15556).
 _TOKENS_PER_PARAMETER = 3.0
 _DISK_BYTES_PER_SECOND = 200e6  # of a checkpoint with its checksum: a plain disk
 _REPORT_SECONDS = 4.0  # loading matplotlib, the picture, the process's end

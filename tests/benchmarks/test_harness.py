@@ -19,6 +19,7 @@ from fastlm.benchmarks.harness import (
     Case,
     LoadMeter,
     Local,
+    Row,
     Variant,
     as_json,
     measure,
@@ -180,10 +181,27 @@ def test_command_runs_both_allocators(tmp_path, monkeypatch, known_limits):
     assert {row["allocator"] for row in rows} == {"system", "kept"}
 
 
+def test_match_chooses_cases_and_each_is_kept_when_it_is_done(tmp_path, monkeypatch, known_limits):
+    measured = []
+
+    def measure(found, *_):
+        if measured:  # the one before is in the file already
+            rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+            assert [row["case"] for row in rows] == measured
+        measured.append(found.name)
+        return [Row(found.group, found.name, "torch", "system", 1.0)]
+
+    monkeypatch.setattr(command, "_measure", measure)
+    assert main(["attention", "--match", "fp32", "--out", str(tmp_path)]) == 0
+    every = [found.name for found in cases.cases("attention", "cpu", False)]
+    assert measured == [name for name in every if "fp32" in name] and len(measured) < len(every)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["norms"], "CASE must be one of .*dispatch.*, got norms"),
+        (["--match", "fp8"], "--match: none of these cases has 'fp8' in its name"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--out", __file__ + "/new"], "--out: cannot write to .*new: Not a directory"),
     ],
