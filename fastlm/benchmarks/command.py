@@ -59,12 +59,11 @@ def run(argv: Sequence[str] | None) -> int:
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = {
-        group: [found for found in cases(group, device, options.quick) if options.match in found.name]
-        for group in options.cases or GROUPS
-    }
+    every = {group: cases(group, device, options.quick) for group in options.cases or GROUPS}
+    chosen = {group: [found for found in some if options.match in found.name] for group, some in every.items()}
     if not any(chosen.values()):
-        parser.error(f"--match: none of these cases has {options.match!r} in its name")
+        example = next(found.name for some in every.values() for found in some)
+        parser.error(f"--match: no case has {options.match!r} in its name; one is {example!r}")
     try:  # while nothing is lost yet
         options.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.out).close()
