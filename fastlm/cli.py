@@ -336,6 +336,7 @@ def _dry_run(config: Any, overwrite: bool) -> int:
     steps = f"{resolved.steps:,} steps"
     if resolved.minutes is not None:
         steps = f"as many steps as fit into {resolved.minutes:g} minutes"
+        steps += f", {resolved.n_embd} wide or narrower," if resolved.fit_width else ""
     print(f"\n{report}\n")
     print(f"parameters  {cost.parameters:,}")
     print(f"work        {cost.flops_per_token:,} FLOPs per token, {cost.flops_per_step:.4g} per step")

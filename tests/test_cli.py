@@ -139,6 +139,8 @@ def test_dry_run_touches_nothing(text, tmp_path, monkeypatch, capsys):
     assert re.search(r"^parameters  [\d,]{7,}$", said, re.MULTILINE)
     assert re.search(r"^work        [\d,]+ FLOPs per token, [\d.e+]+ per step$", said, re.MULTILINE)
     assert re.search(r"^memory      [\d,]+ MiB", said, re.MULTILINE)
+    assert cli.main(["train", "--dry-run", "--data", text, "--minutes", "3", "--fit-width"]) == 0
+    assert "as many steps as fit into 3 minutes, 192 wide or narrower, of 2,048 tokens" in capsys.readouterr().out
     assert list(empty.iterdir()) == []
 
 
