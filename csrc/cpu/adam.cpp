@@ -94,6 +94,7 @@ void step_range(const AdamItem& item, int64_t begin, int64_t end, const AdamScal
 }  // namespace
 
 void adam_step(const std::vector<AdamItem>& items, const AdamOptions& options, int threads) {
+  kernels();  // may throw, which it must not do in a parallel region
   std::vector<int64_t> starts;  // of each item in the row of all elements
   std::vector<AdamScalars> scalars;
   int64_t total = 0;

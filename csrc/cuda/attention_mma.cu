@@ -354,9 +354,9 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_kernel(const Backwa
     product_transposed<T, kD, kCols>(ds, [&](uint32_t(&a)[4], int k) { load_a<T, kD>(a, x2, k); }, y2);
 
     auto visible = [&](int row, int col) {
-      return kKeys ? mask.visible(c0 + col, row0 + row) : mask.visible(row0 + row, c0 + col);
+      return kKeys ? c0 + col < cols && mask.visible(c0 + col, row0 + row) : mask.visible(row0 + row, c0 + col);
     };
-    bool whole = kKeys ? mask.whole(c0, kCols, r0, kRows) : mask.whole(r0, kRows, c0, kCols);
+    bool whole = kKeys ? c0 + kCols <= cols && mask.whole(c0, kCols, r0, kRows) : mask.whole(r0, kRows, c0, kCols);
 #pragma unroll
     for (int n = 0; n < kCols / 8; ++n) {
 #pragma unroll

@@ -22,8 +22,7 @@ template <bool kSquared, class C> __device__ C act(C x) {
 }
 
 template <bool kSquared, class C> __device__ C act_backward(C dy, C saved) {
-  if constexpr (kSquared) return dy * (2 * act<false>(saved));
-  return saved <= 0 ? C(0) : dy;
+  return saved <= 0 ? C(0) : (kSquared ? dy * (saved + saved) : dy);
 }
 
 // --- elementwise ------------------------------------------------------------------------------------------------------

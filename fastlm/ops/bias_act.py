@@ -33,7 +33,8 @@ def bias_act_reference(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed
 
 
 def bias_act_backward_reference(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    dx = torch.where(saved <= 0, 0, dy) if act == "relu" else dy * (2 * torch.relu(saved + bias))
+    at = saved if act == "relu" else saved + bias
+    dx = torch.where(at <= 0, 0, dy if act == "relu" else dy * (2 * at))
     return dx.contiguous(), dx.sum_to_size(bias.shape).contiguous()
 
 

@@ -251,6 +251,19 @@ def test_hidden_rows_contribute_nothing(isa, dtype, row, bad):
                 assert dq[:, :, row].isnan().all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [(65, 129), (70, 90), (1, 2)], ids=str)
+def test_keys_that_no_query_sees_contribute_nothing(isa, dtype, sizes, bad):
+    """An odd number of queries leaves half of a word of two bf16 to padding, which must not see them either."""
+    q, k, v, do, dlse = make((1, 2, 1, *sizes, 40, 40, TOP_LEFT), dtype)
+    for t in (k, v):
+        t[:, :, sizes[0] :] = bad
+    *rest, dk, dv = run(q, k, v, do, dlse, TOP_LEFT, 0.2)
+    assert all(t.isfinite().all() for t in (*rest, dk, dv))
+    assert (dk[:, :, sizes[0] :] == 0).all() and (dv[:, :, sizes[0] :] == 0).all()
+
+
 def test_visible_nan_propagates(isa):
     q, k, v, do, dlse = make((1, 1, 1, 70, 70, 16, 16, BOTTOM_RIGHT), torch.float32)
     v[0, 0, 30, 5] = math.nan

@@ -1,5 +1,6 @@
 """What `import fastlm` does, and what it does not."""
 
+import os
 import re
 import subprocess
 import sys
@@ -43,6 +44,25 @@ def test_version_stands_once():
     assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
     for name in ("CMakeLists.txt", "pyproject.toml"):
         assert fastlm.__version__ not in re.sub(r"[>=]=\s*[\d.]+", "", (ROOT / name).read_text())
+
+
+@pytest.mark.skipif(_native.cpu is None, reason="no compiled CPU module")
+def test_an_instruction_set_that_is_not_there_is_an_error():
+    """Found out in a kernel's first call, whichever that is; from inside a parallel region it would end the process."""
+    code = """
+import torch, fastlm
+p = torch.nn.Parameter(torch.ones(1 << 20))
+p.grad = torch.ones_like(p)
+for call in (fastlm.optim.Adam([p]).step, lambda: fastlm.relu(p.detach())):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env={**os.environ, "FASTLM_CPU_ISA": "mmx"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("FASTLM_CPU_ISA must be one of") == done.stdout.count("got mmx") == 2
 
 
 def test_missing_modules_have_reasons():

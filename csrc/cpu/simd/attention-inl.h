@@ -272,14 +272,15 @@ template <class T> struct BackwardTiles {
 };
 
 // p = 2^(scores - lse) and ds = p (dp - delta), from scores and dp (in `ds`), to words; 0 where query i does not see
-// key j: j > i + shift or j >= keys.
+// key j, or is padding: j > i + shift, j >= keys or i >= rows.
 template <class T>
-inline void score_gradients(const BackwardTiles<T>& t, int64_t rows, int64_t lanes, const compute_t<T>* lse,
-                            const compute_t<T>* delta, bool partial, int64_t shift, int64_t keys) {
+inline void score_gradients(const BackwardTiles<T>& t, int64_t rows, int64_t padded, int64_t lanes,
+                            const compute_t<T>* lse, const compute_t<T>* delta, bool partial, int64_t shift,
+                            int64_t keys) {
   using W = word_t<T>;
   using V = sum_vec<W>;
   constexpr int kTerms = terms_of<W>, kL = word_lanes<W>;
-  for (int64_t i = 0; i < rows; i += kTerms) {
+  for (int64_t i = 0; i < padded; i += kTerms) {
     for (int64_t n = 0; n < lanes; n += kL * kTerms) {
       V p_of[kTerms][kTerms], ds_of[kTerms][kTerms];  // by column, then row
       V ds_row[kTerms][kTerms];                       // by row, then column
@@ -290,7 +291,8 @@ inline void score_gradients(const BackwardTiles<T>& t, int64_t rows, int64_t lan
           V p = exp2(load(t.scores + at) - row_lse);
           V ds = p * (load(t.ds + at) - row_delta);
           if (partial) {
-            auto visible = lane_numbers<V>() <= splat<V>(smaller(i + r + shift, keys - 1) - n - c * kL);
+            int64_t last = i + r < rows ? smaller(i + r + shift, keys - 1) - n - c * kL : -1;
+            auto visible = lane_numbers<V>() <= splat<V>(last);
             p = visible ? p : V{};
             ds = visible ? ds : V{};
           }
@@ -321,7 +323,8 @@ inline void backward_tile(const AttentionShape& s, const BackwardTiles<T>& t, co
   constexpr int kTerms = terms_of<W>, kL = word_lanes<W>;
   const int64_t padded = round_up(rows, kBlockRows), lanes = round_up(keys, kL * kTerms);
   const int64_t key_rows = round_up(keys, kBlockRows);
-  const bool partial = keys < lanes || keys - 1 > shift;
+  // A padded query in a word with a real one counts: 0 times what its p became of a key that is not finite.
+  const bool partial = keys < lanes || keys - 1 > shift || rows % kTerms != 0;
 
   bool q_finite = pack_rows(q, s.q_row, rows, s.dim, t.q, t.d_words, padded);
   bool do_finite = pack_rows(dout, s.do_row, rows, s.v_dim, t.dout, t.v_words, padded);
@@ -338,7 +341,7 @@ inline void backward_tile(const AttentionShape& s, const BackwardTiles<T>& t, co
                                           static_cast<sum_t<W>>(s.scale * kLog2E), if_seen(s.dim));
   product<W, Left::kByRows, Into::kStore>(padded, lanes, t.dout, t.v_words, t.v_turned, kKeyTile, t.ds, kKeyTile, 1,
                                           if_seen(s.v_dim));
-  score_gradients(t, padded, lanes, lse, delta, partial, shift, keys);
+  score_gradients(t, rows, padded, lanes, lse, delta, partial, shift, keys);
 
   // (keys, D) and (keys, Dv), sums over the queries that see the key
   auto by_key = [&](const W* left, const W* right, int64_t ld, sum_t<W>* into, bool finite) {

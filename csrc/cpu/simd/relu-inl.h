@@ -14,8 +14,7 @@ template <bool kSquared, class V> inline V act(V x) {
 
 // `saved` is the output of relu, or the input of squared relu.
 template <bool kSquared, class V> inline V act_backward(V dy, V saved) {
-  if constexpr (kSquared) return dy * (relu(saved) + relu(saved));
-  return saved <= V{} ? V{} : dy;
+  return saved <= V{} ? V{} : (kSquared ? dy * (saved + saved) : dy);
 }
 
 template <class T, bool kSquared> void relu_forward_of(const T* x, T* y, int64_t n) {

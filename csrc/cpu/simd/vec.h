@@ -34,7 +34,6 @@ typedef float f32v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef double f64v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef int32_t i32v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef uint32_t u32v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
-typedef int64_t i64v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef uint16_t u16h __attribute__((vector_size(FASTLM_VECTOR_BYTES / 2)));  // as many 16-bit lanes as f32v has
 
 struct bf16 { uint16_t bits; };
@@ -194,7 +193,6 @@ inline f64v fma(f64v a, f64v b, f64v c) {
   return a * b + c;  // compiled for the baseline alone, which has no such instruction
 #endif
 }
-template <class V> inline V select(decltype(V{} < V{}) mask, V a, V b) { return mask ? a : b; }
 // NaN in x stays NaN: the comparison is false for it.
 template <class V> inline V relu(V x) { return x <= V{} ? V{} : x; }
 

@@ -25,7 +25,7 @@ def act(b_x, SQUARED: tl.constexpr):
 @triton.jit
 def act_backward(b_dy, b_saved, SQUARED: tl.constexpr):
     """`b_saved` is the output of relu, or the input of squared relu."""
-    return b_dy * (2 * tl.where(b_saved <= 0, 0.0, b_saved)) if SQUARED else tl.where(b_saved <= 0, 0.0, b_dy)
+    return tl.where(b_saved <= 0, 0.0, b_dy * (b_saved + b_saved) if SQUARED else b_dy)
 
 
 @triton.jit
