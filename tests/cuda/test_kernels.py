@@ -41,7 +41,7 @@ def assert_close(got: Tensor, want: Tensor, ulps: float = 2.0) -> None:
 
 
 def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
-    """In norm, where errors of sums cancel differently element by element; and no element far off, which a norm hides."""
+    """In norm, where errors of sums cancel differently element by element, and no single element far off."""
     got, want = got.cpu().double(), want.double()
     assert got.isfinite().all()
     error = (got - want).norm() / want.norm().clamp_min(1e-30)
