@@ -69,7 +69,7 @@ struct Border {
   void check_operand(const char* op, const char* name, const TensorView& q, const TensorView& t, const Sizes& want) const {
     check_device(op, q, t);
     FASTLM_CHECK(t.dtype == q.dtype && t.ndim == 4 && t.shape[0] == want.batch && t.shape[1] == want.heads &&
-                     t.shape[2] == want.length && t.shape[3] == want.width && (t.strides[3] == 1 || want.width <= 1),
+                     t.shape[2] == want.length && t.shape[3] == want.width && (t.strides[3] == 1 || want.width <= 1 || t.numel() == 0),
                  op, ": ", name, " must be ", dtype_name(q.dtype), " (", want.batch, ", ", want.heads, ", ", want.length,
                  ", ", want.width, ") with a contiguous last dimension, got ", t.describe());
   }

@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from fastlm._checks import autocast_on
+
 NAMESPACES = {"auto": "fastlm", "native": "fastlm_native", "triton": "fastlm_triton", "reference": "fastlm_reference"}
 _KERNEL_BACKENDS = ("native", "triton")  # in order of preference; the reference always comes last
 _DEVICES = ("cpu", "cuda")
@@ -42,7 +44,7 @@ load_kernels: Callable[[str, str, str], object] | None = None
 
 # --- the choice of backend --------------------------------------------------------------------------------------------
 def _checked_backend(name: str, origin: str) -> str:
-    if name not in NAMESPACES:
+    if not isinstance(name, str) or name not in NAMESPACES:
         raise ValueError(f"{origin} must be one of {', '.join(NAMESPACES)}, got {name!r}")
     return name
 
@@ -68,7 +70,8 @@ class use_backend:
         name: ``auto`` (the best that can), ``native``, ``triton`` or ``reference``. The last three refuse what they
             cannot do with NotImplementedError instead of going to another.
 
-    The backward of an op runs on the backend that ran its forward.
+    The backward of an op runs on the backend that ran its forward. Under torch.func transforms, in forward-mode AD and
+    on meta tensors it is the reference that runs, whatever the name.
     """
 
     def __init__(self, name: str):
@@ -378,9 +381,9 @@ class Op:
     def _cast(self, args: Sequence[Any]) -> Sequence[Any]:
         """The arguments as autocast wants them, where it is on and the op has a rule."""
         if self.autocast is not None:
-            device = args[0].device.type
-            if torch.is_autocast_enabled(device):
-                return self.autocast(torch.get_autocast_dtype(device), args)
+            device = args[0].device
+            if autocast_on(device):
+                return self.autocast(torch.get_autocast_dtype(device.type), args)
         return args
 
     def _autocast_kernel(self, backend: str) -> Callable[..., Any]:
@@ -433,35 +436,33 @@ class Op:
     def _function(self, backend: str, below: Callable[..., Any]) -> type[torch.autograd.Function]:
         op, entries = self, _entries[backend]
 
-        class Function(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, keyset, *args):
-                out = below(keyset, *args)
-                if len(args) != op.arity:
-                    args = op._fill(args)
-                saved = args if op.save is None else op.save(args, out)
-                ctx.plain = [None if isinstance(s, Tensor) else s for s in saved]
-                ctx.save_for_backward(*[s if isinstance(s, Tensor) else None for s in saved])
-                ctx.set_materialize_grads(False)
-                return out
+        def forward(ctx, keyset, *args):
+            out = below(keyset, *args)
+            if len(args) != op.arity:
+                args = op._fill(args)
+            saved = args if op.save is None else op.save(args, out)
+            ctx.plain = [None if isinstance(s, Tensor) else s for s in saved]
+            ctx.save_for_backward(*[s if isinstance(s, Tensor) else None for s in saved])
+            ctx.set_materialize_grads(False)
+            return out
 
-            @staticmethod
-            def backward(ctx, *grads):
-                if all(g is None for g in grads):
-                    return (None,) * len(ctx.needs_input_grad)
-                saved = [p if t is None else t for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)]
-                given = len(ctx.needs_input_grad) - 1
-                wanted = (*ctx.needs_input_grad[1:], *[False] * (op.arity - given))
-                found = None
-                if op.backward is not None:
-                    found = op.backward(entries, saved, wanted, *grads)
-                if found is None:
-                    with _no_autocast():
-                        found = _differentiate(op.reference, saved, wanted, grads)
-                return (None, *found[:given], *[None] * (given - len(found)))
+        def backward(ctx, *grads):
+            if all(g is None for g in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            saved = [p if t is None else t for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)]
+            given = len(ctx.needs_input_grad) - 1
+            wanted = (*ctx.needs_input_grad[1:], *[False] * (op.arity - given))
+            found = None
+            if op.backward is not None:
+                found = op.backward(entries, saved, wanted, *grads)
+            if found is None:
+                with _no_autocast():
+                    found = _differentiate(op.reference, saved, wanted, grads)
+            return (None, *found[:given], *[None] * (given - len(found)))
 
-        Function.__name__ = Function.__qualname__ = f"{op.name}_{backend}"
-        return Function
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        # Made by a call, since torch names the graph's nodes, and its errors about them, after the class as it is made.
+        return type(torch.autograd.Function)(f"{op.name}_{backend}_", (torch.autograd.Function,), methods)
 
 
 def define_op(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ def flat(x: Tensor) -> Tensor:
 
 def empty_in_order_of(like: Tensor, last: int) -> Tensor:
     """Empty and dense, with `last` as the last size and the dimensions in memory in the order of those of `like`."""
-    order = sorted(range(4), key=lambda i: (-like.stride()[i], i))
+    order = sorted(range(4), key=lambda i: (-like.stride(i) or -math.inf, i))  # expanded dimensions outermost
     return torch.empty_permuted((*like.shape[:3], last), order, dtype=like.dtype, device=like.device)
 
 

@@ -4,7 +4,8 @@ q (B, Hq, Tq, D), k (B, Hk, Tk, D), v (B, Hk, Tk, Dv), Hq a multiple of Hk: quer
 Gives o (B, Hq, Tq, Dv) in q's order of strides, and lse (B, Hq, Tq), natural log, float32 (float64 for float64).
 Saved for backward: the inputs by reference, o and lse; never the scores. 16-bit inputs are computed with in float32.
 
-A key that a query does not see contributes nothing, whatever it holds: no NaN gets through, forward or backward.
+A key that a query does not see contributes nothing, whatever it holds: no NaN gets through, forward or backward. (Only
+where torch differentiates the reference, under torch.func and in second derivatives, an incoming NaN gradient spreads.)
 A query that sees no key gets o = 0, lse = -inf (its sink, where there are sinks) and zero gradients.
 Under autocast q, k and v go to the lower precision, as in torch.
 """
@@ -17,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastlm._checks import autocast_on, check_dropout, check_number, check_same_dtype, check_tensor
 from fastlm._dropout import check_seed, draw_seed, keep_mask
 from fastlm._library import define_op, readable_values
 
@@ -83,18 +85,42 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0)
 
 
-def _marks(x: Tensor) -> Tensor:
-    """(..., T): NaN for rows that hold a NaN or inf, else 0."""
-    return torch.where(x.isfinite().all(-1), 0.0, math.nan).to(x.dtype)
+def _known_finite(*tensors: Tensor) -> bool:
+    """False also where looking would wait for a GPU or stand in the way of a trace."""
+    return all(readable_values(t.detach().isfinite().all()) is True for t in tensors)
+
+
+def _product(a: Tensor, b: Tensor, visible: Tensor | None) -> Tensor:
+    """a (..., M, K) @ b (..., K, N), in which only the pairs (M, K) that are visible take part, whatever b holds.
+
+    The product runs over finite stand-ins, so that its gradient meets no NaN; what the others would have added follows.
+    """
+    if _known_finite(b):
+        return a @ b
+    weights, values = a.detach(), b.detach()
+    seen = torch.ones_like(weights, dtype=torch.bool) if visible is None else visible.expand(weights.shape)
+
+    def meet(left: Tensor, right: Tensor) -> Tensor:
+        return (left & seen).to(a.dtype) @ right.to(a.dtype) > 0
+
+    up, down, positive, negative = values.isposinf(), values.isneginf(), weights > 0, weights < 0
+    to_inf = meet(positive, up) | meet(negative, down)
+    to_minus_inf = meet(positive, down) | meet(negative, up)
+    to_nan = meet(seen, values.isnan()) | meet(weights == 0, up | down)
+    product = a @ _finite(b)
+    for where, value in ((to_inf, math.inf), (to_minus_inf, -math.inf), (to_nan, math.nan)):
+        product = product + torch.where(where, value, 0.0)
+    return product
 
 
 def _scores(q, k, bias, alibi_slopes, visible, offset, scale, softcap):
-    """Scores (B, Hq, Tq, Tk) with -inf where invisible, and the factor that softcap puts on their gradient or None.
-
-    Products run over finite stand-ins, and the scores of the rows that were not finite become NaN afterwards: zero
-    gradients of invisible scores then meet no NaN.
-    """
-    s = scale * (_finite(q) @ _finite(k).transpose(-1, -2)) + _marks(q)[..., :, None] + _marks(k)[..., None, :]
+    """Scores (B, Hq, Tq, Tk) with -inf where invisible, and the factor that softcap puts on their gradient or None."""
+    if _known_finite(q, k):
+        s = q @ k.mT
+    else:  # over finite stand-ins: zero gradients of invisible scores then meet no NaN
+        exact = q.detach() @ k.detach().mT
+        s = _finite(q) @ _finite(k).mT + torch.where(exact.isfinite(), 0, exact)
+    s = scale * s
     slope = None
     if softcap > 0:
         capped = torch.tanh(s / softcap)
@@ -116,18 +142,9 @@ def _widen(q, k, v):
     return q.to(compute), *(t.to(compute).repeat_interleave(groups, dim=1) for t in (k, v))
 
 
-def _apply(p: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """p @ v, in which a NaN or inf of v reaches just the queries that see it."""
-    o = p @ _finite(v)
-    seen = torch.ones_like(p[..., :1, :]) if visible is None else visible.expand(p.shape).to(p.dtype)
-    up = seen @ (v.isnan() | v.isposinf()).to(p.dtype)
-    down = seen @ (v.isnan() | v.isneginf()).to(p.dtype)
-    return o + torch.where(up > 0, math.inf, 0.0) + torch.where(down > 0, -math.inf, 0.0)
-
-
 def _in_order_of(x: Tensor, like: Tensor) -> Tensor:
     """x in memory in the order of dimensions that `like` has."""
-    order = sorted(range(like.dim()), key=lambda i: (-like.stride(i), i))
+    order = sorted(range(like.dim()), key=lambda i: (-like.stride(i) or -math.inf, i))  # expanded dimensions outermost
     return x.permute(order).contiguous().permute([order.index(i) for i in range(len(order))])
 
 
@@ -146,7 +163,7 @@ def attention_reference(
     p = torch.exp(s - torch.where(lse == -math.inf, 0, lse)[..., None])
     if dropout_p > 0:
         p = torch.where(keep_mask(tuple(p.shape), dropout_p, seed), p / (1 - dropout_p), 0)
-    return _in_order_of(_apply(p, wide_v, visible).to(q.dtype), q), lse
+    return _in_order_of(_product(p, wide_v, visible).to(q.dtype), q), lse
 
 
 def attention_backward_reference(
@@ -163,7 +180,7 @@ def attention_backward_reference(
     delta = (wide_do * o.to(s.dtype)).sum(-1)
     if dlse is not None:
         delta = delta - dlse
-    dp, kept = wide_do @ wide_v.transpose(-1, -2), p
+    dp, kept = wide_do @ wide_v.mT, p
     if dropout_p > 0:
         keep = keep_mask(tuple(p.shape), dropout_p, seed)
         dp, kept = torch.where(keep, dp / (1 - dropout_p), 0), torch.where(keep, p / (1 - dropout_p), 0)
@@ -171,9 +188,10 @@ def attention_backward_reference(
     if visible is not None:
         ds = torch.where(visible, ds, 0)
     draw = ds if slope is None else torch.where(ds == 0, 0, ds * slope)
-    dq = scale * (draw @ _finite(wide_k))
-    dk = scale * (draw.transpose(-1, -2) @ _finite(wide_q))
-    dv = kept.transpose(-1, -2) @ wide_do
+    seen_from_key = None if visible is None else visible.mT
+    dq = scale * _product(draw, wide_k, visible)
+    dk = scale * _product(draw.mT, wide_q, seen_from_key)
+    dv = _product(kept.mT, wide_do, seen_from_key)
     dk, dv = (g.unflatten(1, (k.shape[1], -1)).sum(2) if k.shape[1] else g for g in (dk, dv))
 
     triples = zip((dq, dk, dv), (q, k, v), wanted[:3], strict=True)
@@ -253,16 +271,14 @@ def _autocast(dtype, args):
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"fastlm.{op}: {name} must be a tensor, got {type(t).__name__}")
+        check_tensor(f"fastlm.{op}", name, t)
         if t.dim() != 4:
             raise ValueError(f"fastlm.{op}: {name} must have 4 dimensions (B, H, T, D), got {tuple(t.shape)}")
         if not t.is_floating_point():
             raise TypeError(f"fastlm.{op}: {name} must be floating point, got {t.dtype}")
         if t.device != q.device:
             raise ValueError(f"fastlm.{op}: {name} must be on the device of q, {q.device}, got {t.device}")
-        if t.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
-            raise TypeError(f"fastlm.{op}: {name} must have the dtype of q, {q.dtype}, got {t.dtype}")
+        check_same_dtype(f"fastlm.{op}", name, t, "q", q)
     B, Hq, _, D = q.shape
     _, Hk, Tk, _ = k.shape
     if D == 0:
@@ -304,7 +320,7 @@ def _check_packed(op: str, name: str, cu_seqlens: Tensor, total: int, longest: i
 
 def _check_options(
     q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window,
-    dropout_p, softcap,
+    scale, dropout_p, softcap,
 ):  # fmt: skip
     op = "fastlm.attention"
     B, Hq, Tq, _ = q.shape
@@ -312,14 +328,16 @@ def _check_options(
     tensors = (mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     names = ("mask", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
     for name, t in zip(names, tensors, strict=True):
-        if t is not None and not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
-    if causal not in _CAUSAL:
+        if t is not None:
+            check_tensor(op, name, t)
+    if not isinstance(causal, (bool, str)) or causal not in _CAUSAL:
         raise ValueError(f"{op}: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}")
     if _window(window) is None:
         raise ValueError(f"{op}: window must be an int or (left, right), -1 or more each, got {window!r}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    check_dropout(op, dropout_p)
+    for name, number in (("scale", scale), ("softcap", softcap)):
+        if number is not None:
+            check_number(op, name, number)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
     if mask is not None and mask.dtype != torch.bool:
@@ -367,7 +385,7 @@ def _arguments(
     _check("attention", q, k, v)
     _check_options(
         q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
-        window, dropout_p, softcap,
+        window, scale, dropout_p, softcap,
     )  # fmt: skip
     left, right = _window(window)
     if dropout_p == 0:
@@ -457,7 +475,7 @@ def attention(
     return (o, lse) if return_lse else o
 
 
-def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa) -> torch.Size:
+def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa) -> torch.Size:
     """The leading dimensions of the output, after checking what the drop-in calls by other names than attention.
 
     What torch's function refuses is refused, by TypeError or ValueError where torch has RuntimeError or IndexError too.
@@ -468,14 +486,12 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, enable_gq
             raise TypeError(f"{op}: {name} must be a bool, got {flag!r}")
     heads = 1 if enable_gqa else 0
     for name, t in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+        check_tensor(op, name, t)
         if t.dim() < 2 + heads:
             raise ValueError(f"{op}: {name} must have at least {2 + heads} dimensions, got {tuple(t.shape)}")
         if not t.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
-        if t.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type):
-            raise TypeError(f"{op}: {name} must have the dtype of query, {query.dtype}, got {t.dtype}")
+        check_same_dtype(op, name, t, "query", query)
         if t.device != query.device:
             raise ValueError(f"{op}: {name} must be on the device of query, {query.device}, got {t.device}")
     shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
@@ -491,12 +507,12 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, enable_gq
         lead = torch.broadcast_shapes(*(t.shape[: t.dim() - 2 - heads] for t in (query, key, value)))
     except RuntimeError:
         raise ValueError(f"{op}: leading dimensions must broadcast, got {said}") from None
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+    check_dropout(op, dropout_p)
+    if scale is not None:
+        check_number(op, "scale", scale)
     if attn_mask is not None:
-        if not isinstance(attn_mask, Tensor):
-            raise TypeError(f"{op}: attn_mask must be a tensor, got {type(attn_mask).__name__}")
-        autocast = attn_mask.is_floating_point() and torch.is_autocast_enabled(query.device.type)
+        check_tensor(op, "attn_mask", attn_mask)
+        autocast = attn_mask.dtype in (torch.bfloat16, torch.float16) and autocast_on(query.device)
         if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype) and not autocast:
             raise TypeError(
                 f"{op}: attn_mask must be bool, float32 or of the dtype of query, {query.dtype}, got {attn_mask.dtype}"
@@ -538,7 +554,7 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: sizes or options that do not fit. TypeError: dtypes that do not fit.
     """
-    lead = _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+    lead = _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     heads = 1 if enable_gqa else 0  # dimensions, left of (T, D), that do not broadcast
 
     def as_4d(t: Tensor) -> Tensor:

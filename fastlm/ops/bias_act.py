@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlm._checks import check_dropout, check_same_dtype, check_tensor
 from fastlm._dropout import check_seed, draw_seed, keep_mask
 from fastlm._library import define_op
 
@@ -44,7 +45,9 @@ def _has_formula(act: str, dropout_p: float) -> bool:
 
 def _save(args, y):
     x, bias, act, dropout_p, seed = args
-    return (y if act == "relu" and dropout_p == 0 else x, bias, act, dropout_p, seed)
+    if act == "relu" and dropout_p == 0:
+        return (y, torch.empty_like(bias), act, dropout_p, seed)  # of the bias no more than its size is needed
+    return (x, bias, act, dropout_p, seed)
 
 
 def _backward(ops, saved, wanted, dy):
@@ -55,18 +58,19 @@ def _backward(ops, saved, wanted, dy):
 
 
 def _arguments(x: Tensor, bias: Tensor, act: str = "relu", dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple:
-    if act not in ACTIVATIONS:
+    for name, t in (("x", x), ("bias", bias)):
+        check_tensor("fastlm.bias_act", name, t)
+    if not isinstance(act, str) or act not in ACTIVATIONS:
         raise ValueError(f"fastlm.bias_act: act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"fastlm.bias_act: dropout_p must be in [0, 1), got {dropout_p}")
+    check_dropout("fastlm.bias_act", dropout_p)
     if x.dim() < 1 or bias.shape != x.shape[-1:]:
         raise ValueError(
             f"fastlm.bias_act: bias must be (N,) for x (..., N) = {tuple(x.shape)}, got {tuple(bias.shape)}"
         )
-    if not x.is_floating_point():
-        raise TypeError(f"fastlm.bias_act: x must be floating point, got {x.dtype}")
-    if bias.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"fastlm.bias_act: bias must have the dtype of x, {x.dtype}, got {bias.dtype}")
+    for name, t in (("x", x), ("bias", bias)):
+        if not t.is_floating_point():
+            raise TypeError(f"fastlm.bias_act: {name} must be floating point, got {t.dtype}")
+    check_same_dtype("fastlm.bias_act", "bias", bias, "x", x)
     if bias.device != x.device:
         raise ValueError(f"fastlm.bias_act: bias must be on the device of x, {x.device}, got {bias.device}")
     check_seed("fastlm.bias_act", seed, x.device)

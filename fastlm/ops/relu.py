@@ -87,7 +87,7 @@ def relu(x: Tensor) -> Tensor:
         x: any shape, floating point.
 
     Returns:
-        A tensor of x's shape, dtype and strides.
+        A tensor of x's shape and dtype, and of its strides where x is dense.
 
     Raises:
         TypeError: x is not floating point.
@@ -104,7 +104,7 @@ def relu_squared(x: Tensor) -> Tensor:
         x: any shape, floating point.
 
     Returns:
-        A tensor of x's shape, dtype and strides.
+        A tensor of x's shape and dtype, and of its strides where x is dense.
 
     Raises:
         TypeError: x is not floating point.

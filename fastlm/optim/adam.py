@@ -22,12 +22,13 @@ class Adam(Optimizer):
     Args:
         params: parameters, named parameters, or dicts that define groups; real and floating point.
         lr: learning rate, a float or a tensor of one element (on a GPU, reading it waits for the GPU at every step).
-        betas: decay rates, in [0, 1), of the running averages of the gradient and of its square.
+        betas: decay rates, in [0, 1), of the running averages of the gradient and of its square: floats, or tensors of
+            one element, which are read at every step.
         eps: added to the denominator.
         weight_decay: L2 penalty, added to the gradient; with decoupled_weight_decay it shrinks the parameter instead.
         amsgrad: divide by the largest average of squares so far (https://openreview.net/forum?id=ryQu7f-RZ).
-        foreach, fused: which of torch's implementations to use. There is one here, fused; both are checked as torch
-            does and kept in the groups, for the sake of code and state written for torch, and change nothing.
+        foreach, fused: which of torch's implementations to use. There is one here, fused; both are kept in the groups,
+            for the sake of code and state written for torch, and change nothing.
         maximize: step along the gradient, not against it.
         capturable, differentiable: not supported.
         decoupled_weight_decay: AdamW's weight decay.
@@ -61,7 +62,7 @@ class Adam(Optimizer):
     ):
         defaults = {
             "lr": lr,
-            "betas": tuple(float(beta) for beta in betas),
+            "betas": tuple(betas) if isinstance(betas, list) else betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -84,8 +85,9 @@ class Adam(Optimizer):
         for key in ("lr", "eps", "weight_decay"):
             if not group[key] >= 0:
                 raise ValueError(f"{name}: {key} must be at least 0, got {group[key]}")
-        betas = group["betas"]
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        betas = group["betas"] if isinstance(group["betas"], (tuple, list)) else (group["betas"],)
+        single = all(not isinstance(beta, Tensor) or beta.numel() == 1 for beta in betas)
+        if len(betas) != 2 or not single or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"{name}: betas must be two numbers in [0, 1), got {betas}")
         if group["foreach"] and group["fused"]:
             raise RuntimeError(f"{name}: foreach and fused cannot both be True")
@@ -160,7 +162,8 @@ class Adam(Optimizer):
             closure: evaluates the model anew, calls backward and returns the loss, which step returns.
 
         Raises:
-            RuntimeError: a sparse gradient, a state that does not fit, or a CUDA graph being captured.
+            RuntimeError: a sparse gradient, amsgrad switched on late, or a CUDA graph being captured.
+            ValueError, TypeError: a state whose sizes, dtypes or devices do not fit the parameter's.
             NotImplementedError: a group that was made capturable or differentiable.
         """
         name = f"fastlm.optim.{type(self).__name__}"

@@ -1,11 +1,16 @@
-"""Tests whose parameter `backend` names one on a GPU make their tensors there."""
+"""A test whose parameter `backend` names one makes its tensors on that backend's device, and runs on it."""
 
 import pytest
-from op_testing import on_device
+from op_testing import BACKENDS, on_device, running
 
 
 @pytest.fixture(autouse=True)
-def tensors_where_the_backend_is(request):
+def on_its_backend(request):
     call = getattr(request.node, "callspec", None)
-    with on_device(str(call.params.get("backend", "")) if call else ""):
-        yield
+    backend = str(call.params.get("backend", "")) if call else ""
+    with on_device(backend):
+        if backend in BACKENDS:
+            with running(backend):
+                yield
+        else:
+            yield

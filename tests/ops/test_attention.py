@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_testing import BACKENDS, DTYPES, ISAS, assert_as_exact_as_torch, numbers, overload, running
+from op_testing import BACKENDS, DTYPES, ISAS, assert_as_exact_as_torch, numbers, overload
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jvp, vmap
 
@@ -56,10 +56,9 @@ def test_gradients_of_every_order(name):
 @pytest.mark.parametrize("backend", ["native-baseline", "reference"] if ISAS else ["reference"])
 @pytest.mark.parametrize("causal", [False, True, "top_left"])
 def test_gradients_through_the_kernels(causal, backend):
-    with running(backend):
-        inputs = qkv()
-        assert gradcheck(lambda *t: fastlm.attention(*t, causal=causal, return_lse=True), inputs)
-        assert gradgradcheck(lambda *t: fastlm.attention(*t, causal=causal, return_lse=True), inputs)
+    inputs = qkv()
+    assert gradcheck(lambda *t: fastlm.attention(*t, causal=causal, return_lse=True), inputs)
+    assert gradgradcheck(lambda *t: fastlm.attention(*t, causal=causal, return_lse=True), inputs)
 
 
 def test_gradients_of_bias_slopes_and_sinks():
@@ -109,8 +108,7 @@ def test_as_exact_as_torch(backend, dtype):
             (fastlm.scaled_dot_product_attention, dtype), (theirs, torch.float64), (theirs, dtype)
         ):  # fmt: skip
             leaves = [t.to(dtype).to(of, copy=True).requires_grad_() for t in inputs]
-            with running(backend):
-                o = attend(*leaves, is_causal=causal, enable_gqa=Hq != Hk)
+            o = attend(*leaves, is_causal=causal, enable_gqa=Hq != Hk)
             o.backward(do.to(of))
             results.append([o.detach(), *(t.grad for t in leaves)])
         for what, factor, *values in zip(("o", "dq", "dk", "dv"), (2, 3, 3, 3), *results, strict=True):
@@ -172,22 +170,19 @@ def test_what_is_not_seen_does_not_leak(backend):
     dirty = [t.clone() for t in (q, k, v)]
     dirty[1][:, :, 66], dirty[2][:, :, 67], dirty[2][:, :, 68] = float("nan"), float("inf"), float("nan")
     dirty = [t.requires_grad_() for t in dirty]
-    with running(backend):
-        results = []
-        for inputs in (clean, dirty):
-            o = fastlm.attention(*inputs, causal=True)
-            results.append((o[:, :, :66], *torch.autograd.grad(o[:, :, :66].sum(), inputs)))
+    results = []
+    for inputs in (clean, dirty):
+        o = fastlm.attention(*inputs, causal=True)
+        results.append((o[:, :, :66], *torch.autograd.grad(o[:, :, :66].sum(), inputs)))
     torch.testing.assert_close(results[1][0], results[0][0])
     torch.testing.assert_close(results[1][1][:, :, :66], results[0][1][:, :, :66])
-    with running(backend):
-        assert fastlm.attention(*dirty, causal=True)[:, :, 66:].isnan().any()
+    assert fastlm.attention(*dirty, causal=True)[:, :, 66:].isnan().any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_see_nothing(backend):
     q, k, v = (t.detach().float().requires_grad_() for t in qkv(Tq=7, Tk=5, D=8, Dv=8))
-    with running(backend):
-        o, lse = fastlm.attention(q, k, v, causal=True, return_lse=True)
+    o, lse = fastlm.attention(q, k, v, causal=True, return_lse=True)
     assert (o[:, :, :2] == 0).all() and (lse[:, :, :2] == -torch.inf).all()
     (dq,) = torch.autograd.grad(o.sum(), q)
     assert (dq[:, :, :2] == 0).all() and dq.isfinite().all()
@@ -198,19 +193,18 @@ def test_layouts_and_strides(backend):
     packed = numbers((2, 65, 3, 4, 24))  # (B, T, 3, H, D), as a fused projection gives it
     q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))
     before = packed.clone()
-    with running(backend):
-        o = fastlm.attention(q, k, v, causal=True)
-        want = fastlm.attention(*(t.contiguous() for t in (q, k, v)), causal=True)
-        torch.testing.assert_close(o, want)
-        assert o.transpose(1, 2).is_contiguous()
-        last = numbers((2, 4, 24, 65)).transpose(-1, -2)
-        torch.testing.assert_close(fastlm.attention(last, k, v), fastlm.attention(last.contiguous(), k, v))
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        fastlm.attention(*leaves).sum().backward()  # an expanded gradient
-        want = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-        F.scaled_dot_product_attention(*want).sum().backward()
-        for ours, theirs in zip(leaves, want, strict=True):
-            torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-5, rtol=1e-4)
+    o = fastlm.attention(q, k, v, causal=True)
+    want = fastlm.attention(*(t.contiguous() for t in (q, k, v)), causal=True)
+    torch.testing.assert_close(o, want)
+    assert o.transpose(1, 2).is_contiguous()
+    last = numbers((2, 4, 24, 65)).transpose(-1, -2)
+    torch.testing.assert_close(fastlm.attention(last, k, v), fastlm.attention(last.contiguous(), k, v))
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    fastlm.attention(*leaves).sum().backward()  # an expanded gradient
+    want = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    F.scaled_dot_product_attention(*want).sum().backward()
+    for ours, theirs in zip(leaves, want, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-5, rtol=1e-4)
     assert torch.equal(packed, before)
 
 
@@ -218,8 +212,7 @@ def test_layouts_and_strides(backend):
 def test_opcheck(backend):
     inputs = [t.detach().float().requires_grad_() for t in qkv(D=8, Dv=8)]
     torch.library.opcheck(overload("attention", backend), inputs)
-    with running(backend):
-        o, lse = (t.detach() for t in fastlm.attention(*inputs, return_lse=True))
+    o, lse = (t.detach() for t in fastlm.attention(*inputs, return_lse=True))
     torch.library.opcheck(overload("attention_backward", backend), (o, None, *inputs, o, lse))
 
 
@@ -393,3 +386,67 @@ def test_the_drop_in_speaks_of_its_own_arguments(change, error, text):
     assert str(caught.value) == f"fastlm.scaled_dot_product_attention: {text}"
     with pytest.raises((RuntimeError, TypeError, ValueError, IndexError)):  # torch refuses it too
         F.scaled_dot_product_attention(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_spoiled_gradient_stays_with_its_query(backend, bad):
+    q, k, v = (t.detach().float().requires_grad_() for t in qkv(B=1, Hq=2, Hk=2, Tq=70, Tk=70, D=16, Dv=16))
+    o = fastlm.attention(q, k, v, causal=True)
+    do = numbers(o.shape, seed=5)
+    clean = torch.autograd.grad(o, (q, k, v), do, retain_graph=True)
+    do[:, :, 20, 3] = bad
+    spoiled = torch.autograd.grad(o, (q, k, v), do)
+    others = torch.arange(70) != 20
+    torch.testing.assert_close(spoiled[0][:, :, others], clean[0][:, :, others])
+    for got, want in zip(spoiled[1:], clean[1:], strict=True):
+        torch.testing.assert_close(got[:, :, 21:], want[:, :, 21:])
+        assert not got[:, :, :21].isfinite().all(-1).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", range(3))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_finite_counts_as_in_the_formula(backend, where, bad):
+    inputs = [t.detach().float() for t in qkv(B=1, Hq=1, Hk=1, Tq=5, Tk=5, D=8, Dv=8)]
+    inputs[where][0, 0, 2, 3] = bad
+    q, k, v = inputs
+    torch.testing.assert_close(fastlm.attention(q, k, v), (q @ k.mT * 8**-0.5).softmax(-1) @ v, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_expanded_inputs(backend):
+    k, v = (t.detach().float() for t in qkv(Hq=2, D=8, Dv=8)[1:])
+    for length in (0, 5):
+        q = numbers((2, 1, length, 8)).requires_grad_()
+        o = fastlm.attention(q.expand(2, 2, length, 8), k, v)
+        assert o.stride(-1) == 1
+        torch.testing.assert_close(o, F.scaled_dot_product_attention(q.expand(2, 2, length, 8), k, v))
+        assert torch.autograd.grad(o.sum(), q)[0].shape == q.shape
+        k0 = numbers((2, 1, 0, 8)).requires_grad_()
+        o = fastlm.attention(q.expand(2, 2, length, 8), k0.expand(2, 2, 0, 8), k0.expand(2, 2, 0, 8))
+        assert (o == 0).all() and torch.autograd.grad(o.sum(), k0)[0].shape == k0.shape
+
+
+def test_numbers_are_no_tensors():
+    """As a float, a learnt scale or cap would lose its gradient without a word."""
+    q, k, v = (t.detach() for t in qkv(Hk=4, D=4))
+    for option in ("scale", "softcap", "dropout_p"):
+        with pytest.raises(TypeError, match=f"{option} must be a number, got Tensor"):
+            fastlm.attention(q, k, v, **{option: torch.tensor(0.5)})
+        with pytest.raises(TypeError, match=f"{option} must be a number, got str"):
+            fastlm.attention(q, k, v, **{option: "0.5"})
+    for option in ("scale", "dropout_p"):
+        with pytest.raises(TypeError, match=f"{option} must be a number, got Tensor"):
+            fastlm.scaled_dot_product_attention(q, k, v, **{option: torch.tensor(0.5)})
+
+
+def test_autocast_leaves_float64_to_itself():
+    q, k, v = (t.detach() for t in qkv(D=4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fastlm.attention(q.float(), k.bfloat16(), v.float()).dtype == torch.bfloat16
+        for attend in (fastlm.attention, fastlm.scaled_dot_product_attention):
+            with pytest.raises(TypeError, match="must have the dtype of q"):
+                attend(q[:, :2], k.float(), v)
+    with pytest.raises(TypeError, match="must have the dtype of q"):
+        fastlm.attention(*(t.to("meta") for t in (q, k.float(), v)))

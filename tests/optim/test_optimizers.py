@@ -231,6 +231,25 @@ def test_groups_with_their_own_options(ours, theirs):
     assert_close(*results)
 
 
+def test_tensor_betas_are_read_at_every_step():
+    results = []
+    for kind in (fastlm.optim.Adam, torch.optim.Adam):
+        p = torch.nn.Parameter(torch.ones(3))
+        beta1 = torch.tensor(0.9)
+        optimizer = kind(
+            [p],
+            lr=0.1,
+            betas=(beta1, torch.tensor(0.99)),
+            **({} if kind.__module__.startswith("fastlm") else {"foreach": False}),
+        )
+        for g in (1.0, -1.0):
+            p.grad = torch.full((3,), g)
+            optimizer.step()
+            beta1.fill_(0.0)
+        results.append((p.detach(), optimizer.state[p]["exp_avg"]))
+    torch.testing.assert_close(*results)
+
+
 @both
 def test_schedulers_move_lr_and_betas(ours, theirs):
     results = []
@@ -379,6 +398,12 @@ def test_runs_on_the_backend_in_use(name):
         ({"betas": (1.0, 0.9)}, ValueError, "betas must be two numbers in [0, 1), got (1.0, 0.9)"),
         ({"betas": (0.9, -0.1)}, ValueError, "betas must be two numbers in [0, 1), got (0.9, -0.1)"),
         ({"betas": (0.9,)}, ValueError, "betas must be two numbers in [0, 1), got (0.9,)"),
+        ({"betas": 0.9}, ValueError, "betas must be two numbers in [0, 1), got (0.9,)"),
+        (
+            {"betas": (torch.ones(2), 0.9)},
+            ValueError,
+            "betas must be two numbers in [0, 1), got (tensor([1., 1.]), 0.9)",
+        ),
         ({"fused": True, "foreach": True}, RuntimeError, "foreach and fused cannot both be True"),
         (
             {"capturable": True},
