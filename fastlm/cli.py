@@ -316,10 +316,10 @@ def _dry_run(config: Any, overwrite: bool) -> int:
     from fastlm.data import BPETokenizer, load_corpus
     from fastlm.train.config import decide
     from fastlm.train.plan import estimate
-    from fastlm.train.rundir import check_lengths, claim
+    from fastlm.train.rundir import check_lengths, free_directory
     from fastlm.train.step import padded_vocab_size
 
-    resolved = claim(decide(config), overwrite, dry_run=True)
+    resolved = free_directory(decide(config), overwrite)
     corpus = load_corpus(config.data)  # what the run would refuse is refused here
     report, vocab_size = corpus.report, resolved.vocab_size if resolved.tokenizer == "bpe" else 257
     lengths = (report.train_bytes + report.train_documents + 1, report.val_bytes + report.val_documents + 1)

@@ -216,7 +216,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(run, text, tmp_path, monkeypa
         (["fly"], "there is no command 'fly'; expected one of train, resume, sample, eval, bench, info"),
         (["info", "now"], "`fastlm info` takes no arguments, got now"),
         (["train", "--preset", "huge"], "--preset must be one of tiny, small, gpt2, got 'huge'"),
-        (["resume", "nowhere"], "nowhere holds no run: there is no config.json in it"),
+        (["resume", "nowhere"], "nowhere holds no run: there is no such directory"),
         (["sample", "nowhere"], "nowhere holds no run: there is no config.json in it"),
         (
             ["train", "--steps=6", "--minutes", "1"],

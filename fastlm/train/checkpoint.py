@@ -4,7 +4,7 @@ A run keeps them in `checkpoints/step-00000400/`:
 
     model.safetensors        the weights, named as in `GPT.named_parameters()`
     optimizer.safetensors    AdamW's moments, `<parameter>/<name in the optimizer's state>`
-    checkpoint.json          step, validation loss, shapes of the model, SHA-256 of the two files above and of itself
+    checkpoint.json          run, step, validation loss, model's shapes, SHA-256 of the two files above and of itself
 
 All three are written into a hidden directory and flushed to the disk, then the directory gets its name in one rename.
 A crash, a kill or a full disk at any moment leaves either the whole checkpoint or none. The newest two and the best by
@@ -36,6 +36,7 @@ _VERSION = 2
 class Checkpoint:
     """One checkpoint's weights and state, on the CPU."""
 
+    run: str | None  # which run it is of, as its config.json says
     step: int  # steps done
     val_loss: float | None  # nats per token on the fixed subset of the held-out text; None before the first evaluation
     model_config: dict
@@ -51,6 +52,7 @@ class CheckpointError(RuntimeError):
 def save(
     directory: Path,
     *,
+    run: str | None,
     step: int,
     val_loss: float | None,
     model_config: dict,
@@ -64,9 +66,9 @@ def save(
     target = directory / _name(step)
     if target.exists():
         with contextlib.suppress(CheckpointError):
-            load(target)
+            _load_of(run, target)
             return target  # the same run at the same step: the same content
-        _remove(target)  # a corrupted one, that the run resumed from before
+        _remove(target)  # a corrupted one, that the run resumed from before, or another run's
     for litter in directory.glob(".tmp-*"):  # of a run that was killed while writing
         shutil.rmtree(litter, ignore_errors=True)
     temporary = directory / f".tmp-{target.name}"
@@ -79,6 +81,7 @@ def save(
             hashes[name] = hashlib.sha256(content).hexdigest()
         state = {
             "version": _VERSION,
+            "run": run,
             "step": step,
             "val_loss": val_loss,
             "model_config": model_config,
@@ -90,7 +93,7 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _drop_superfluous(directory, target)
+    _drop_superfluous(directory, run, target)
     return target
 
 
@@ -107,6 +110,7 @@ def load(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{path / name} is corrupted: its content does not match its checksum")
             tensors[name] = from_bytes(content)
         return Checkpoint(
+            run=state.get("run"),
             step=state["step"],
             val_loss=state["val_loss"],
             model_config=state["model_config"],
@@ -118,6 +122,14 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a whole checkpoint: {Path(error.filename).name} is missing") from None
     except (ValueError, KeyError, TypeError) as error:  # JSON or safetensors that cannot be parsed, or lacks a field
         raise CheckpointError(f"{path} is corrupted: {error}") from None
+
+
+def _load_of(run: str | None, path: Path) -> Checkpoint:
+    """`load`, and a CheckpointError for the checkpoint of another run."""
+    checkpoint = load(path)
+    if checkpoint.run != run:
+        raise CheckpointError(f"{path} is of another run")
+    return checkpoint
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -136,12 +148,12 @@ def _name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def load_newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint:
-    """The newest checkpoint that is whole; `warn(sentence)` for each newer one that is not."""
+def load_newest(directory: Path, run: str | None, warn: Callable[[str], None]) -> Checkpoint:
+    """The run's newest checkpoint that is whole; `warn(sentence)` for each newer one that is not."""
     failures = []
     for path in reversed(paths(directory)):
         try:
-            checkpoint = load(path)
+            checkpoint = _load_of(run, path)
         except CheckpointError as error:
             failures.append(str(error))
             continue
@@ -153,15 +165,18 @@ def load_newest(directory: Path, warn: Callable[[str], None]) -> Checkpoint:
     raise CheckpointError(f"no checkpoint in {directory}")
 
 
-def load_best(directory: Path, warn: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint with the lowest validation loss; the newest whole one if none was evaluated or it is corrupted."""
-    best = _best(paths(directory))
+def load_best(directory: Path, run: str | None, warn: Callable[[str], None]) -> Checkpoint:
+    """The run's checkpoint with the lowest validation loss.
+
+    The newest whole one where none was evaluated or the best is corrupted.
+    """
+    best = _best(run, paths(directory))
     if best is not None:
         try:
             return load(best)
         except CheckpointError as error:
             warn(f"{error}; taking the newest one instead")
-    return load_newest(directory, warn)
+    return load_newest(directory, run, warn)
 
 
 def paths(directory: Path) -> list[Path]:
@@ -206,20 +221,22 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
     optimizer.load_state_dict(state_dict)
 
 
-def _best(candidates: list[Path]) -> Path | None:
-    """The one with the lowest validation loss, if any has one."""
+def _best(run: str | None, candidates: list[Path]) -> Path | None:
+    """The run's one with the lowest validation loss, if any has one."""
     losses = {}
     for path in candidates:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, CheckpointError):
-            losses[path] = float(_state(path)["val_loss"])
+            state = _state(path)
+            if state.get("run") == run:
+                losses[path] = float(state["val_loss"])
     return min(losses, key=losses.__getitem__, default=None)
 
 
-def _drop_superfluous(directory: Path, target: Path) -> None:
+def _drop_superfluous(directory: Path, run: str | None, target: Path) -> None:
     """Keeps the two newest and the best up to `target`; a later one could not be read, else the run had begun there."""
     everything = paths(directory)
     good = everything[: everything.index(target) + 1]
-    for path in set(everything) - {*good[-2:], _best(good)}:
+    for path in set(everything) - {*good[-2:], _best(run, good)}:
         _remove(path)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from fastlm import _library, _native
 from fastlm._version import __version__
@@ -31,24 +37,49 @@ NGRAM_TEXT_HERE = 1 << 20  # bytes that are counted in this process
 # What a run writes into its directory beside the prepared text, whose folders are named after their content.
 _NAMES = ("config.json", "metrics.jsonl", "result.json", "sample.txt", "loss.png", "checkpoints")
 _ASIDE = ".replaced-run"  # where a run waits until the one that replaces it has a checkpoint
+_LOCK = ".fastlm-lock"  # never moved aside with a run, so that it locks the directory for old and new
 
 
-def claim(config: TrainConfig, overwrite: bool, *, dry_run: bool = False) -> TrainConfig:
-    """The configuration with a directory for a run: its own, or the first free `runs/<preset>-<number>`, made here.
+@contextlib.contextmanager
+def claimed(config: TrainConfig, overwrite: bool) -> Iterator[TrainConfig]:
+    """The configuration with a directory for a new run, which no other process can train in meanwhile.
 
-    Raises ValueError for a directory that holds a run, unless that may be overwritten, and for one with other files
-    under the names that a run writes. dry_run: nothing is made or moved.
+    It is the configuration's own, or the first free `runs/<preset>-<number>`. Raises ValueError as `check_free` does.
     """
-    if config.out is None:
-        names = (Path("runs") / f"{config.preset}-{number}" for number in itertools.count(1))
-        free = next(out for out in names if (not out.exists() if dry_run else _made(out)))
-        return config.replace(out=str(free))
+    made_here = config.out is None
+    if made_here:
+        config = config.replace(out=str(next(filter(_made, _numbered(config)))))
     out = Path(config.out)
-    if not dry_run:
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out):
         settle(out)
+        check_free(out, overwrite)
+        try:
+            yield config
+        except BaseException:
+            if made_here:
+                with contextlib.suppress(OSError):  # it holds something
+                    (out / _LOCK).unlink(missing_ok=True)
+                    out.rmdir()
+            raise
+
+
+def free_directory(config: TrainConfig, overwrite: bool) -> TrainConfig:
+    """What `claimed` would give or refuse at this moment; makes and locks nothing."""
+    if config.out is None:
+        return config.replace(out=str(next(out for out in _numbered(config) if not out.exists())))
+    check_free(Path(config.out), overwrite)
+    return config
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raises ValueError for a directory that holds a run, unless that may be overwritten.
+
+    Also for one with other files under the names that a run writes.
+    """
     there = [name for name in _NAMES if os.path.lexists(out / name)]
     if not there:
-        return config
+        return
     try:
         _read(out)
     except (OSError, ValueError):
@@ -60,10 +91,13 @@ def claim(config: TrainConfig, overwrite: bool, *, dry_run: bool = False) -> Tra
         raise ValueError(f"{foreign[0]} is no checkpoint of a run; move it away or give another --out")
     if not overwrite:
         raise ValueError(
-            f"{config.out} holds a run already; go on with it by `fastlm resume {config.out}`,"
+            f"{out} holds a run already; go on with it by `fastlm resume {out}`,"
             " replace it with --overwrite, or give another --out"
         )
-    return config
+
+
+def _numbered(config: TrainConfig) -> Iterator[Path]:
+    return (Path("runs") / f"{config.preset}-{number}" for number in itertools.count(1))
 
 
 def _made(out: Path) -> bool:
@@ -73,6 +107,37 @@ def _made(out: Path) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Around all that writes a run: raises ValueError where another process does.
+
+    The system unlocks for a process that ends in whatever way. Without such locks (Windows, a file system that has
+    none) nothing is locked.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = out / _LOCK
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ValueError(f"another process trains in {out}; stop it or give another directory") from None
+        except OSError:  # the file system cannot
+            break
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                break
+        os.close(descriptor)  # who held it has just removed the file: a lock on it keeps nobody out
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -158,6 +223,7 @@ def ngram_baseline(dataset: Dataset, progress: Progress) -> float | None:
 def write_run(out: Path, config: TrainConfig, dataset: Dataset) -> None:
     """Records what the run is; written before its first step."""
     content = {
+        "run": secrets.token_hex(8),
         "config": config.to_dict(),
         "dataset": dataset.path.relative_to(out).as_posix(),
         "corpus_sha256": dataset.corpus_sha256,
@@ -188,6 +254,11 @@ def changed_environment(out: Path) -> str | None:
 def _read(out: Path) -> dict[str, Any]:
     """config.json, verified. Raises OSError or ValueError."""
     return unsealed(json.loads((out / "config.json").read_bytes()))
+
+
+def identity(out: Path) -> str | None:
+    """What tells the checkpoints of the run in `out` from those of any other. Raises OSError or ValueError."""
+    return _read(out).get("run")  # runs of earlier versions have none, nor do their checkpoints
 
 
 def open_run(out: str | os.PathLike[str]) -> tuple[TrainConfig, Dataset]:
@@ -231,7 +302,7 @@ def load_model(
     config, dataset = open_run(out)
     config = decide(config.replace(device="auto", threads=0))  # perhaps elsewhere than it was trained
     load = checkpoints.load_best if which == "best" else checkpoints.load_newest
-    checkpoint = load(Path(out) / "checkpoints", warn)
+    checkpoint = load(Path(out) / "checkpoints", identity(Path(out)), warn)
     model = GPT(GPTConfig.from_dict(checkpoint.model_config)).to(config.device).eval()
     checkpoints.restore_model(model, checkpoint)
     return LoadedModel(model, config, dataset, checkpoint.step)

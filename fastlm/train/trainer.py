@@ -7,7 +7,6 @@ weights, bit for bit, as one that was not (on the same machine, with the same nu
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -30,7 +29,9 @@ from fastlm.train.progress import Progress
 from fastlm.train.rundir import (
     NGRAM_TEXT_LIMIT,
     changed_environment,
-    claim,
+    claimed,
+    identity,
+    locked,
     ngram_baseline,
     open_run,
     prepare_data,
@@ -72,27 +73,20 @@ def train(
     """
     began = time.perf_counter() - spent
     progress = progress or Progress()
-    made_here = config.out is None
-    config = claim(prepare_machine(config), overwrite)
-    out = Path(config.out)
-    try:
+    with claimed(prepare_machine(config), overwrite) as config:
+        out = Path(config.out)
         dataset = prepare_data(config, progress)
-    except BaseException:
-        if made_here:
-            with contextlib.suppress(OSError):  # it holds something
-                out.rmdir()
-        raise
-    ngram = ngram_baseline(dataset, progress)
-    limit = peak(config) if peak is not None else None
-    if config.minutes is not None:
-        width, config = config.n_embd, plan_steps(config, dataset, spent=time.perf_counter() - began)
-        plan = f"{config.minutes:g} minutes: {config.steps:,} steps of {config.tokens_per_step:,} tokens"
-        if config.n_embd != width:
-            plan += f"; {config.n_embd} wide instead of {width}, which learns more in that time on this machine"
-        progress.say(plan)
-    with replacing(out):
-        write_run(out, config, dataset)
-        return _run(out, config, dataset, ngram, progress, limit, None)
+        ngram = ngram_baseline(dataset, progress)
+        limit = peak(config) if peak is not None else None
+        if config.minutes is not None:
+            width, config = config.n_embd, plan_steps(config, dataset, spent=time.perf_counter() - began)
+            plan = f"{config.minutes:g} minutes: {config.steps:,} steps of {config.tokens_per_step:,} tokens"
+            if config.n_embd != width:
+                plan += f"; {config.n_embd} wide instead of {width}, which learns more in that time on this machine"
+            progress.say(plan)
+        with replacing(out):
+            write_run(out, config, dataset)
+            return _run(out, config, dataset, ngram, progress, limit, None)
 
 
 def resume(
@@ -103,22 +97,26 @@ def resume(
 ) -> Result:
     """Continues the run in `out` to the end that was planned for it.
 
-    It goes on from its newest checkpoint that is whole; from the start, if it was stopped before the first one.
+    It goes on from its newest checkpoint that is whole; from the start, if it was stopped before the first one. Raises
+    ValueError where there is no run, or another process trains there, and CheckpointError where none can be read.
     """
     progress = progress or Progress()
     out = Path(out)
-    settle(out)
-    config, dataset = open_run(out)
-    config = prepare_machine(config)
-    if (changed := changed_environment(out)) is not None:
-        progress.warn(changed)
-    checkpoint = None
-    if checkpoints.paths(out / "checkpoints"):
-        checkpoint = checkpoints.load_newest(out / "checkpoints", progress.warn)
-    else:
-        progress.say("stopped before its first checkpoint: starting again from step 0")
-    limit = peak(config) if peak is not None else None
-    return _run(out, config, dataset, ngram_baseline(dataset, progress), progress, limit, checkpoint)
+    if not out.is_dir():
+        raise ValueError(f"{out} holds no run: there is no such directory")
+    with locked(out):
+        settle(out)
+        config, dataset = open_run(out)
+        config = prepare_machine(config)
+        if (changed := changed_environment(out)) is not None:
+            progress.warn(changed)
+        checkpoint = None
+        if checkpoints.paths(out / "checkpoints"):
+            checkpoint = checkpoints.load_newest(out / "checkpoints", identity(out), progress.warn)
+        else:
+            progress.say("stopped before its first checkpoint: starting again from step 0")
+        limit = peak(config) if peak is not None else None
+        return _run(out, config, dataset, ngram_baseline(dataset, progress), progress, limit, checkpoint)
 
 
 def _run(
@@ -142,6 +140,7 @@ def _run(
     saved = step if checkpoint is not None else None
     bits = len(dataset.train) / dataset.train_bytes / math.log(2)  # nats per token -> bits per byte, training text
     flops = 3 * model.flops_per_token() * config.tokens_per_step  # of one step
+    run = identity(out)
     metrics = Metrics(out / "metrics.jsonl", keep_steps=step)
 
     def save() -> None:
@@ -149,6 +148,7 @@ def _run(
         if saved != step:
             checkpoints.save(
                 out / "checkpoints",
+                run=run,
                 step=step,
                 val_loss=val_loss,
                 model_config=model.config.to_dict(),
@@ -190,7 +190,7 @@ def _run(
             return Result(out, step, stop.name, None, ngram, None, None)
 
     # The best weights, measured on all of the held-out text.
-    best = checkpoints.load_best(out / "checkpoints", progress.warn)
+    best = checkpoints.load_best(out / "checkpoints", run, progress.warn)
     checkpoints.restore_model(model, best)
     progress.say(f"evaluating step {best.step:,} on all {dataset.val_bytes:,} bytes of held-out text")
     evaluation = _finite(evaluate(model, config, dataset.val, dataset.val_bytes), best.step)

@@ -21,10 +21,10 @@ import torch
 import fastlm
 from fastlm import _library, _native
 from fastlm.models import GPT
-from fastlm.train import CheckpointError, TrainingError, evaluate, load_model, open_run, resume, train
+from fastlm.train import CheckpointError, TrainingError, evaluate, load_model, resume, train
 from fastlm.train import checkpoint as checkpoints
 from fastlm.train.metrics import Metrics, read
-from fastlm.train.rundir import claim, settle, write_run
+from fastlm.train.rundir import claimed, free_directory, locked, settle
 from fastlm.train.sampling import known_word_share
 from fastlm.train.step import learning_rate
 
@@ -237,10 +237,14 @@ def test_a_run_is_not_overwritten_unless_told(small, tmp_path, monkeypatch):
 
 def test_runs_that_start_at_once_get_directories_of_their_own(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+    def start(_) -> str:
+        with claimed(small.replace(out=None), False) as config:
+            return config.out
+
     with ThreadPoolExecutor(8) as pool:
-        claimed = list(pool.map(lambda _: claim(small.replace(out=None), False).out, range(40)))
-    assert sorted(claimed) == sorted(f"runs/tiny-{i}" for i in range(1, 41))
-    assert claim(small.replace(out=None), False, dry_run=True).out == "runs/tiny-41"
+        assert sorted(pool.map(start, range(40))) == sorted(f"runs/tiny-{i}" for i in range(1, 41))
+    assert free_directory(small.replace(out=None), False).out == "runs/tiny-41"
     with pytest.raises(FileNotFoundError):
         train(small.replace(out=None, data="absent.txt"))
     assert not Path("runs/tiny-41").exists()
@@ -339,12 +343,73 @@ def test_another_environment_is_said_on_resume(small, hook, monkeypatch):
 
 
 def test_loading_a_model_leaves_the_process_alone(small, monkeypatch):
-    train(small.replace(steps=1))
-    config = small.replace(keep_memory=True)
-    write_run(Path(small.out), config, open_run(small.out)[1])
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlm.train.config.keep_freed_memory", lambda: True)
+        train(small.replace(steps=1, keep_memory=True))
     for name in ("fastlm.train.config.keep_freed_memory", "torch.set_num_threads"):
         monkeypatch.setattr(name, lambda *_: pytest.fail("set for the whole process"))
     assert load_model(small.out).config.keep_memory
+
+
+def test_only_one_process_trains_in_a_directory(small, hook, final_state, tmp_path):
+    train(small.replace(out=str(tmp_path / "alone")))
+    refused = []
+
+    def intrude():
+        for start in (lambda: train(small.replace(seed=1), overwrite=True), lambda: resume(small.out)):
+            with pytest.raises(ValueError, match=f"another process trains in {small.out}; stop it or give another"):
+                start()
+            refused.append(start)
+
+    train(small, hook(2, intrude))  # before its first checkpoint, and once more when it goes on
+    resume(small.out)
+    assert len(refused) == 2
+    assert final_state(small.out) == final_state(tmp_path / "alone")
+    assert not Path(small.out, ".fastlm-lock").exists()
+    train(small.replace(seed=1), hook(2, intrude), overwrite=True)
+    assert len(refused) == 4 and load_model(small.out).config.seed == 1
+
+
+def test_a_lock_file_that_was_removed_keeps_nobody_out(tmp_path):
+    """Between opening the file and locking it the process before may end: then a new file is locked."""
+    fcntl = pytest.importorskip("fcntl")
+    flock, removed = fcntl.flock, []
+
+    def late(descriptor, operation):
+        if not removed:
+            removed.append(Path(tmp_path, ".fastlm-lock").unlink())
+        flock(descriptor, operation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        with locked(tmp_path), pytest.raises(ValueError, match="another process trains in"), locked(tmp_path):
+            pass
+        patch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+        with locked(tmp_path):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checkpoints_of_another_run_are_refused(small, hook, final_state, tmp_path):
+    other = small.replace(out=str(tmp_path / "other"), learning_rate=1e-2, steps=60, evaluations=3)
+    train(other)
+    train(small.replace(out=str(tmp_path / "straight")))
+    train(small, hook(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    newer = Path(small.out, "checkpoints", "step-00000060")
+    shutil.copytree(Path(other.out, "checkpoints", newer.name), newer)
+    assert load_model(small.out).step == 6  # though the other's loss is lower
+    resume(small.out, progress := hook(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    assert progress.warnings == [f"{newer} is of another run; going on from step 6 instead"]
+
+    same_step = Path(small.out, "checkpoints", "step-00000012")
+    shutil.copytree(Path(tmp_path, "straight", "checkpoints", same_step.name), same_step)
+    resume(small.out)
+    assert load_model(small.out, "last").step == 12  # its own, written over the other's
+    assert final_state(small.out) == final_state(tmp_path / "straight")
+    shutil.rmtree(same_step.parent)
+    shutil.copytree(Path(other.out, "checkpoints"), same_step.parent)
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read: .*step-00000060 is of another run"):
+        resume(small.out)
 
 
 def corrupt(path: Path) -> None:
@@ -354,16 +419,16 @@ def corrupt(path: Path) -> None:
 
 
 def test_a_new_checkpoint_outlives_later_ones_that_cannot_be_read(small, hook):
-    train(small.replace(evaluations=4))
     directory = Path(small.out, "checkpoints")
+    train(small, hook(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    shutil.copytree(directory / "step-00000006", Path(small.out, "step-6"))
+    resume(small.out)
     shutil.copytree(directory / "step-00000012", directory / "step-00000099")  # another step's, so unreadable
     for name in ("step-00000009", "step-00000012"):
         corrupt(directory / name / "model.safetensors")
     with pytest.raises(CheckpointError, match="step-00000099 is corrupted: it is of step 12"):
         checkpoints.load(directory / "step-00000099")
-    train_again = small.replace(out=small.out + "-again")
-    train(train_again, hook(6, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    shutil.copytree(Path(train_again.out, "checkpoints", "step-00000006"), directory / "step-00000006")
+    Path(small.out, "step-6").rename(directory / "step-00000006")
     resume(small.out, hook(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
     assert [path.name for path in checkpoints.paths(directory)] == ["step-00000006", "step-00000007"]
     assert load_model(small.out, "last").step == 7
