@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastlm
 from fastlm import cli
@@ -86,6 +87,16 @@ def test_train_says_what_it_does_in_plain_lines(text, tmp_path, quick_peak, caps
     )
     assert f"held out    {result['val_bits_per_byte']:.3f} bits per byte; a 5-gram: " in said
     assert f"run         {out}: loss.png, metrics.jsonl, sample.txt, checkpoints" in said
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_peak_is_that_of_the_precision(precision, dtype, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "fastlm.benchmarks.limits.measure_peak", lambda *args, **keywords: asked.append((args, keywords))
+    )
+    cli._peak(PRESETS["tiny"].replace(precision=precision, device="cuda"))
+    assert asked == [((dtype,), {"device": "cuda"})]
 
 
 def test_live_line_on_a_terminal(monkeypatch, capsys):

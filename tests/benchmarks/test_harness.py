@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import re
 import time
 from functools import partial
@@ -88,6 +89,34 @@ def test_the_load_of_this_process_is_not_that_of_others():
     busy, own = (now - then for now, then in zip(meter._read()[1:], meter._began[1:], strict=True))
     assert own > 0.05
     assert math.isnan(busy) or busy >= own - 0.05  # /proc counts in hundredths of a second
+
+
+def test_the_load_of_others_is_what_is_left_of_the_cores_at_work(monkeypatch):
+    """Seconds of the clock, of all cores at work, of our own."""
+    readings = iter([(100.0, 50.0, 7.0), (110.0, 80.0, 12.0), (104.0, 50.5, 8.0), (104.0, math.nan, 8.0)])
+    monkeypatch.setattr(LoadMeter, "_read", staticmethod(lambda: next(readings)))
+    monkeypatch.setattr(os, "getloadavg", lambda: (torch.get_num_threads() + 1.5, 0.0, 0.0))
+    meter = LoadMeter()
+    assert meter.others() == pytest.approx((30 - 5) / 10)
+    assert meter.others() == 0  # /proc counts in hundredths of a second, our own clock is finer
+    assert meter.others() == pytest.approx(1.5)  # without /proc
+
+
+def test_cases_count_their_work():
+    """Against what the model counts, and by hand."""
+    for case in cases.cases("train", "cpu", quick=True):
+        model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=128, block_size=128, vocab_size=256))
+        assert case.items == 4 * 128
+        assert case.flops == 3 * model.flops_per_token() * case.items  # the backward pass: two products for each one
+    for case in cases.cases("attention", "cpu", quick=True):
+        scores, size = 2 * 4 * 256 * 256, {"float32": 4, "bfloat16": 2}[case.dtype]
+        products = 2 + 5  # q k, p v; then q k once more, do v, and one for each of dv, dq, dk
+        assert case.flops == products * scores * 64  # a multiplication and an addition each, under the mask half of it
+        assert case.bytes == (4 + 8) * 2 * 4 * 256 * 64 * size  # q k v -> o; q k v o do -> dq dk dv
+    plain, clipping = cases.cases("adam", "cpu", quick=True)
+    weights = 1024 * 256 + 2 * (12 * 256 * 256 + 9 * 256)
+    assert plain.bytes == weights * 4 * (4 + 3)  # weight, gradient, two moments -> all but the gradient
+    assert clipping.bytes == plain.bytes + weights * 4
 
 
 def test_limits_are_positive_and_a_bad_dtype_is_named():

@@ -189,6 +189,22 @@ def test_a_held_out_loss_that_is_no_number_stops_with_the_last_good_checkpoint(s
     assert not Path(small.out, "result.json").exists()
 
 
+def test_the_report_is_on_the_best_weights_and_not_on_the_last(small, monkeypatch):
+    part = iter([3.0, 1.0, 2.0, 2.5])  # of the evaluations during the run
+
+    def scripted(model, config, tokens, text_bytes, limit=None):
+        result = evaluate(model, config, tokens, text_bytes, limit)
+        return result if limit is None else dataclasses.replace(result, nats_per_token=next(part))
+
+    monkeypatch.setattr("fastlm.train.trainer.evaluate", scripted)
+    result = train(small)
+    best, last = load_model(small.out), load_model(small.out, "last")
+    assert (best.step, last.step, result_json(Path(small.out))["step"]) == (6, 12, 6)
+    measured = [evaluate(m.model, m.config, m.dataset.val, m.dataset.val_bytes) for m in (best, last)]
+    assert result.evaluation == measured[0] != measured[1]
+    assert result_json(Path(small.out))["val_loss"] == measured[0].nats_per_token
+
+
 def test_metrics_are_whole_lines_of_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "write", lambda descriptor, content, write=os.write: write(descriptor, content[:3]))
     with Metrics(tmp_path / "metrics.jsonl", keep_steps=0) as metrics:
