@@ -55,6 +55,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. eot has none; bytes that form no character (a sample may end inside one) become U+FFFD."""
 
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of ids, exactly, whether they form characters or not."""
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a file that `load_tokenizer` reads; an existing one is replaced wholly or not at all."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable, Iterator
 
@@ -34,7 +35,7 @@ def stream_text(
     ids = [tokenizer.eot, *tokenizer.encode(prompt).tolist()]
     generator = torch.Generator(config.device).manual_seed(seed)
     idx = torch.tensor([ids], device=config.device)  # (1, T)
-    held: list[int] = []
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
     yield prompt
     drawn = model.generate(idx, tokens, temperature=temperature, top_k=top_k, generator=generator, use_cache=use_cache)
     while True:
@@ -45,18 +46,14 @@ def stream_text(
         if (number := token.item()) == tokenizer.eot:
             if one_document:
                 break
-            yield tokenizer.decode(held) + "\n\n"
-            held.clear()
+            yield decoder.decode(b"", final=True) + "\n\n"
             continue
         if number >= tokenizer.vocab_size:
             continue  # it only pads the head; an untrained model may draw it
-        held.append(number)
-        text = tokenizer.decode(held)
-        if not text.endswith("\ufffd") or len(held) > 4:  # not inside a character of several tokens
+        if text := decoder.decode(tokenizer.decode_bytes([number])):
             yield text
-            held.clear()
-    if held:
-        yield tokenizer.decode(held)
+    if text := decoder.decode(b"", final=True):
+        yield text
 
 
 _WORD = re.compile(r"[^\W\d_]{2,}")  # two letters or more

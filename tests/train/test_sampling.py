@@ -1,8 +1,10 @@
 """Text from tokens as they are drawn."""
 
+import random
+
 import torch
 
-from fastlm.data import ByteTokenizer
+from fastlm.data import BPETokenizer, ByteTokenizer
 from fastlm.train.sampling import stream_text
 
 
@@ -23,3 +25,21 @@ def test_the_prompt_stands_at_the_start_of_a_document(small):
     assert model.asked == [[256, *b"the"]]
     assert "".join(stream_text(model, small, ByteTokenizer(), "", 100, one_document=False)) == " cat\n\nmore"
     assert model.asked == [[256]]
+
+
+def test_a_stream_has_the_characters_of_its_tokens(small):
+    """Tokens that end inside characters, of which the next brings the rest and the beginning of another."""
+    draw = random.Random(0)
+    text = "".join(chr(draw.randrange(0x4E00, 0x4E40)) for _ in range(20_000))
+    tokenizer = BPETokenizer.train([text], 400)
+    ids = tokenizer.encode(text[:1000]).tolist()
+    inside = sum(not text.startswith(tokenizer.decode(ids[:n])) for n in range(len(ids)))
+    assert inside > 200
+    pieces = list(stream_text(Scripted(ids), small, tokenizer, "", len(ids)))
+    assert "".join(pieces) == text[:1000] and len(pieces) > 200
+
+    for ids in ([draw.randrange(tokenizer.eot) for _ in range(300)] for _ in range(20)):  # no text, and cut anywhere
+        assert "".join(stream_text(Scripted(ids), small, tokenizer, "", 300)) == tokenizer.decode(ids)
+    bytewise = [*b"\xe4\xb8", 256, *b"\x80x\xe4"]
+    streamed = "".join(stream_text(Scripted(bytewise), small, ByteTokenizer(), "", 9, one_document=False))
+    assert streamed == "\ufffd\n\n\ufffdx\ufffd"
