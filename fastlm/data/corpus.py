@@ -55,7 +55,7 @@ class CleaningReport:
 
     source: str = ""
     files_found: int = 0  # files looked at
-    files_excluded: int = 0  # other kinds of file, or left out by rule
+    files_excluded: int = 0  # other kinds of file, links to folders, or left out by rule
     files_not_utf8: int = 0  # of the standard library only; in one's own files this is an error
     files_empty: int = 0  # nothing in them, or nothing left
     exact_duplicates: int = 0
@@ -124,13 +124,13 @@ def load_corpus(source: str | os.PathLike[str]) -> Corpus:
 
     source: "stdlib" (the running Python's own library: Python source, without tests, installed packages, generated
         files and near-duplicates), a text file of any suffix, or a directory (files with a suffix of `TEXT_SUFFIXES`,
-        hidden directories left out, in the order of their paths).
+        hidden and linked directories left out, in the order of their paths).
 
     The split is 90/10 by the hash of each file's cleaned content; where that would hold out less than 2 % or more than
     30 % of the bytes (a single file, or a few) the last tenth of each file's characters is held out instead.
 
     Raises FileNotFoundError for a path that does not exist and ValueError for text that cannot be used: not UTF-8,
-    empty, nothing left after cleaning, or too small to split.
+    empty, nothing left after cleaning, or too small to split. OSError for what cannot be read.
     """
     if source == "stdlib":
         directory = Path(sysconfig.get_path("stdlib"))
@@ -164,8 +164,11 @@ def load_corpus(source: str | os.PathLike[str]) -> Corpus:
 
 
 def _text_files(directory: Path, report: CleaningReport) -> Iterator[Path]:
-    for root, names, files in os.walk(directory):
+    for root, names, files in os.walk(directory, onerror=_unreadable):
         names[:] = sorted(name for name in names if not name.startswith(".") and name != "__pycache__")
+        links = sum(Path(root, name).is_symlink() for name in names)  # not followed: they may lead in circles
+        report.files_found += links
+        report.files_excluded += links
         for name in sorted(files):
             report.files_found += 1
             path = Path(root, name)
@@ -175,8 +178,12 @@ def _text_files(directory: Path, report: CleaningReport) -> Iterator[Path]:
                 report.files_excluded += 1
 
 
+def _unreadable(error: OSError) -> None:
+    raise OSError(error.errno, f"fastlm.data: the folder {error.filename} cannot be read: {error.strerror}") from error
+
+
 def _stdlib_files(directory: Path, report: CleaningReport) -> Iterator[Path]:
-    for root, names, files in os.walk(directory):
+    for root, names, files in os.walk(directory, onerror=_unreadable):
         names[:] = sorted(
             name
             for name in names

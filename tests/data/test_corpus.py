@@ -64,8 +64,9 @@ def test_report_reads_as_numbers(tmp_path):
     (tmp_path / "broken.txt").symlink_to(tmp_path / "nowhere.txt")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "note.txt").write_text(prose(99))
+    (tmp_path / "linked").symlink_to(tmp_path / ".git")
     report = load_corpus(tmp_path).report
-    assert (report.files_found, report.files_excluded, report.files_empty, report.exact_duplicates) == (64, 2, 1, 1)
+    assert (report.files_found, report.files_excluded, report.files_empty, report.exact_duplicates) == (65, 3, 1, 1)
     assert report.train_documents + report.val_documents == 60
     assert "1 exact duplicates" in str(report) and f"{report.val_bytes:,} bytes" in str(report)
 
@@ -224,6 +225,22 @@ def test_not_utf8_names_file_and_offset(tmp_path, inside_directory):
     (tmp_path / "latin.txt").write_bytes(b"caf" + "é".encode("latin-1") + b" au lait")
     with pytest.raises(ValueError, match=r"latin.txt is not UTF-8: byte 0xe9 at offset 3 "):
         load_corpus(tmp_path if inside_directory else tmp_path / "latin.txt")
+
+
+@pytest.mark.parametrize("source", ["stdlib", "folder"])
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch, source):
+    write_many(tmp_path)
+    (tmp_path / "closed").mkdir()
+
+    def scandir(path, real=os.scandir):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    with pytest.raises(PermissionError, match=r"the folder .*closed cannot be read: Permission denied"):
+        load_corpus("stdlib" if source == "stdlib" else tmp_path)
 
 
 def test_nothing_left(tmp_path):
