@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from pathlib import Path
 
 from fastlm.data.files import write_atomically
@@ -52,12 +53,15 @@ def plot_losses(out: Path, final_bits: float | None, ngram_bits: float | None) -
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
     axes.set_ylabel("bits per byte of text")
-    axes.set_title(f"{out.resolve().name}: held-out loss", loc="left", fontsize=11)
+    name = out.resolve().name.encode("utf-8", "replace").decode()  # bytes that are no UTF-8 cannot be drawn
+    axes.set_title(f"{name}: held-out loss", loc="left", fontsize=11, parse_math=False)
     axes.grid(axis="y", color=grey, alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    with warnings.catch_warnings():  # a name in a script that the font does not have is drawn as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(picture, format="png")
     write_atomically(out / "loss.png", picture.getvalue())
     return out / "loss.png"
 
