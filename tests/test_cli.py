@@ -1,5 +1,6 @@
 """The command line: each command, its exit codes, its sentences."""
 
+import io
 import json
 import os
 import re
@@ -137,6 +138,16 @@ def test_resume_sample_and_eval(run, capsys, monkeypatch, tmp_path):
     said = capsys.readouterr().out
     assert said.startswith(f"step 6: {result['val_bits_per_byte']:.4f} bits per byte of held-out text (")
     assert f"5-gram    {result['ngram5_bits_per_byte']:.3f} bits per byte on the held-out text" in said
+
+
+def test_output_that_cannot_show_a_character_is_no_failure(run, tmp_path, quick_peak, monkeypatch):
+    run = Path(run).rename(tmp_path / os.fsdecode("Zoë-".encode() + b"\xff"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert cli.main(["sample", str(run), "--prompt", "Zoë", "--tokens", "3"]) == 0
+    assert cli.main(["resume", str(run)]) == 0
+    sys.stdout.flush()
+    said = sys.stdout.buffer.getvalue()
+    assert said.startswith(b"Zo?") and b"/Zo?-?: loss.png" in said
 
 
 def test_dry_run_touches_nothing(text, tmp_path, monkeypatch, capsys):
