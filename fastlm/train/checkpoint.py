@@ -184,6 +184,11 @@ def paths(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if path.is_dir() and is_ours(path))
 
 
+def last_step(directory: Path) -> int:
+    """Of the newest checkpoint, whether it can be read or not; 0 without one."""
+    return max((int(path.name.removeprefix("step-")) for path in paths(directory)), default=0)
+
+
 def is_ours(path: Path) -> bool:
     """Whether `save` gives such a name."""
     return re.fullmatch(r"step-\d{8,}|\.tmp-.*", path.name) is not None

@@ -75,6 +75,8 @@ def train(
     progress = progress or Progress()
     with claimed(prepare_machine(config), overwrite) as config:
         out = Path(config.out)
+        if (out / "config.json").exists():
+            progress.say(f"replacing the run at step {checkpoints.last_step(out / 'checkpoints'):,} in {out}")
         dataset = prepare_data(config, progress)
         ngram = ngram_baseline(dataset, progress)
         limit = peak(config) if peak is not None else None

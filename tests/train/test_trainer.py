@@ -240,11 +240,13 @@ def files(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
-def test_a_run_is_not_overwritten_unless_told(small, tmp_path, monkeypatch):
-    train(small)
+def test_a_run_is_not_overwritten_unless_told(small, hook, tmp_path, monkeypatch):
+    train(small, progress := hook(), overwrite=True)
+    assert "replacing" not in "".join(progress.lines)
     with pytest.raises(ValueError, match=f"{small.out} holds a run already; go on with it by `fastlm resume"):
         train(small)
-    train(small.replace(steps=3), overwrite=True)
+    train(small.replace(steps=3), progress := hook(), overwrite=True)
+    assert progress.lines[0] == f"replacing the run at step 12 in {small.out}"
     assert [r["step"] for r in read(Path(small.out, "metrics.jsonl")) if "loss" in r] == [1, 2, 3]
     assert not Path(small.out, ".replaced-run").exists()
     monkeypatch.chdir(tmp_path)
