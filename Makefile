@@ -23,19 +23,19 @@ help:  ## Print this list
 
 .PHONY: demo
 demo: $(VENV)/demo  ## Train a small GPT on the Python library's sources, at most 5 minutes on 2 cores
-	cd $(VENV) && bin/fastlm train $(DEMO) --out $(CURDIR)/runs/demo --overwrite $(ARGS)
+	cd $(VENV) && bin/fastlm train $(DEMO) --out "$(CURDIR)/runs/demo" --overwrite $(ARGS)
 
 # Tests import the installed package, as users do. They run in another folder, since every Python that a test starts
 # finds the working directory's fastlm first, and the sources are not built.
 TESTS   = tests
-PYTEST  = cd $(VENV) && bin/pytest --rootdir $(CURDIR) --config-file $(CURDIR)/pyproject.toml
+PYTEST  = cd $(VENV) && bin/pytest --rootdir "$(CURDIR)" --config-file "$(CURDIR)/pyproject.toml"
 .PHONY: test
 test: $(VENV)/test  ## Run the tests on the installed package; TESTS=tests/ops and ARGS="-k relu" choose some
-	$(PYTEST) $(addprefix $(CURDIR)/,$(TESTS)) $(ARGS)
+	$(PYTEST) $(TESTS:%="$(CURDIR)/%") $(ARGS)
 
 .PHONY: bench
 bench: $(VENV)/test  ## Measure the ops and the training step beside torch; ARGS="attention --quick" and the like
-	cd $(VENV) && bin/fastlm bench --out $(CURDIR)/runs/bench $(ARGS)
+	cd $(VENV) && bin/fastlm bench --out "$(CURDIR)/runs/bench" $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/lint  ## Check style and format

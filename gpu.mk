@@ -32,7 +32,7 @@ gpu-build:  ## Build the CUDA module for the GPUs of this machine and install fa
 gpu-test:  ## Run the GPU tests on the fastlm that PYTHON has
 	mkdir -p "$(RESULTS)"
 	$(IN_RESULTS) timeout $(GPU_TEST_SECONDS) "$(GPU_PYTHON)" -m pytest -q -p no:cacheprovider -k "not emulated" \
-	  --junitxml=test.xml $(addprefix $(CURDIR)/,$(GPU_TESTS))
+	  --junitxml=test.xml $(GPU_TESTS:%="$(CURDIR)/%")
 
 gpu-sanitize:  ## Run each CUDA kernel under NVIDIA's four sanitizers
 	mkdir -p "$(RESULTS)"
