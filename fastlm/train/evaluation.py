@@ -30,8 +30,8 @@ def evaluate(
 ) -> Evaluation:
     """Loss over a token stream in a fixed order, in rows of block_size; `text_bytes` is the length of its text.
 
-    limit: take only every k-th row, for at most about this many tokens, always the same ones. Bits per byte are then
-    those of the whole stream, if the rest is like them.
+    limit: take only so many rows, evenly spread and always the same, that they have at most this many tokens; a single
+    row where it has more. Bits per byte are then those of the whole stream, if the rest is like them.
     """
     training = model.training
     model.eval()
@@ -46,14 +46,14 @@ def evaluate(
 
 
 def _rows(tokens: np.ndarray, config: TrainConfig, limit: int | None):
-    """Batches x, y (B, T) of the whole stream, or of every k-th row of it."""
+    """Batches x, y (B, T) of the whole stream, or of some rows of it."""
     T, B = config.block_size, config.batch_size
-    rows = (len(tokens) - 1) // T
-    stride = 1 if limit is None else max(1, rows // max(1, limit // T))
-    if stride == 1:
+    if limit is None or limit >= len(tokens) - 1:
         yield from iterate_all(tokens, T, B)
         return
-    starts = np.arange(0, rows, stride) * T
+    rows = (len(tokens) - 1) // T
+    count = min(rows, max(1, limit // T))
+    starts = np.arange(count) * rows // count * T
     for i in range(0, len(starts), B):
         picked = torch.from_numpy(tokens[starts[i : i + B, None] + np.arange(T + 1)].astype(np.int64))  # (B, T + 1)
         yield picked[:, :-1], picked[:, 1:]

@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,7 @@ from fastlm import _library, _native
 from fastlm.models import GPT
 from fastlm.train import CheckpointError, TrainingError, evaluate, load_model, resume, train
 from fastlm.train import checkpoint as checkpoints
+from fastlm.train.evaluation import _rows
 from fastlm.train.metrics import Metrics, read
 from fastlm.train.rundir import claimed, free_directory, locked, settle
 from fastlm.train.sampling import known_word_share
@@ -67,6 +69,19 @@ def test_the_whole_held_out_text_is_measured_in_a_fixed_order(small):
     half = evaluate(loaded.model, loaded.config, loaded.dataset.val, loaded.dataset.val_bytes, limit=again.tokens // 2)
     assert 0.4 * again.tokens < half.tokens < 0.6 * again.tokens
     assert half.bits_per_byte == pytest.approx(again.bits_per_byte, rel=0.1)
+
+
+def test_a_part_of_the_held_out_text_keeps_to_its_limit(small):
+    T, B = small.block_size, small.batch_size
+    for length in (T + 1, 10 * T, 10 * T + 1, 57 * T + 5):
+        tokens = np.arange(length, dtype=np.uint16)
+        for limit in (1, T, 3 * T + 2, 29 * T, length - 2, length - 1, 2 * length):
+            rows = [(x, y) for xs, ys in _rows(tokens, small, limit) for x, y in zip(xs, ys, strict=True)]
+            seen = torch.cat([y for _, y in rows])
+            assert min(limit, length - 1) - T < len(seen) <= max(limit, T)
+            assert all(torch.equal(x + 1, y) for x, y in rows) and len(seen.unique()) == len(seen)
+            assert len(seen) == length - 1 or all(len(x) == T and x[0] % T == 0 for x, _ in rows)
+            assert all(len(xs) <= B for xs, _ in _rows(tokens, small, limit))
 
 
 def test_the_seed_decides_everything(small, final_state, tmp_path):
