@@ -7,6 +7,7 @@ does.
 
 # No `from __future__ import annotations`: tyro reads the annotations of options declared inside functions.
 import dataclasses
+import math
 import os
 import platform
 import signal
@@ -142,6 +143,8 @@ def sample(arguments: list[str]) -> int:
         raise ValueError(f"--tokens must be at least 1, got {options.tokens}")
     if options.top_k < 0:
         raise ValueError(f"--top-k must be at least 0, got {options.top_k}")
+    if not 0 <= options.temperature < math.inf:
+        raise ValueError(f"--temperature must be at least 0 and finite, got {options.temperature}")
     loaded = load_model(options.run, options.checkpoint, _progress().warn)
     pieces = stream_text(
         loaded.model,

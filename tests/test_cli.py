@@ -249,6 +249,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(run, text, tmp_path, monkeypa
             "--vocab-size is of a bpe tokenizer; bytes have 257 tokens",
         ),
         (["sample", "run", "--tokens", "0"], "--tokens must be at least 1, got 0"),
+        (["sample", "run", "--temperature", "inf"], "--temperature must be at least 0 and finite, got inf"),
         (
             ["train", "--data", text, "--out", "run", *SMALL],
             "run holds a run already; go on with it by `fastlm resume run`, replace it with --overwrite,"
@@ -278,6 +279,9 @@ def test_mistakes_are_one_sentence_and_exit_code_2(run, text, tmp_path, monkeypa
         (["--n-embd", "100"], "GPTConfig: n_embd must be a multiple of 2 * n_head"),
         (["--stepz", "1"], "--steps"),
         (["--minutes", "soon"], "--minutes"),
+        (["--minutes", "inf"], "--minutes must be a finite number, got inf"),
+        (["--learning-rate", "inf"], "--learning-rate must be a finite number, got inf"),
+        (["--weight-decay", "nan"], "--weight-decay must be a finite number, got nan"),
     ],
 )
 def test_options_that_cannot_be_are_named_with_exit_code_2(arguments, sentence, capsys):

@@ -250,8 +250,8 @@ class GPT(nn.Module):
         """
         if idx.dim() != 2 or idx.shape[1] < 1:
             raise ValueError(f"GPT.generate: idx must be (B, T) with T >= 1, got {tuple(idx.shape)}")
-        if temperature < 0 or math.isnan(temperature):
-            raise ValueError(f"GPT.generate: temperature must be at least 0, got {temperature}")
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"GPT.generate: temperature must be at least 0 and finite, got {temperature}")
         if top_k is not None and top_k < 1:
             raise ValueError(f"GPT.generate: top_k must be at least 1, got {top_k}")
         block_size, training = self.config.block_size, self.training
@@ -292,4 +292,7 @@ def sample(logits: Tensor, temperature: float, top_k: int | None, generator: tor
     if top_k is not None and top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[:, -1:]  # (B, 1), the smallest one that stays
         logits = logits.masked_fill(logits < kth, -math.inf)
-    return torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator)[:, 0]
+    # 0 for the likeliest token: a tiny temperature then makes the others -inf and nothing +inf. Beyond these limits, at
+    # which the draw is the likeliest token or anything, the number or its reciprocal is 0 or infinite in float32.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / min(max(temperature, 1e-30), 1e30)
+    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)[:, 0]

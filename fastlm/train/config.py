@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +98,10 @@ class TrainConfig:
     """Length of the sample text at the end; 0 for none."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{option(field.name)} must be a finite number, got {value}")
         for name in ("vocab_size", "steps", "batch_size", "accumulation", "evaluations", "evaluation_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{option(name)} must be at least 1, got {getattr(self, name)}")

@@ -134,6 +134,10 @@ def test_sampling_arguments():
     assert torch.equal(greedy[:, 0], model(idx)[0][:, -1].argmax(-1))
     hot = torch.stack(list(model.generate(idx, 200, temperature=50.0, top_k=3)), dim=1)
     assert len(hot.unique()) > 3
+    for tiny in (1e-300, 1e-40, 1e-20):
+        assert torch.equal(greedy, torch.stack(list(model.generate(idx, 6, temperature=tiny, top_k=5)), dim=1))
+    hottest = torch.cat(list(model.generate(idx[:1, -1:], 200, temperature=1e300, top_k=3, use_cache=False)))
+    assert len(hottest.unique()) > 3
 
 
 def test_counts():
@@ -179,7 +183,9 @@ def test_config_round_trip():
         (lambda m: m(tokens(2, 0), tokens(2, 0)), r"GPT: with targets idx must hold at least one token, got \(2, 0\)"),
         (lambda m: m(tokens(2, 4), cache=Cache(m.config, 3)), "GPT: idx must have the cache's 3 rows, got 2"),
         (lambda m: next(m.generate(tokens(1, 0), 1)), r"GPT.generate: idx must be \(B, T\) with T >= 1, got \(1, 0\)"),
-        (lambda m: next(m.generate(tokens(1, 1), 1, temperature=-1)), "temperature must be at least 0, got -1"),
+        (lambda m: next(m.generate(tokens(1, 1), 1, temperature=-1)), "must be at least 0 and finite, got -1"),
+        (lambda m: next(m.generate(tokens(1, 1), 1, temperature=math.inf)), "must be at least 0 and finite, got inf"),
+        (lambda m: next(m.generate(tokens(1, 1), 1, temperature=math.nan)), "must be at least 0 and finite, got nan"),
         (lambda m: next(m.generate(tokens(1, 1), 1, top_k=0)), "top_k must be at least 1, got 0"),
     ],
 )
