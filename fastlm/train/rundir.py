@@ -44,23 +44,22 @@ _LOCK = ".fastlm-lock"  # never moved aside with a run, so that it locks the dir
 def claimed(config: TrainConfig, overwrite: bool) -> Iterator[TrainConfig]:
     """The configuration with a directory for a new run, which no other process can train in meanwhile.
 
-    It is the configuration's own, or the first free `runs/<preset>-<number>`. Raises ValueError as `check_free` does.
+    It is the configuration's own, or the first free `runs/<preset>-<number>`. One that was made here goes again, with
+    what was prepared in it, if anything fails before there is a run in it. Raises ValueError as `check_free` does.
     """
-    made_here = config.out is None
-    if made_here:
-        config = config.replace(out=str(next(filter(_made, _numbered(config)))))
+    if config.out is None:
+        made, config = True, config.replace(out=str(next(filter(_made, _numbered(config)))))
+    else:
+        made = _made(Path(config.out))
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        settle(out)
-        check_free(out, overwrite)
         try:
+            settle(out)
+            check_free(out, overwrite)
             yield config
         except BaseException:
-            if made_here:
-                with contextlib.suppress(OSError):  # it holds something
-                    (out / _LOCK).unlink(missing_ok=True)
-                    out.rmdir()
+            if made and not (out / "config.json").exists():
+                shutil.rmtree(out, ignore_errors=True)
             raise
 
 

@@ -278,9 +278,25 @@ def test_runs_that_start_at_once_get_directories_of_their_own(small, tmp_path, m
     with ThreadPoolExecutor(8) as pool:
         assert sorted(pool.map(start, range(40))) == sorted(f"runs/tiny-{i}" for i in range(1, 41))
     assert free_directory(small.replace(out=None), False).out == "runs/tiny-41"
-    with pytest.raises(FileNotFoundError):
-        train(small.replace(out=None, data="absent.txt"))
-    assert not Path("runs/tiny-41").exists()
+
+
+def test_a_run_that_never_began_leaves_nothing(small, tmp_path, full_disk, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    Path("mine", "notes.txt").write_text("mine")
+    Path("runs").mkdir()
+    for change in ({"data": "absent.txt"}, {"block_size": 10_000}, {"minutes": 1e-6}):
+        for out in (None, "new", "mine"):
+            with pytest.raises((ValueError, FileNotFoundError)):
+                train(small.replace(out=out, **change))
+            assert list(Path("runs").iterdir()) == [] and not Path("new").exists()
+            assert Path("mine", "notes.txt").read_text() == "mine" and not Path("mine", "config.json").exists()
+    for writes, _ in full_disk.each_failure(lambda: train(small.replace(out="new", steps=1))):
+        if Path("new", "config.json").exists():
+            assert writes > 10
+            break
+        assert not Path("new").exists() or list(Path("new").iterdir()) == []  # without the lock it is not touched
+        shutil.rmtree("new", ignore_errors=True)
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_gives_back_the_one_it_replaces(small, hook, monkeypatch):
