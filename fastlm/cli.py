@@ -280,13 +280,14 @@ def _parse(options: type, command: str, arguments: list[str], **keywords: Any) -
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
-    """The value of `option`, read before the others since it decides their defaults."""
+    """The last value of `option`, as the parser takes it, read before the others since it decides their defaults."""
+    value = None
     for i, argument in enumerate(arguments):
         if argument == option and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith(option + "="):
-            return argument.removeprefix(option + "=")
-    return None
+            value = arguments[i + 1]
+        elif argument.startswith(option + "="):
+            value = argument.removeprefix(option + "=")
+    return value
 
 
 def _progress() -> Any:

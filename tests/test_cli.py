@@ -190,6 +190,14 @@ def test_presets_have_the_size_they_are_named_for(preset, parameters):
     assert estimate(config, config.vocab_size).parameters == pytest.approx(parameters, rel=0.25)
 
 
+def test_of_two_presets_the_last_one_holds(text, capsys):
+    for arguments in (["--preset", "gpt2", "--preset", "small"], ["--preset=gpt2", "--n-layer", "6", "--preset=small"]):
+        assert cli.main(["train", "--dry-run", "--data", text, "--device", "cpu", *arguments]) == 0
+        said = capsys.readouterr().out
+        shape = {name: re.search(rf"^{name} +(\S+)", said, re.MULTILINE)[1] for name in ("preset", "n_layer", "n_embd")}
+        assert shape == {"preset": "small", "n_layer": "6", "n_embd": "384"}
+
+
 @pytest.mark.parametrize("preset", ["tiny", "small", "gpt2"])
 def test_every_preset_takes_a_step(preset, text, tmp_path, quick_peak, capsys):
     shrunk = "--n-embd 48 --block-size 32 --batch-size 2 --accumulation 2 --steps 1 --vocab-size 300 --sample-tokens 4"
