@@ -72,6 +72,7 @@ def train(
     for text or a directory that cannot be used and TrainingError when the loss stops being a number.
     """
     began = time.perf_counter() - spent
+    _import_extras()
     progress = progress or Progress()
     with claimed(prepare_machine(config), overwrite) as config:
         out = Path(config.out)
@@ -102,6 +103,7 @@ def resume(
     It goes on from its newest checkpoint that is whole; from the start, if it was stopped before the first one. Raises
     ValueError where there is no run, or another process trains there, and CheckpointError where none can be read.
     """
+    _import_extras()
     progress = progress or Progress()
     out = Path(out)
     if not out.is_dir():
@@ -119,6 +121,12 @@ def resume(
             progress.say("stopped before its first checkpoint: starting again from step 0")
         limit = peak(config) if peak is not None else None
         return _run(out, config, dataset, ngram_baseline(dataset, progress), progress, limit, checkpoint)
+
+
+def _import_extras() -> None:
+    """What a run first uses at its first checkpoint and at its end is missed before it begins."""
+    import matplotlib  # noqa: F401
+    import safetensors  # noqa: F401
 
 
 def _run(

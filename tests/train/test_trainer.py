@@ -299,6 +299,17 @@ def test_a_run_that_never_began_leaves_nothing(small, tmp_path, full_disk, monke
         shutil.rmtree("new", ignore_errors=True)
 
 
+@pytest.mark.parametrize("package", ["matplotlib", "safetensors"])
+def test_a_missing_package_is_missed_at_once(small, hook, monkeypatch, package):
+    train(small, hook(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    monkeypatch.setitem(sys.modules, package, None)
+    for start in (lambda said: train(small.replace(out=small.out + "-2"), said), lambda said: resume(small.out, said)):
+        with pytest.raises(ModuleNotFoundError, match=package):
+            start(progress := hook())
+        assert progress.lines == [] and progress.losses == {}
+    assert not Path(small.out + "-2").exists()
+
+
 def test_a_run_that_fails_before_its_first_checkpoint_gives_back_the_one_it_replaces(small, hook, monkeypatch):
     train(small)
     before = files(Path(small.out))
