@@ -374,8 +374,11 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that fastlm lies in or that the command runs in; None for an installed package elsewhere."""
-    for root in (Path(fastlm.__file__).parents[1], Path.cwd()):
+    """Of the checkout that fastlm lies in or that the command runs in; None for an installed package elsewhere.
+
+    `make bench` runs in the checkout's .venv, so that Python finds the installed package and not the sources.
+    """
+    for root in (Path(fastlm.__file__).parents[1], Path.cwd(), *Path.cwd().parents):
         if (root / "csrc" / "cpu_module.cpp").exists():
             with contextlib.suppress(OSError):
                 command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

@@ -5,12 +5,15 @@ import json
 import math
 import os
 import re
+import shutil
+import subprocess
 import time
 from functools import partial
 
 import pytest
 import torch
 
+import fastlm
 from fastlm import _native
 from fastlm.benchmarks import cases, command, main, measure_peak
 from fastlm.benchmarks.cases._common import no_compiler
@@ -23,6 +26,7 @@ from fastlm.benchmarks.harness import (
     Row,
     Variant,
     as_json,
+    describe_machine,
     measure,
     measure_limits,
     time_runs,
@@ -249,6 +253,23 @@ def test_a_result_that_could_not_be_finished_leaves_the_old_one(tmp_path):
         path.write_text("ne")
         raise KeyboardInterrupt
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("bench.json", "old")]
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_that_of_the_checkout_around(tmp_path, monkeypatch):
+    monkeypatch.setattr(fastlm, "__file__", str(tmp_path / "installed" / "fastlm" / "__init__.py"))
+    checkout, venv = tmp_path / "checkout", tmp_path / "checkout" / ".venv" / "bin"
+    (checkout / "csrc").mkdir(parents=True), venv.mkdir(parents=True)
+    (checkout / "csrc" / "cpu_module.cpp").touch()
+    monkeypatch.chdir(venv)
+    assert describe_machine("cpu", "")["commit"] is None  # no repository
+    git = ["git", "-C", str(checkout), "-c", "user.name=x", "-c", "user.email=x"]
+    for arguments in (["init", "-q"], ["add", "csrc"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *arguments], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
+    assert describe_machine("cpu", "")["commit"] == head[:12]
+    monkeypatch.chdir(tmp_path)
+    assert describe_machine("cpu", "")["commit"] is None
 
 
 def test_json_has_no_nan():
