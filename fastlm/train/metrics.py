@@ -30,10 +30,15 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict]:
-    """The rows of a metrics file; of none, if there is no file. A last line cut off by a kill is left out."""
+    """The rows of a metrics file; of none, if there is no file. What is no row is left out.
+
+    Such as a last line cut off by a kill, or one damaged on the disk: no reason to lose a run with good checkpoints.
+    """
     rows = []
     with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                rows.append(json.loads(line))
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
     return rows

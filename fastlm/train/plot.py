@@ -16,7 +16,8 @@ def plot_losses(out: Path, final_bits: float | None, ngram_bits: float | None) -
     from matplotlib.figure import Figure
 
     rows = read(out / "metrics.jsonl")
-    steps = [(r["step"], r["bits_per_byte"], r["learning_rate"]) for r in rows if "bits_per_byte" in r]
+    whole = [r for r in rows if "bits_per_byte" in r and "learning_rate" in r]
+    steps = [(r["step"], r["bits_per_byte"], r["learning_rate"]) for r in whole]
     vals = [(r["step"], r["val_bits_per_byte"]) for r in rows if "val_bits_per_byte" in r]
     ink, blue, red, grey = "#222222", "#3b6fb6", "#c8553d", "#8a8a8a"
 

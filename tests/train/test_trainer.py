@@ -515,6 +515,21 @@ def test_altered_records_are_refused(small):
         resume(small.out)
 
 
+def test_damaged_metrics_do_not_keep_a_run_from_going_on(small, hook, final_state, tmp_path):
+    train(small.replace(out=str(tmp_path / "straight")))
+    train(small, hook(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    metrics = Path(small.out, "metrics.jsonl")
+    lines = metrics.read_bytes().splitlines()
+    lines[1:5] = [b"\xff\xfe" + lines[1], b"\0" * 100, b'[{"step": 3}]', b'{"step": "3", "loss": 1.0}']
+    lines[6] = lines[6].replace(b'"learning_rate"', b'"lea\xf2ning_rate"')
+    metrics.write_bytes(b"\n".join([*lines, b'{"loss": 1.0}', b"7", b'{"step": ' + b"9" * 5000 + b"}", b'{"step"']))
+    resume(small.out)
+    assert final_state(small.out) == final_state(tmp_path / "straight")
+    assert Path(small.out, "loss.png").exists()
+    steps = [row["step"] for row in read(metrics) if "loss" in row]
+    assert len(steps) < 12 and steps == sorted(set(steps)) and set(range(8, 13)) <= set(steps)
+
+
 def test_a_corrupted_checkpoint_is_named_and_the_one_before_taken(small, hook, final_state):
     train(small)
     state = final_state(small.out)
