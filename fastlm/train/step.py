@@ -42,7 +42,7 @@ def training_step(
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # before it reaches the weights
         what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {grad_norm}"
-        raise TrainingError(f"{what} in step {step + 1:,}; the last good checkpoint stays, try a lower --learning-rate")
+        raise TrainingError(f"{what} in step {step + 1:,}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

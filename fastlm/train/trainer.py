@@ -7,13 +7,14 @@ weights, bit for bit, as one that was not (on the same machine, with the same nu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def train(
             if config.n_embd != width:
                 plan += f"; {config.n_embd} wide instead of {width}, which learns more in that time on this machine"
             progress.say(plan)
-        with replacing(out):
+        with replacing(out), _advising(out):
             write_run(out, config, dataset)
             return _run(out, config, dataset, ngram, progress, limit, None)
 
@@ -120,7 +121,8 @@ def resume(
         else:
             progress.say("stopped before its first checkpoint: starting again from step 0")
         limit = peak(config) if peak is not None else None
-        return _run(out, config, dataset, ngram_baseline(dataset, progress), progress, limit, checkpoint)
+        with _advising(out):
+            return _run(out, config, dataset, ngram_baseline(dataset, progress), progress, limit, checkpoint)
 
 
 def _import_extras() -> None:
@@ -229,11 +231,18 @@ def _run(
 
 def _finite(evaluation: Evaluation, step: int) -> Evaluation:
     if not math.isfinite(evaluation.nats_per_token):
-        raise TrainingError(
-            f"the held-out loss became {evaluation.nats_per_token} after step {step:,}; the last good checkpoint stays,"
-            " try a lower --learning-rate"
-        )
+        raise TrainingError(f"the held-out loss became {evaluation.nats_per_token} after step {step:,}")
     return evaluation
+
+
+@contextlib.contextmanager
+def _advising(out: Path) -> Iterator[None]:
+    """Adds to a TrainingError what is left of the run and what to try."""
+    try:
+        yield
+    except TrainingError as error:
+        stays = "the last good checkpoint stays, " if checkpoints.paths(out / "checkpoints") else ""
+        raise TrainingError(f"{error}; {stays}try a lower --learning-rate") from error
 
 
 class StopRequest:
