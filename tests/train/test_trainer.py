@@ -21,6 +21,7 @@ import torch
 
 import fastlm
 from fastlm import _library, _native
+from fastlm.data.files import sealed_json, unsealed
 from fastlm.models import GPT
 from fastlm.train import CheckpointError, TrainingError, evaluate, load_model, resume, train
 from fastlm.train import checkpoint as checkpoints
@@ -475,6 +476,18 @@ def test_checkpoints_of_another_run_are_refused(small, hook, final_state, tmp_pa
     shutil.copytree(Path(other.out, "checkpoints"), same_step.parent)
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read: .*step-00000060 is of another run"):
         resume(small.out)
+
+
+def test_a_run_from_before_runs_had_names_goes_on(small, hook, final_state, tmp_path):
+    train(small.replace(out=str(tmp_path / "straight")))
+    train(small, hook(7, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    for file in (Path(small.out, "config.json"), *Path(small.out).glob("checkpoints/*/checkpoint.json")):
+        content = unsealed(json.loads(file.read_text()))
+        del content["run"]
+        file.write_bytes(sealed_json(content))
+    resume(small.out, progress := hook())
+    assert sorted(progress.losses) == [8, 9, 10, 11, 12] and progress.warnings == []
+    assert final_state(small.out) == final_state(tmp_path / "straight")
 
 
 def corrupt(path: Path) -> None:
