@@ -54,6 +54,15 @@ struct Border {
     return {cols > 0 ? x.numel() / cols : 0, cols};
   }
 
+  // (rows, cols) as `like`, with whole rows; contiguous where that is asked for.
+  void check_matrix(const char* op, const char* name, const TensorView& like, const TensorView& t, bool contiguous) const {
+    check_device(op, like, t);
+    FASTLM_CHECK(t.ndim == 2 && t.dtype == like.dtype && t.shape[0] == like.shape[0] && t.shape[1] == like.shape[1] &&
+                     (contiguous ? t.contiguous() : t.strides[1] == 1 || t.shape[1] <= 1),
+                 op, ": ", name, " must be a ", dtype_name(like.dtype), " matrix of the size of the others with ",
+                 contiguous ? "contiguous memory" : "contiguous rows", ", got ", t.describe());
+  }
+
   // A buffer of sums: contiguous, double for double, else float.
   void check_sums(const char* op, const char* name, const TensorView& first, const TensorView& t, int64_t numel) const {
     DType sum = first.dtype == DType::kF64 ? DType::kF64 : DType::kF32;

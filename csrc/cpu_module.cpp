@@ -3,12 +3,12 @@
 #include <pybind11/stl.h>
 
 #include "arguments.h"
+#include "cpu/activation.h"
 #include "cpu/adam.h"
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/limits.h"
 #include "cpu/parallel.h"
-#include "cpu/relu.h"
 
 namespace fastlm {
 namespace {
@@ -25,34 +25,69 @@ void run_kernel(int64_t work, const Run& run) {
   run();
 }
 
-void relu_forward(const TensorView& x, const TensorView& y, bool squared, int threads) {
-  border.check_same_dense(squared ? "relu_squared" : "relu", x, {&y});
+// The activation of an index into _cpu.acts.
+cpu::Act act_of(const char* op, int act) {
+  FASTLM_CHECK(act >= 0 && act < cpu::kNumActs, op, ": act must be an index into acts, got ", act);
+  return static_cast<cpu::Act>(act);
+}
+
+void act_forward(const TensorView& x, const TensorView& y, int act, int threads) {
+  border.check_same_dense("act_forward", x, {&y});
   int64_t n = x.numel();
-  run_kernel(n, [&] { cpu::relu_forward(x.dtype, x.data, y.data, n, squared, threads); });
+  cpu::Act a = act_of("act_forward", act);
+  run_kernel(n, [&] { cpu::act_forward(a, x.dtype, x.data, y.data, n, threads); });
 }
 
-void relu_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, bool squared, int threads) {
-  border.check_same_dense(squared ? "relu_squared_backward" : "relu_backward", dy, {&saved, &dx});
+void act_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, int act, int threads) {
+  border.check_same_dense("act_backward", dy, {&saved, &dx});
   int64_t n = dy.numel();
-  run_kernel(n, [&] { cpu::relu_backward(dy.dtype, dy.data, saved.data, dx.data, n, squared, threads); });
+  cpu::Act a = act_of("act_backward", act);
+  run_kernel(n, [&] { cpu::act_backward(a, dy.dtype, dy.data, saved.data, dx.data, n, threads); });
 }
 
-void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorView& y, bool squared, int threads) {
+void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorView& y, int act, int threads) {
   border.check_same_dense("bias_act", x, {&y});
   auto [rows, cols] = border.check_rows("bias_act", x, bias);
+  cpu::Act a = act_of("bias_act", act);
   run_kernel(rows * cols, [&, rows = rows, cols = cols] {
-    cpu::bias_act_forward(x.dtype, x.data, bias.data, y.data, rows, cols, squared, threads);
+    cpu::bias_act_forward(a, x.dtype, x.data, bias.data, y.data, rows, cols, threads);
   });
 }
 
 void bias_act_backward(const TensorView& dy, const TensorView& saved, const TensorView& bias, const TensorView& dx,
-                       const OptionalTensor& dbias, bool squared, int threads) {
+                       const OptionalTensor& dbias, int act, int threads) {
   border.check_same_dense("bias_act_backward", dy, {&saved, &dx});
   auto [rows, cols] = border.check_rows("bias_act_backward", dy, bias);
   if (dbias) border.check_sums("bias_act_backward", "dbias", dy, *dbias, cols);
+  cpu::Act a = act_of("bias_act_backward", act);
   run_kernel(rows * cols, [&, rows = rows, cols = cols] {
-    cpu::bias_act_backward(dy.dtype, dy.data, saved.data, bias.data, dx.data, dbias ? dbias->data : nullptr, rows, cols,
-                           squared, threads);
+    cpu::bias_act_backward(a, dy.dtype, dy.data, saved.data, bias.data, dx.data, dbias ? dbias->data : nullptr, rows,
+                           cols, threads);
+  });
+}
+
+void glu_forward(const TensorView& gate, const TensorView& up, const TensorView& y, int act, int threads) {
+  border.check_same_dense("glu", y, {});
+  border.check_matrix("glu", "y", y, y, true);
+  border.check_matrix("glu", "gate", y, gate, false);
+  border.check_matrix("glu", "up", y, up, false);
+  cpu::Act a = act_of("glu", act);
+  run_kernel(y.numel(), [&] {
+    cpu::glu_forward(a, y.dtype, gate.data, up.data, y.data, y.shape[0], y.shape[1], gate.strides[0], up.strides[0],
+                     threads);
+  });
+}
+
+void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView& up, const TensorView& dgate,
+                  const TensorView& dup, int act, int threads) {
+  border.check_same_dense("glu_backward", dy, {&dgate, &dup});
+  border.check_matrix("glu_backward", "dy", dy, dy, true);
+  border.check_matrix("glu_backward", "gate", dy, gate, false);
+  border.check_matrix("glu_backward", "up", dy, up, false);
+  cpu::Act a = act_of("glu_backward", act);
+  run_kernel(dy.numel(), [&] {
+    cpu::glu_backward(a, dy.dtype, dy.data, gate.data, up.data, dgate.data, dup.data, dy.shape[0], dy.shape[1],
+                      gate.strides[0], up.strides[0], threads);
   });
 }
 
@@ -154,6 +189,7 @@ int64_t run_update(const TensorView& a, const TensorView& b, int threads) {
 
 PYBIND11_MODULE(_cpu, m) {
   namespace cpu = fastlm::cpu;
+  namespace py = pybind11;
   fastlm::TensorReader::instance();  // here, and not in some thread's first call: it imports torch
   m.doc() = "fastlm's CPU kernels. Outputs are allocated by the caller; see fastlm/kernels/native.";
   m.def("compiled_isas", &cpu::compiled_isas, "Instruction sets in this binary, best first.");
@@ -165,11 +201,14 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_exchange", [](bool on) { return fastlm::TensorReader::instance().use_exchange(on); },
         "Read tensors through torch's DLPack exchange capsule (the default where there is one); returns whether it is in use.");
 
+  m.attr("acts") = py::cast(std::vector<std::string>(cpu::kActNames, cpu::kActNames + cpu::kNumActs));
+  m.def("act_forward", &fastlm::act_forward);
+  m.def("act_backward", &fastlm::act_backward);
   m.def("adam_step", &fastlm::adam_step);
-  m.def("relu_forward", &fastlm::relu_forward);
-  m.def("relu_backward", &fastlm::relu_backward);
   m.def("bias_act_forward", &fastlm::bias_act_forward);
   m.def("bias_act_backward", &fastlm::bias_act_backward);
+  m.def("glu_forward", &fastlm::glu_forward);
+  m.def("glu_backward", &fastlm::glu_backward);
 
   // diagonal: query i sees key j iff j <= i + diagonal
   m.def("attention_forward", &fastlm::attention_forward);

@@ -5,8 +5,10 @@ import importlib
 from fastlm import _library, models, optim
 from fastlm._library import backends, use_backend
 from fastlm._version import __version__
+from fastlm.ops.activation import gelu, sigmoid, silu, tanh
 from fastlm.ops.attention import attention, scaled_dot_product_attention
 from fastlm.ops.bias_act import bias_act
+from fastlm.ops.glu import glu
 from fastlm.ops.relu import relu, relu_squared
 
 
@@ -26,10 +28,15 @@ __all__ = [
     "attention",
     "backends",
     "bias_act",
+    "gelu",
+    "glu",
     "models",
     "optim",
     "relu",
     "relu_squared",
     "scaled_dot_product_attention",
+    "sigmoid",
+    "silu",
+    "tanh",
     "use_backend",
 ]

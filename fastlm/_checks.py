@@ -11,6 +11,12 @@ def check_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
 
 
+def check_floating_point(op: str, name: str, value: object) -> None:
+    check_tensor(op, name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}")
+
+
 def check_number(op: str, name: str, value: object) -> None:
     """A tensor is none: made a float, it would lose its gradient without a word."""
     if isinstance(value, Tensor) or not hasattr(value, "__float__"):

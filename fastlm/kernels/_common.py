@@ -14,13 +14,13 @@ def unsupported_dtype(x: Tensor, *_: object) -> str | None:
     return None if x.dtype in FLOATS else f"does not take {x.dtype}"
 
 
-def unsupported_bias_act(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
+def unsupported_bias_act_on_gpu(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
     if dropout_p > 0:
         return "does not do dropout"
-    return unsupported_bias_act_backward(x, x, bias, act)
+    return unsupported_bias_act_backward_on_gpu(x, x, bias, act)
 
 
-def unsupported_bias_act_backward(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> str | None:
+def unsupported_bias_act_backward_on_gpu(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> str | None:
     if act not in ("relu", "relu_squared"):
         return f"does not do act={act!r}"
     return unsupported_dtype(saved)
@@ -37,6 +37,12 @@ def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
 def flat(x: Tensor) -> Tensor:
     """The memory of a dense tensor, (numel,): two of one layout pair their elements in it, however many dimensions."""
     return x if x.is_contiguous() else x.as_strided((x.numel(),), (1,))
+
+
+def matrix(x: Tensor) -> Tensor:
+    """x as rows of its last dimension, (numel / N, N) with the elements of a row next to each other: a view or a copy."""
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return with_rows(x.reshape(rows, x.shape[-1]))
 
 
 def empty_in_order_of(like: Tensor, last: int) -> Tensor:

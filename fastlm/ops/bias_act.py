@@ -1,29 +1,19 @@
 """bias_act(x, bias) = dropout(act(x + bias)): x (..., N), bias (N,), floating point.
 
-relu without dropout saves its output, which the next layer keeps anyway; every other form its inputs, by reference.
+Without dropout, relu, sigmoid and tanh save their output, which the next layer keeps anyway; every other form its inputs, by
+reference.
 Under autocast the bias follows x, which comes from a product that autocast has already put into the lower precision.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm._checks import check_dropout, check_same_dtype, check_tensor
+from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT, check_activation
+from fastlm._checks import check_dropout, check_floating_point, check_same_dtype
 from fastlm._dropout import check_seed, draw_seed, keep_mask
 from fastlm._library import define_op
-
-ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "relu_squared": lambda x: torch.relu(x).square(),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
 
 
 def bias_act_reference(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -34,42 +24,33 @@ def bias_act_reference(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed
 
 
 def bias_act_backward_reference(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
-    at = saved if act == "relu" else saved + bias
-    dx = torch.where(at <= 0, 0, dy if act == "relu" else dy * (2 * at))
+    dx = GRADIENTS[act](dy, saved if act in SAVE_OUTPUT else saved + bias)
     return dx.contiguous(), dx.sum_to_size(bias.shape).contiguous()
-
-
-def _has_formula(act: str, dropout_p: float) -> bool:
-    return dropout_p == 0 and act in ("relu", "relu_squared")
 
 
 def _save(args, y):
     x, bias, act, dropout_p, seed = args
-    if act == "relu" and dropout_p == 0:
+    if act in SAVE_OUTPUT and dropout_p == 0:
         return (y, torch.empty_like(bias), act, dropout_p, seed)  # of the bias no more than its size is needed
     return (x, bias, act, dropout_p, seed)
 
 
 def _backward(ops, saved, wanted, dy):
     at, bias, act, dropout_p, _ = saved
-    if not _has_formula(act, dropout_p):
+    if dropout_p > 0:
         return None
     return ops.bias_act_backward(dy, at, bias, act)
 
 
 def _arguments(x: Tensor, bias: Tensor, act: str = "relu", dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple:
     for name, t in (("x", x), ("bias", bias)):
-        check_tensor("fastlm.bias_act", name, t)
-    if not isinstance(act, str) or act not in ACTIVATIONS:
-        raise ValueError(f"fastlm.bias_act: act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+        check_floating_point("fastlm.bias_act", name, t)
+    check_activation("fastlm.bias_act", act)
     check_dropout("fastlm.bias_act", dropout_p)
     if x.dim() < 1 or bias.shape != x.shape[-1:]:
         raise ValueError(
             f"fastlm.bias_act: bias must be (N,) for x (..., N) = {tuple(x.shape)}, got {tuple(bias.shape)}"
         )
-    for name, t in (("x", x), ("bias", bias)):
-        if not t.is_floating_point():
-            raise TypeError(f"fastlm.bias_act: {name} must be floating point, got {t.dtype}")
     check_same_dtype("fastlm.bias_act", "bias", bias, "x", x)
     if bias.device != x.device:
         raise ValueError(f"fastlm.bias_act: bias must be on the device of x, {x.device}, got {bias.device}")
@@ -85,7 +66,7 @@ def _contiguous_like(x: Tensor) -> Tensor:
 
 def _samples(device: str) -> list[tuple]:
     x = torch.linspace(-2, 2, 1001, device=device).view(7, 143)
-    return [(x, x[3].flip(0).contiguous(), act, 0.0, None) for act in ("relu", "relu_squared")]
+    return [(x, x[3].flip(0).contiguous(), act, 0.0, None) for act in ACTIVATIONS]
 
 
 define_op(

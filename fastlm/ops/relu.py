@@ -9,30 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlm._activations import ACTIVATIONS, GRADIENTS
+from fastlm._checks import check_floating_point
 from fastlm._library import define_op
 
 
-def _require_floating_point(op: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"fastlm.{op}: x must be floating point, got {x.dtype}")
-
-
 def relu_reference(x: Tensor) -> Tensor:
-    _require_floating_point("relu", x)
+    check_floating_point("fastlm.relu", "x", x)
     return torch.relu(x)
 
 
-def relu_backward_reference(dy: Tensor, y: Tensor) -> Tensor:
-    return torch.where(y <= 0, 0, dy)
-
-
 def relu_squared_reference(x: Tensor) -> Tensor:
-    _require_floating_point("relu_squared", x)
-    return torch.relu(x).square()
-
-
-def relu_squared_backward_reference(dy: Tensor, x: Tensor) -> Tensor:
-    return torch.where(x <= 0, 0, dy * (2 * x))
+    check_floating_point("fastlm.relu_squared", "x", x)
+    return ACTIVATIONS["relu_squared"](x)
 
 
 def _samples(device: str) -> list[tuple]:
@@ -49,7 +38,7 @@ def _fake_backward(dy: Tensor, saved: Tensor) -> Tensor:
 
 define_op(
     "relu_backward(Tensor dy, Tensor y) -> Tensor",
-    reference=relu_backward_reference,
+    reference=GRADIENTS["relu"],
     fake=_fake_backward,
     samples=_samples_backward,
 )
@@ -63,7 +52,7 @@ _relu = define_op(
 )
 define_op(
     "relu_squared_backward(Tensor dy, Tensor x) -> Tensor",
-    reference=relu_squared_backward_reference,
+    reference=GRADIENTS["relu_squared"],
     fake=_fake_backward,
     samples=_samples_backward,
 )

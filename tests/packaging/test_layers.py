@@ -9,16 +9,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fastlm"
 # Each part of the package, and the parts that it may import besides itself.
-OPS = {"ops", "_library", "_checks", "_dropout", "_version"}
+OPS = {"ops", "_library", "_activations", "_checks", "_dropout", "_version"}
 MODELS = {"nn", *OPS}
 MAY_IMPORT = {
     "_version": set(),
+    "_activations": set(),
     "_checks": set(),
     "_library": {"_checks"},
     "_native": set(),
     "_dropout": {"_library"},
     "kernels": {"_library", "_native", "_dropout"},
-    "ops": {"_library", "_checks", "_dropout"},
+    "ops": {"_library", "_activations", "_checks", "_dropout"},
     "nn": OPS,
     "models": MODELS,
     "optim": MODELS,

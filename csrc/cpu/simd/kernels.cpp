@@ -1,10 +1,10 @@
 // Compiled once per instruction set, with FASTLM_ISA naming it. To add an op, include its -inl.h and name its table.
 #include "kernels.h"
 
+#include "activation-inl.h"
 #include "adam-inl.h"
 #include "attention-inl.h"
 #include "limits-inl.h"
-#include "relu-inl.h"
 
 #define FASTLM_STRING_(x) #x
 #define FASTLM_STRING(x) FASTLM_STRING_(x)
@@ -12,6 +12,6 @@
 namespace fastlm::cpu::FASTLM_ISA {
 
 extern const Kernels kTable;
-const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kReluKernels, kAdamKernels, kAttentionKernels, kLimitsKernels};
+const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels, kAttentionKernels, kLimitsKernels};
 
 }  // namespace fastlm::cpu::FASTLM_ISA

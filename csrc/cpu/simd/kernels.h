@@ -4,16 +4,16 @@
 #include <cstdint>
 
 #include "../../dtype.h"
+#include "activation.h"
 #include "adam.h"
 #include "attention.h"
 #include "limits.h"
-#include "relu.h"
 
 namespace fastlm::cpu {
 
 struct Kernels {
   const char* isa;
-  ReluKernels relu;
+  ActivationKernels activation;
   AdamKernels adam;
   AttentionKernels attention;
   LimitsKernels limits;

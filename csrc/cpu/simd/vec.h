@@ -231,21 +231,34 @@ inline f32v exp2_fraction(f32v f) {
   p = fma(p, f, splat<f32v>(0x1.62e42cp-1f));
   return fma(p, f, splat<f32v>(1.0f));
 }
-inline f32v exp2(f32v x) {
+// `excess` is taken off x without being rounded into it.
+inline f32v exp2(f32v x, f32v excess = f32v{}) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   f32v f = (f32v)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  return (f32v)_mm512_scalef_ps((__m512)exp2_fraction(f), (__m512)x);  // scalef takes the floor of x itself
+  return (f32v)_mm512_scalef_ps((__m512)exp2_fraction(f - excess), (__m512)x);  // scalef takes the floor of x itself
 #else
   f32v bounded = x < -160.0f ? splat<f32v>(-160.0f) : (x > 160.0f ? splat<f32v>(160.0f) : x);  // NaN stays
   f32v shifted = (bounded - 0.5f) + 0x1.8p23f;  // the integer stands in the last bits
   i32v n = (i32v)shifted - 0x4b400000;
-  f32v p = exp2_fraction(bounded - (shifted - 0x1.8p23f));
+  f32v p = exp2_fraction(bounded - (shifted - 0x1.8p23f) - excess);
   i32v half = n >> 1;  // 2^n in two factors: one alone would leave the exponent's range
   return p * (f32v)((half + 127) << 23) * (f32v)((n - half + 127) << 23);
 #endif
 }
 inline f64v exp2(f64v x) {
   for (int i = 0; i < lanes_of<f64v>; ++i) x[i] = std::exp2(x[i]);
+  return x;
+}
+
+// e^x within 2 ulp. The rounding of x log2(e) would cost |x| / 2 ulp: it is found exactly and put back.
+inline f32v exp(f32v x) {
+  x = x < -110.0f ? splat<f32v>(-110.0f) : (x > 110.0f ? splat<f32v>(110.0f) : x);  // NaN stays; e^110 is inf, e^-110 is 0
+  f32v scaled = x * 0x1.715476p+0f;
+  f32v excess = fma(x, splat<f32v>(-0x1.715476p+0f), scaled);
+  return exp2(scaled, fma(x, splat<f32v>(-0x1.4ae0c0p-26f), excess));
+}
+inline f64v exp(f64v x) {
+  for (int i = 0; i < lanes_of<f64v>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
 

@@ -1,4 +1,4 @@
-"""bias + relu and bias + squared relu in C++: csrc/cpu/relu.cpp, csrc/cuda/relu.cu."""
+"""act(x + bias) in C++: csrc/cpu/activation.cpp; relu and squared relu in csrc/cuda/relu.cu."""
 
 from __future__ import annotations
 
@@ -7,39 +7,46 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels._common import unsupported_bias_act, unsupported_bias_act_backward
+from fastlm.kernels._common import (
+    unsupported_bias_act_backward_on_gpu,
+    unsupported_bias_act_on_gpu,
+    unsupported_dtype,
+)
 from fastlm.kernels.native._common import current_stream
 
 if _native.cpu is not None:
-    _forward, _backward = _native.cpu.bias_act_forward, _native.cpu.bias_act_backward
+    from fastlm.kernels.native.activation import ACTS
 
-    @kernel("bias_act", backend="native", device="cpu", supports=unsupported_bias_act)
+    def _unsupported(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
+        return "does not do dropout" if dropout_p > 0 else unsupported_dtype(x)
+
+    @kernel("bias_act", backend="native", device="cpu", supports=_unsupported)
     def bias_act(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
         x, bias = x.contiguous(), bias.contiguous()
         y = torch.empty_like(x)
-        _forward(x, bias, y, act == "relu_squared", torch.get_num_threads())
+        _native.cpu.bias_act_forward(x, bias, y, ACTS[act], torch.get_num_threads())
         return y
 
-    @kernel("bias_act_backward", backend="native", device="cpu", supports=unsupported_bias_act_backward)
+    @kernel("bias_act_backward", backend="native", device="cpu", supports=unsupported_dtype)
     def bias_act_backward(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
         dy, saved, bias = dy.contiguous(), saved.contiguous(), bias.contiguous()
         dx = torch.empty_like(saved)
         sums = torch.empty_like(bias, dtype=torch.float64 if bias.dtype == torch.float64 else torch.float32)
-        _backward(dy, saved, bias, dx, sums, act == "relu_squared", torch.get_num_threads())
+        _native.cpu.bias_act_backward(dy, saved, bias, dx, sums, ACTS[act], torch.get_num_threads())
         return dx, sums.to(bias.dtype)
 
 
 if _native.cuda is not None:
     _cuda = _native.cuda
 
-    @kernel("bias_act", backend="native", device="cuda", supports=unsupported_bias_act)
+    @kernel("bias_act", backend="native", device="cuda", supports=unsupported_bias_act_on_gpu)
     def bias_act_cuda(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
         x, bias = x.contiguous(), bias.contiguous()
         y = torch.empty_like(x)
         _cuda.bias_act_forward(x, bias, y, act == "relu_squared", current_stream(x))
         return y
 
-    @kernel("bias_act_backward", backend="native", device="cuda", supports=unsupported_bias_act_backward)
+    @kernel("bias_act_backward", backend="native", device="cuda", supports=unsupported_bias_act_backward_on_gpu)
     def bias_act_backward_cuda(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
         dy, saved, bias = dy.contiguous(), saved.contiguous(), bias.contiguous()
         dx = torch.empty_like(saved)

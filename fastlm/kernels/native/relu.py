@@ -1,4 +1,4 @@
-"""relu and squared relu in C++: csrc/cpu/relu.cpp, csrc/cuda/relu.cu."""
+"""relu and squared relu in C++: csrc/cpu/activation.cpp, csrc/cuda/relu.cu."""
 
 from __future__ import annotations
 
@@ -10,41 +10,30 @@ from fastlm.kernels._common import as_laid_out, flat
 from fastlm.kernels.native._common import current_stream
 
 if _native.cpu is not None:
-    _forward, _backward = _native.cpu.relu_forward, _native.cpu.relu_backward
+    from fastlm.kernels.native.activation import ACTS, gradient, value
+
+    _RELU, _RELU_SQUARED = ACTS["relu"], ACTS["relu_squared"]
+    _forward = _native.cpu.act_forward
 
     @kernel("relu", backend="native", device="cpu")
     def relu(x: Tensor) -> Tensor:
-        y = empty_like(x)
-        if x.is_contiguous():
-            _forward(x, y, False, get_num_threads())
-        else:
-            _forward(flat(as_laid_out(x, y)), flat(y), False, get_num_threads())
+        if not x.is_contiguous():
+            return value(x, _RELU)
+        y = empty_like(x)  # spelt out: a call more is felt on 64 elements
+        _forward(x, y, _RELU, get_num_threads())
         return y
 
     @kernel("relu_squared", backend="native", device="cpu")
     def relu_squared(x: Tensor) -> Tensor:
-        y = empty_like(x)
-        if x.is_contiguous():
-            _forward(x, y, True, get_num_threads())
-        else:
-            _forward(flat(as_laid_out(x, y)), flat(y), True, get_num_threads())
-        return y
-
-    def _gradient(dy: Tensor, saved: Tensor, squared: bool) -> Tensor:
-        dx = empty_like(saved)
-        if dy.is_contiguous() and saved.is_contiguous():
-            _backward(dy, saved, dx, squared, get_num_threads())
-        else:
-            _backward(flat(as_laid_out(dy, dx)), flat(as_laid_out(saved, dx)), flat(dx), squared, get_num_threads())
-        return dx
+        return value(x, _RELU_SQUARED)
 
     @kernel("relu_backward", backend="native", device="cpu")
     def relu_backward(dy: Tensor, y: Tensor) -> Tensor:
-        return _gradient(dy, y, False)
+        return gradient(dy, y, _RELU)
 
     @kernel("relu_squared_backward", backend="native", device="cpu")
     def relu_squared_backward(dy: Tensor, x: Tensor) -> Tensor:
-        return _gradient(dy, x, True)
+        return gradient(dy, x, _RELU_SQUARED)
 
 
 if _native.cuda is not None:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels._common import unsupported_bias_act, unsupported_bias_act_backward
+from fastlm.kernels._common import unsupported_bias_act_on_gpu, unsupported_bias_act_backward_on_gpu
 from fastlm.kernels.triton._common import launch, triton_kernel, widen
 from fastlm.kernels.triton.relu import act, act_backward
 
@@ -69,7 +69,7 @@ def _rows_and_columns(x: Tensor) -> tuple[int, int]:
     return (x.numel() // columns if columns else 0), columns
 
 
-@triton_kernel("bias_act", unsupported_bias_act)
+@triton_kernel("bias_act", unsupported_bias_act_on_gpu)
 def bias_act(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
     x, bias = x.contiguous(), bias.contiguous()
     y = torch.empty_like(x)
@@ -79,7 +79,7 @@ def bias_act(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor |
     return y
 
 
-@triton_kernel("bias_act_backward", unsupported_bias_act_backward)
+@triton_kernel("bias_act_backward", unsupported_bias_act_backward_on_gpu)
 def bias_act_backward(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
     dy, saved, bias = dy.contiguous(), saved.contiguous(), bias.contiguous()
     dx = torch.empty_like(saved)

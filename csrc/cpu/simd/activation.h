@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cstdint>
+
+#include "../../dtype.h"
+
+namespace fastlm::cpu {
+
+enum class Act : int { kNone, kRelu, kReluSquared, kGelu, kGeluTanh, kSilu, kSigmoid, kTanh };
+constexpr int kNumActs = 8;
+constexpr const char* kActNames[kNumActs] = {"none", "relu", "relu_squared", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"};
+
+// Arrays are dense, of n elements, or of `rows` rows with `cols` elements each, those of gate and up `gate_row` and `up_row`
+// elements apart. y may be x. Backward, `saved` is the output of relu, sigmoid and tanh (of none, either), and the input of
+// the others.
+struct ActivationKernels {
+  struct OfDType {
+    // y = act(x)
+    void (*forward)(const void* x, void* y, int64_t n);
+    void (*backward)(const void* dy, const void* saved, void* dx, int64_t n);
+    // y = act(x + bias)
+    void (*bias_forward)(const void* x, const void* bias, void* y, int64_t rows, int64_t cols);
+    // `saved` is the output, or x; column_sums (float; double for float64) receives the sum of dx over the rows, unrounded
+    void (*bias_backward)(const void* dy, const void* saved, const void* bias, void* dx, void* column_sums, int64_t rows,
+                          int64_t cols);
+    // y = act(gate) * up
+    void (*glu_forward)(const void* gate, const void* up, void* y, int64_t rows, int64_t cols, int64_t gate_row,
+                        int64_t up_row);
+    // The gradients are dense.
+    void (*glu_backward)(const void* dy, const void* gate, const void* up, void* dgate, void* dup, int64_t rows,
+                         int64_t cols, int64_t gate_row, int64_t up_row);
+  };
+  OfDType of[kNumActs][kNumFloatDTypes];
+};
+
+}  // namespace fastlm::cpu
