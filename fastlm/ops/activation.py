@@ -59,9 +59,12 @@ def _define(name: str):
         check_floating_point(f"fastlm.{name}", "x", x)
         return ACTIVATIONS[name](x)
 
+    def backward_reference(dy: Tensor, saved: Tensor) -> Tensor:
+        return GRADIENTS[name](dy, saved)
+
     define_op(
         f"{name}_backward(Tensor dy, Tensor saved) -> Tensor",
-        reference=GRADIENTS[name],
+        reference=backward_reference,
         fake=lambda dy, saved: torch.empty_like(saved),
         samples=_samples_backward,
     )

@@ -19,9 +19,17 @@ def relu_reference(x: Tensor) -> Tensor:
     return torch.relu(x)
 
 
+def relu_backward_reference(dy: Tensor, y: Tensor) -> Tensor:
+    return GRADIENTS["relu"](dy, y)
+
+
 def relu_squared_reference(x: Tensor) -> Tensor:
     check_floating_point("fastlm.relu_squared", "x", x)
     return ACTIVATIONS["relu_squared"](x)
+
+
+def relu_squared_backward_reference(dy: Tensor, x: Tensor) -> Tensor:
+    return GRADIENTS["relu_squared"](dy, x)
 
 
 def _samples(device: str) -> list[tuple]:
@@ -38,7 +46,7 @@ def _fake_backward(dy: Tensor, saved: Tensor) -> Tensor:
 
 define_op(
     "relu_backward(Tensor dy, Tensor y) -> Tensor",
-    reference=GRADIENTS["relu"],
+    reference=relu_backward_reference,
     fake=_fake_backward,
     samples=_samples_backward,
 )
@@ -52,7 +60,7 @@ _relu = define_op(
 )
 define_op(
     "relu_squared_backward(Tensor dy, Tensor x) -> Tensor",
-    reference=GRADIENTS["relu_squared"],
+    reference=relu_squared_backward_reference,
     fake=_fake_backward,
     samples=_samples_backward,
 )

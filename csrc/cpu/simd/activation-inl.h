@@ -18,7 +18,7 @@ inline f32v tanh(f32v x) {
   p = fma(p, z, splat<f32v>(-0x1.b9a04ep-5f));
   p = fma(p, z, splat<f32v>(0x1.110feap-3f));
   p = fma(p, z, splat<f32v>(-0x1.555554p-2f));
-  f32v near = fma(p * z, x, x), far = 1.0f - 2.0f / (1.0f + exp(u + u));
+  f32v near = x * fma(p, z, splat<f32v>(1)), far = 1.0f - 2.0f / (1.0f + exp(u + u));
   return u < 0.55f ? near : (x < 0.0f ? -far : far);
 }
 inline f64v tanh(f64v x) {
