@@ -18,8 +18,7 @@ ACTIVATIONS = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-# Those whose gradient is computed from the output, which the next layer keeps anyway (or, none, from neither); the others'
-# from the input.
+# Those whose gradient is computed from the output, which the next layer keeps anyway, the others' from the input.
 SAVE_OUTPUT = frozenset({"none", "relu", "sigmoid", "tanh"})
 
 

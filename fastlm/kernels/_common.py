@@ -40,7 +40,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def matrix(x: Tensor) -> Tensor:
-    """x as rows of its last dimension, (numel / N, N) with the elements of a row next to each other: a view or a copy."""
+    """x (..., N) as (rows, N) with the elements of a row next to each other: a view or a copy."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
     return with_rows(x.reshape(rows, x.shape[-1]))
 

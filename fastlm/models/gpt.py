@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlm.ops.activation import gelu
 from fastlm.ops.attention import attention
 from fastlm.ops.relu import relu, relu_squared
 
-ACTIVATIONS = {"relu_squared": relu_squared, "relu": relu, "gelu": F.gelu}
+ACTIVATIONS = {"relu_squared": relu_squared, "relu": relu, "gelu": gelu}
 
 
 @dataclass(frozen=True)

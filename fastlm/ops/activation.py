@@ -1,7 +1,7 @@
 """gelu, silu, sigmoid and tanh, elementwise, any shape, floating point.
 
-gelu(x) = x Φ(x), Φ the normal distribution, or its tanh approximation; silu(x) = x sigmoid(x). sigmoid and tanh save their
-output, which the next layer keeps anyway; gelu and silu their input, by reference.
+gelu(x) = x Φ(x), Φ the normal distribution, or its tanh approximation; silu(x) = x sigmoid(x). sigmoid and tanh save
+their output, which the next layer keeps anyway; gelu and silu their input, by reference.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """bias_act(x, bias) = dropout(act(x + bias)): x (..., N), bias (N,), floating point.
 
-Without dropout, relu, sigmoid and tanh save their output, which the next layer keeps anyway; every other form its inputs, by
-reference.
+Without dropout, none, relu, sigmoid and tanh save their output, which the next layer keeps anyway; every other form its
+inputs, by reference.
 Under autocast the bias follows x, which comes from a product that autocast has already put into the lower precision.
 """
 

@@ -62,7 +62,7 @@ _glu = define_op(
 
 
 def glu(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
-    """act(gate) * up: the gated linear units of Shazeer (2020, https://arxiv.org/abs/2002.05202), in one pass over memory.
+    """act(gate) * up, a gated linear unit (Shazeer 2020, https://arxiv.org/abs/2002.05202), in one pass over memory.
 
     Args:
         gate: (..., N), floating point; a half of one product, such as ``x.chunk(2, -1)`` gives, is not copied.

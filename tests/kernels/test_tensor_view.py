@@ -38,7 +38,7 @@ def test_too_many_dimensions_apart_get_a_sentence(reader):
     with pytest.raises(
         ValueError, match="tensor has 9 dimensions, more than 8 of which do not lie one behind the other"
     ):
-        _native.cpu.relu_forward(x, x, False, 1)
+        _native.cpu.act_forward(x, x, 1, 1)
     torch.testing.assert_close(fastlm.relu(x), torch.relu(x))
 
 
@@ -55,4 +55,4 @@ def test_a_tensor_without_memory_is_refused(reader):
         fakes = [torch.empty(8), torch.empty(8)[3:]]
     for fake in fakes:
         with pytest.raises((ValueError, RuntimeError)):
-            _native.cpu.relu_forward(fake, fake, False, 1)
+            _native.cpu.act_forward(fake, fake, 1, 1)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels._common import unsupported_bias_act_on_gpu, unsupported_bias_act_backward_on_gpu
+from fastlm.kernels._common import unsupported_bias_act_backward_on_gpu, unsupported_bias_act_on_gpu
 from fastlm.kernels.triton._common import launch, triton_kernel, widen
 from fastlm.kernels.triton.relu import act, act_backward
 

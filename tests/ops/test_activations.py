@@ -1,4 +1,4 @@
-"""relu, relu_squared and bias_act: values, every gradient, transforms, layouts, NaN, bad input, on every backend."""
+"""Activations, alone, after a bias and in gated units: every test on every backend."""
 
 import pytest
 import torch
@@ -9,17 +9,28 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import fastlm
 
-OPS = {
-    "relu": (fastlm.relu, torch.relu),
-    "relu_squared": (fastlm.relu_squared, lambda x: torch.relu(x).square()),
-    "bias_act relu": (lambda x: fastlm.bias_act(x, _bias(x), "relu"), lambda x: torch.relu(x + _bias(x))),
-    "bias_act relu_squared": (
-        lambda x: fastlm.bias_act(x, _bias(x), "relu_squared"),
-        lambda x: torch.relu(x + _bias(x)).square(),
-    ),
+ACTS = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "relu_squared": lambda x: torch.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
 }
+OURS = {"gelu_tanh": lambda x: fastlm.gelu(x, "tanh")}
+OPS = {act: (OURS.get(act) or getattr(fastlm, act), theirs) for act, theirs in ACTS.items() if act != "none"}
+OPS |= {
+    f"bias_act {act}": (lambda x, act=act: fastlm.bias_act(x, _bias(x), act), lambda x, f=f: f(x + _bias(x)))
+    for act, f in ACTS.items()
+}
+OPS |= {
+    f"glu {act}": (lambda x, act=act: fastlm.glu(x, x.neg(), act), lambda x, f=f: f(x) * x.neg())
+    for act, f in ACTS.items()
+}
+FEW = [name for name in OPS if name.split()[-1] in ("relu", "gelu", "silu", "tanh")]  # of what takes seconds each
 SHAPES = [(0,), (1,), (63,), (64,), (65,), (3, 0), (0, 5), (7, 1), (2, 3, 17), (513, 129), (40000, 3)]
-ACTS = ["none", "relu", "relu_squared", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"]
 
 
 def _bias(x):
@@ -114,17 +125,57 @@ def test_bias_act_gradients(act):
     x, b = numbers((3, 4), torch.float64).requires_grad_(), numbers((4,), torch.float64, 1).requires_grad_()
     assert gradcheck(fastlm.bias_act, (x, b, act), check_forward_ad=True, check_batched_grad=True)
     assert gradgradcheck(fastlm.bias_act, (x, b, act))
-    exact = {
-        "none": lambda t: t,
-        "relu_squared": lambda t: torch.relu(t).square(),
-        "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
-    }
-    torch.testing.assert_close(
-        fastlm.bias_act(x, b, act), (exact.get(act) or getattr(F, act, None) or getattr(torch, act))(x + b)
-    )
+    torch.testing.assert_close(fastlm.bias_act(x, b, act), ACTS[act](x + b))
 
 
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("act", ACTS)
+def test_glu_gradients(act, backend):
+    gate, up = numbers((3, 4), torch.float64).requires_grad_(), numbers((3, 4), torch.float64, 1).requires_grad_()
+    assert gradcheck(fastlm.glu, (gate, up, act), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(fastlm.glu, (gate, up, act))
+
+
+def test_glu_reads_halves_in_place(backend):
+    """The two halves of one product: rows that lie apart."""
+    both = numbers((2, 7, 34)).requires_grad_()
+    other = both.detach().clone().requires_grad_()
+    gate, up = other.chunk(2, dim=-1)
+    dy = numbers((2, 7, 17), seed=1)
+    y = fastlm.glu(*both.chunk(2, dim=-1))
+    want = F.silu(gate) * up
+    torch.testing.assert_close(y, want)
+    y.backward(dy)
+    want.backward(dy)
+    torch.testing.assert_close(both.grad, other.grad)
+    transposed = numbers((5, 6))
+    torch.testing.assert_close(fastlm.glu(transposed.T, transposed.T, "relu"), torch.relu(transposed.T) * transposed.T)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ((torch.ones(3), torch.ones(4)), ValueError, "gate and up must have one shape"),
+        ((torch.ones(()), torch.ones(())), ValueError, "gate and up must have one shape"),
+        ((torch.ones(3), torch.ones(3).double()), TypeError, "up must have the dtype of gate"),
+        ((torch.ones(3, dtype=torch.int64),) * 2, TypeError, "gate must be floating point"),
+        ((torch.ones(3), torch.ones(3), "swish"), ValueError, r"act must be one of none, relu"),
+        ((torch.ones(3), torch.ones(3, device="meta")), ValueError, "up must be on the device of gate"),
+        ((torch.ones(3), 1.0), TypeError, "up must be a tensor, got float"),
+    ],
+)
+def test_glu_says_what_is_wrong(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fastlm.glu(*arguments)
+
+
+def test_gelu_says_what_is_wrong():
+    with pytest.raises(ValueError, match="approximate must be one of none, tanh, got 'erf'"):
+        fastlm.gelu(numbers((3,)), "erf")
+    with pytest.raises(TypeError, match="x must be floating point, got torch"):
+        fastlm.gelu(torch.ones(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", FEW)
 def test_transforms(name, backend):
     ours, theirs = (lambda x, f=f: f(x).pow(2).sum() for f in OPS[name])
     x = numbers((3, 4))
@@ -137,22 +188,20 @@ def test_transforms(name, backend):
         torch.testing.assert_close(transform(ours)(x), transform(theirs)(x))
 
 
-@pytest.mark.parametrize(
-    "name", ["relu", "relu_backward", "relu_squared", "relu_squared_backward", "bias_act", "bias_act_backward"]
-)
+@pytest.mark.parametrize("name", ["relu", "relu_squared", "gelu", "silu", "sigmoid", "tanh", "bias_act", "glu"])
 def test_opcheck(name, backend):
-    x = numbers((3, 4)).requires_grad_()
-    b = numbers((4,)).requires_grad_()
-    args = {1: (x,), 2: (x.detach().exp().requires_grad_(), x)}[2 if name.startswith("relu") and "back" in name else 1]
-    if name.startswith("bias_act"):
-        args = (
-            (x, b, "relu_squared") if name == "bias_act" else (x, x.exp().detach().requires_grad_(), b, "relu_squared")
-        )
-    torch.library.opcheck(overload(name, backend), args)
+    x, dy = numbers((3, 4)).requires_grad_(), numbers((3, 4), seed=1).requires_grad_()
+    more = {
+        "gelu": ("tanh",),
+        "bias_act": (numbers((4,), seed=2).requires_grad_(), "relu_squared"),
+        "glu": (numbers((3, 4), seed=3).requires_grad_(), "silu"),
+    }.get(name, ())
+    torch.library.opcheck(overload(name, backend), (x, *more))
+    torch.library.opcheck(overload(f"{name}_backward", backend), (dy, x, *more))
 
 
 @pytest.mark.parametrize("choice", ["auto", "native", "reference"])
-@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("name", FEW)
 def test_compile(name, choice):
     if choice == "native" and not ISAS:
         pytest.skip("no compiled CPU module")
@@ -292,7 +341,7 @@ def test_memory_that_elements_share_is_not_dense():
 
     x = torch.randn(8).as_strided((2, 4), (7, 0))
     with pytest.raises(ValueError, match="tensors must be dense"):
-        _native.cpu.relu_forward(x, x, False, 1)
+        _native.cpu.act_forward(x, x, 0, 1)
     torch.testing.assert_close(fastlm.relu(x), torch.relu(x))
 
 

@@ -1,0 +1,7 @@
+"""The cases of fastlm/benchmarks/cases/activation.py under pytest-benchmark."""
+
+GROUP = "activation"
+
+
+def bench_activation(measure, case):
+    measure(case)
