@@ -217,8 +217,8 @@ inline bool pack_depth(const T* src, int64_t stride, int64_t rows, int64_t cols,
       for (int64_t w = 0; w < ld; w += kL) {
         int n = static_cast<int>(larger(0, smaller(kL, cols - w)));
         u32v low{}, high{};
-        if (n > 0 && r < rows) low = __builtin_convertvector(load_u16_n(src + w, n), u32v);
-        if (n > 0 && r + 1 < rows) high = __builtin_convertvector(load_u16_n(src + stride + w, n), u32v);
+        if (n > 0 && r < rows) low = widen_bits(load_u16_n(src + w, n));
+        if (n > 0 && r + 1 < rows) high = widen_bits(load_u16_n(src + stride + w, n));
         u32v v = low | (high << 16);
         check += Words<W>::times_zero(v);
         std::memcpy(dst + w, &v, sizeof v);

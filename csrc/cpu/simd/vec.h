@@ -54,14 +54,34 @@ template <class V, class S> inline V splat(S s) {
 }
 
 // --- 16-bit formats ---------------------------------------------------------------------------------------------------
-inline f32v widen_bf16(u16h h) { return (f32v)(__builtin_convertvector(h, u32v) << 16); }
+// By intrinsics where there are any: of the conversion as the extension has it, GCC 12 makes four to eight instructions.
+inline u32v widen_bits(u16h h) {
+#if defined(__AVX512F__)
+  return (u32v)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (u32v)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, u32v);
+#endif
+}
+inline u16h narrow_bits(u32v v) {  // below 2^16 each
+#if defined(__AVX512F__)
+  return (u16h)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  return (u16h)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+#else
+  return __builtin_convertvector(v, u16h);
+#endif
+}
+
+inline f32v widen_bf16(u16h h) { return (f32v)(widen_bits(h) << 16); }
 
 // Integer rounding, not vcvtneps2bf16: that instruction flushes denormals, torch does not.
 inline u16h narrow_bf16(f32v v) {
   u32v u = (u32v)v;
   u32v rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   u32v quiet_nan = (u >> 16) | 0x40u;
-  return __builtin_convertvector((u32v)(v != v ? quiet_nan : rounded), u16h);
+  return narrow_bits((u32v)(v != v ? quiet_nan : rounded));
 }
 
 inline f32v widen_f16(u16h h) {
@@ -70,7 +90,7 @@ inline f32v widen_f16(u16h h) {
 #elif defined(__AVX2__)
   return (f32v)_mm256_cvtph_ps((__m128i)h);
 #else
-  u32v u = __builtin_convertvector(h, u32v), magnitude = (u & 0x7fffu) << 13;
+  u32v u = widen_bits(h), magnitude = (u & 0x7fffu) << 13;
   f32v scaled = (f32v)magnitude * 0x1p112f;  // rebiases the exponent, and makes normal numbers of denormals
   u32v special = magnitude | 0x7f800000u;    // inf and NaN
   return (f32v)(((u & 0x8000u) << 16) | (magnitude >= 0x0f800000u ? special : (u32v)scaled));
@@ -90,7 +110,7 @@ inline u16h narrow_f16(f32v v) {
   u32v denormal = (u32v)((f32v)magnitude + 0.5f) - 0x3f000000u;
   u32v infinite = magnitude > 0x7f800000u ? 0x7e00u + (u32v){} : 0x7c00u + (u32v){};
   u32v half = magnitude >= 0x47800000u ? infinite : (magnitude < 0x38800000u ? denormal : normal);
-  return __builtin_convertvector(half | ((u >> 16) & 0x8000u), u16h);
+  return narrow_bits(half | ((u >> 16) & 0x8000u));
 #endif
 }
 
@@ -231,19 +251,24 @@ inline f32v exp2_fraction(f32v f) {
   p = fma(p, f, splat<f32v>(0x1.62e42cp-1f));
   return fma(p, f, splat<f32v>(1.0f));
 }
-// `excess` is taken off x without being rounded into it.
-inline f32v exp2(f32v x, f32v excess = f32v{}) {
+// For |x| <= 160; `excess` is taken off x without being rounded into it.
+inline f32v exp2_bounded(f32v x, f32v excess) {
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
   f32v f = (f32v)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   return (f32v)_mm512_scalef_ps((__m512)exp2_fraction(f - excess), (__m512)x);  // scalef takes the floor of x itself
 #else
-  f32v bounded = x < -160.0f ? splat<f32v>(-160.0f) : (x > 160.0f ? splat<f32v>(160.0f) : x);  // NaN stays
-  f32v shifted = (bounded - 0.5f) + 0x1.8p23f;  // the integer stands in the last bits
+  f32v shifted = (x - 0.5f) + 0x1.8p23f;  // the integer stands in the last bits
   i32v n = (i32v)shifted - 0x4b400000;
-  f32v p = exp2_fraction(bounded - (shifted - 0x1.8p23f) - excess);
+  f32v p = exp2_fraction(x - (shifted - 0x1.8p23f) - excess);
   i32v half = n >> 1;  // 2^n in two factors: one alone would leave the exponent's range
   return p * (f32v)((half + 127) << 23) * (f32v)((n - half + 127) << 23);
 #endif
+}
+inline f32v exp2(f32v x) {
+#if !(defined(__AVX512F__) && defined(__AVX512DQ__))  // its instructions take any x
+  x = x < -160.0f ? splat<f32v>(-160.0f) : (x > 160.0f ? splat<f32v>(160.0f) : x);  // NaN stays
+#endif
+  return exp2_bounded(x, f32v{});
 }
 inline f64v exp2(f64v x) {
   for (int i = 0; i < lanes_of<f64v>; ++i) x[i] = std::exp2(x[i]);
@@ -255,7 +280,7 @@ inline f32v exp(f32v x) {
   x = x < -110.0f ? splat<f32v>(-110.0f) : (x > 110.0f ? splat<f32v>(110.0f) : x);  // NaN stays; e^110 is inf, e^-110 is 0
   f32v scaled = x * 0x1.715476p+0f;
   f32v excess = fma(x, splat<f32v>(-0x1.715476p+0f), scaled);
-  return exp2(scaled, fma(x, splat<f32v>(-0x1.4ae0c0p-26f), excess));
+  return exp2_bounded(scaled, fma(x, splat<f32v>(-0x1.4ae0c0p-26f), excess));
 }
 inline f64v exp(f64v x) {
   for (int i = 0; i < lanes_of<f64v>; ++i) x[i] = std::exp(x[i]);
