@@ -8,6 +8,7 @@
 #include "cpu/attention.h"
 #include "cpu/isa.h"
 #include "cpu/limits.h"
+#include "cpu/norm.h"
 #include "cpu/parallel.h"
 
 namespace fastlm {
@@ -88,6 +89,42 @@ void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView
   run_kernel(dy.numel(), [&] {
     cpu::glu_backward(a, dy.dtype, dy.data, gate.data, up.data, dgate.data, dup.data, dy.shape[0], dy.shape[1],
                       gate.strides[0], up.strides[0], threads);
+  });
+}
+
+const void* data_of(const OptionalTensor& t) { return t ? t->data : nullptr; }
+
+void norm_forward(const TensorView& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                  const OptionalTensor& bias, const TensorView& y, const OptionalTensor& sum, double eps, bool centred,
+                  int threads) {
+  const char* op = "norm";
+  border.check_same_dense(op, x, {&y});
+  border.check_matrix(op, "x", x, x, true);
+  int64_t rows = x.shape[0], cols = x.shape[1];
+  if (residual) border.check_matrix(op, "residual", x, *residual, true);
+  FASTLM_CHECK(residual.has_value() == sum.has_value(), op, ": residual and sum go together");
+  if (sum) border.check_matrix(op, "sum", x, *sum, true);
+  if (weight) border.check_sums(op, "weight", x, *weight, cols);
+  if (bias) border.check_sums(op, "bias", x, *bias, cols);
+  run_kernel(rows * cols, [&] {
+    cpu::norm_forward(x.dtype, x.data, data_of(residual), data_of(weight), data_of(bias), y.data,
+                      sum ? sum->data : nullptr, rows, cols, eps, centred, threads);
+  });
+}
+
+void norm_backward(const TensorView& dy, const OptionalTensor& dsum, const TensorView& s, const OptionalTensor& weight,
+                   const TensorView& dx, const OptionalTensor& sums, double eps, bool centred, int threads) {
+  const char* op = "norm_backward";
+  border.check_same_dense(op, dy, {&s, &dx});
+  border.check_matrix(op, "dy", dy, dy, true);
+  int64_t rows = dy.shape[0], cols = dy.shape[1];
+  if (dsum) border.check_matrix(op, "dsum", dy, *dsum, true);
+  if (weight) border.check_sums(op, "weight", dy, *weight, cols);
+  int64_t sum_rows = sums ? sums->shape[0] : 0;
+  if (sums) border.check_sums(op, "sums", dy, *sums, sum_rows * cols);
+  run_kernel(rows * cols, [&] {
+    cpu::norm_backward(dy.dtype, dy.data, data_of(dsum), s.data, data_of(weight), dx.data, sums ? sums->data : nullptr,
+                       sum_rows, rows, cols, eps, centred, threads);
   });
 }
 
@@ -209,6 +246,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("bias_act_backward", &fastlm::bias_act_backward);
   m.def("glu_forward", &fastlm::glu_forward);
   m.def("glu_backward", &fastlm::glu_backward);
+  m.def("norm_forward", &fastlm::norm_forward);
+  m.def("norm_backward", &fastlm::norm_backward);
 
   // diagonal: query i sees key j iff j <= i + diagonal
   m.def("attention_forward", &fastlm::attention_forward);

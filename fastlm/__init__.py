@@ -9,6 +9,7 @@ from fastlm.ops.activation import gelu, sigmoid, silu, tanh
 from fastlm.ops.attention import attention, scaled_dot_product_attention
 from fastlm.ops.bias_act import bias_act
 from fastlm.ops.glu import glu
+from fastlm.ops.norm import layer_norm, rms_norm
 from fastlm.ops.relu import relu, relu_squared
 
 
@@ -30,10 +31,12 @@ __all__ = [
     "bias_act",
     "gelu",
     "glu",
+    "layer_norm",
     "models",
     "optim",
     "relu",
     "relu_squared",
+    "rms_norm",
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",

@@ -35,12 +35,6 @@ struct Arena {
   }
 };
 
-template <class V> inline V lane_numbers() {
-  V v{};
-  for (int i = 0; i < lanes_of<V>; ++i) v[i] = i;
-  return v;
-}
-
 // --- scores to words --------------------------------------------------------------------------------------------------
 // A vector from each of `terms` consecutive rows, to one vector of words that span the rows.
 template <class W> inline word_vec<W> span_rows(const sum_vec<W> (&rows)[1]) { return rows[0]; }

@@ -5,6 +5,7 @@
 #include "adam-inl.h"
 #include "attention-inl.h"
 #include "limits-inl.h"
+#include "norm-inl.h"
 
 #define FASTLM_STRING_(x) #x
 #define FASTLM_STRING(x) FASTLM_STRING_(x)
@@ -12,6 +13,6 @@
 namespace fastlm::cpu::FASTLM_ISA {
 
 extern const Kernels kTable;
-const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels, kAttentionKernels, kLimitsKernels};
+const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels, kAttentionKernels, kLimitsKernels, kNormKernels};
 
 }  // namespace fastlm::cpu::FASTLM_ISA

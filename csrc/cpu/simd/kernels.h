@@ -8,6 +8,7 @@
 #include "adam.h"
 #include "attention.h"
 #include "limits.h"
+#include "norm.h"
 
 namespace fastlm::cpu {
 
@@ -17,6 +18,7 @@ struct Kernels {
   AdamKernels adam;
   AttentionKernels attention;
   LimitsKernels limits;
+  NormKernels norm;
 };
 
 }  // namespace fastlm::cpu

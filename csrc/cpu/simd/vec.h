@@ -287,6 +287,12 @@ inline f64v exp(f64v x) {
   return x;
 }
 
+template <class V> inline V lane_numbers() {
+  V v{};
+  for (int i = 0; i < lanes_of<V>; ++i) v[i] = i;
+  return v;
+}
+
 template <class V> inline auto reduce_add(V v) {
   auto sum = v[0];
   for (int i = 1; i < lanes_of<V>; ++i) sum += v[i];

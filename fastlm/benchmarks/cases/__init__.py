@@ -6,7 +6,7 @@ import importlib
 
 from fastlm.benchmarks.harness import Case
 
-GROUPS = ("import_time", "dispatch", "relu", "activation", "bias_act", "glu", "attention", "adam", "train")
+GROUPS = ("import_time", "dispatch", "relu", "activation", "bias_act", "glu", "norm", "attention", "adam", "train")
 
 
 def cases(group: str, device: str = "cpu", quick: bool = False) -> list[Case]:

@@ -1,0 +1,57 @@
+// What ops over rows share: offsets, how rows are split over threads, sums over columns.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../dtype.h"
+#include "parallel.h"
+
+namespace fastlm::cpu {
+
+// Below this many elements a thread costs more to wake than it saves; measured with bench_relu.
+constexpr int64_t kGrain = 1 << 15;
+
+inline int64_t row_grain(int64_t cols) { return cols > 0 ? (kGrain + cols - 1) / cols : 1; }
+
+inline const void* at(const void* base, int64_t offset, DType dtype) {
+  return base == nullptr ? nullptr : static_cast<const char*>(base) + offset * size_of(dtype);
+}
+inline void* at(void* base, int64_t offset, DType dtype) {
+  return base == nullptr ? nullptr : static_cast<char*>(base) + offset * size_of(dtype);
+}
+
+// body(first row, rows, sums) for chunks of rows; the `width` sums that it fills for each chunk are added up into `out`,
+// which may be null. In the chunk they are of the dtype's sums, across chunks in double; the chunk does not depend on the
+// number of threads, so neither does the result.
+template <class Sum, class Body>
+void sum_by_chunks(int64_t rows, int64_t cols, int64_t width, Sum* out, int threads, const Body& body) {
+  constexpr int64_t kRowChunk = 512;
+  int64_t chunks = (rows + kRowChunk - 1) / kRowChunk;
+  std::vector<Sum> partial(chunks * width);
+  parallel_for(rows * cols < kGrain ? 1 : threads, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      int64_t row = chunk * kRowChunk;
+      body(row, std::min(kRowChunk, rows - row), &partial[chunk * width]);
+    }
+  });
+  if (out == nullptr) return;
+  for (int64_t c = 0; c < width; ++c) {
+    double sum = 0;
+    for (int64_t i = 0; i < chunks; ++i) sum += partial[i * width + c];
+    out[c] = static_cast<Sum>(sum);
+  }
+}
+
+// The same with sums of the dtype: double for double, float for the others.
+template <class Body>
+void sum_by_chunks(DType dtype, int64_t rows, int64_t cols, int64_t width, void* out, int threads, const Body& body) {
+  if (dtype == DType::kF64) {
+    sum_by_chunks(rows, cols, width, static_cast<double*>(out), threads, body);
+  } else {
+    sum_by_chunks(rows, cols, width, static_cast<float*>(out), threads, body);
+  }
+}
+
+}  // namespace fastlm::cpu
