@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlm.nn import LayerNorm
 from fastlm.ops.activation import gelu
 from fastlm.ops.attention import attention
+from fastlm.ops.norm import rms_norm
 from fastlm.ops.relu import relu, relu_squared
 
 ACTIVATIONS = {"relu_squared": relu_squared, "relu": relu, "gelu": gelu}
@@ -113,7 +115,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_dim)
         qk, v = qkv.split((2, 1), dim=2)  # (B, T, 2, H, D), (B, T, 1, H, D)
         # Of unit root-mean-square, so that no logit exceeds sqrt(D) and a large learning rate stays stable.
-        qk = rotate(F.rms_norm(qk, (self.head_dim,)), cos, sin).to(v.dtype)
+        qk = rotate(rms_norm(qk, self.head_dim), cos, sin).to(v.dtype)
         (q, k), v = qk.unbind(2), v.squeeze(2)  # (B, T, H, D) each
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, S, H, D), S = tokens in the cache + T
@@ -136,15 +138,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.norm_attn = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.norm_attn = LayerNorm(config.n_embd, bias=config.bias)
         self.attn = Attention(config)
-        self.norm_mlp = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.norm_mlp = LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: Cache | None = None) -> Tensor:
-        x = x + self.drop(self.attn(self.norm_attn(x), cos, sin, layer, cache))  # (B, T, C)
-        return x + self.drop(self.mlp(self.norm_mlp(x)))  # (B, T, C)
+        branch = self.drop(self.attn(self.norm_attn(x), cos, sin, layer, cache))  # (B, T, C)
+        y, x = self.norm_mlp(branch, residual=x)
+        return x + self.drop(self.mlp(y))  # (B, T, C)
 
 
 class GPT(nn.Module):
@@ -156,7 +159,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.norm = LayerNorm(config.n_embd, bias=config.bias)
         self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.head.weight = self.embed.weight  # tied: (V, C) both ways
         self._make_rope_tables()

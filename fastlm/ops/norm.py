@@ -170,12 +170,14 @@ def _run(op: str, plain, added, x, normalized_shape, parameters: dict, eps: floa
                 raise TypeError(f"{op}: {name} must be float32 or of the dtype of x, {x.dtype}, got {t.dtype}")
     if residual is not None:
         check_floating_point(op, "residual", residual)
-        if residual.shape != x.shape or residual.dtype != x.dtype:
-            like, got = (f"{t.dtype} {tuple(t.shape)}" for t in (x, residual))
-            raise ValueError(f"{op}: residual must be like x, {like}, got {got}")
+        if residual.shape != x.shape:
+            raise ValueError(f"{op}: residual must be of x's shape, {tuple(x.shape)}, got {tuple(residual.shape)}")
     for name, t in (*parameters.items(), ("residual", residual)):
         if t is not None and t.device != x.device:
             raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
+    if residual is not None:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
     size = x.shape
     x, residual, *extras = (
         t if t is None or len(shape) == 1 else t.flatten(-len(shape)) for t in (x, residual, *parameters.values())
@@ -201,10 +203,10 @@ def layer_norm(
         normalized_shape: the last sizes of x, over which mean and variance are taken.
         weight, bias: of normalized_shape, float32 or of x's dtype.
         eps: added to the variance.
-        residual: of x's shape and dtype; added to x first.
+        residual: of x's shape; added to x first, in the dtype that x + residual has.
 
     Returns:
-        y, contiguous, of x's shape and dtype; with residual (y, x + residual).
+        y, contiguous, of x's shape and dtype; with residual (y, x + residual), of that one's.
 
     Raises:
         ValueError: sizes or devices that do not fit. TypeError: dtypes that do not fit.
@@ -228,10 +230,10 @@ def rms_norm(
         weight: of normalized_shape, float32 or of x's dtype.
         eps: added to the mean square; where not given, the spacing at 1 of the dtype that is computed in, float32 for
             16-bit x, as in torch.
-        residual: of x's shape and dtype; added to x first.
+        residual: of x's shape; added to x first, in the dtype that x + residual has.
 
     Returns:
-        y, contiguous, of x's shape and dtype; with residual (y, x + residual).
+        y, contiguous, of x's shape and dtype; with residual (y, x + residual), of that one's.
 
     Raises:
         ValueError: sizes or devices that do not fit. TypeError: dtypes that do not fit.

@@ -85,7 +85,7 @@ def test_every_weight_learns(act, bias):
 def test_weights_live_in_stock_modules():
     model = make(bias=True)
     stock = {
-        id(p) for m in model.modules() if type(m) in (nn.Linear, nn.Embedding, nn.LayerNorm) for p in m.parameters()
+        id(p) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding, nn.LayerNorm)) for p in m.parameters()
     }
     assert {id(p) for p in model.parameters()} == stock
     assert model.head.weight is model.embed.weight

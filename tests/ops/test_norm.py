@@ -183,6 +183,13 @@ def test_bits_do_not_depend_on_threads(threads):
         assert torch.equal(a, b)
 
 
+def test_a_residual_of_another_dtype_is_added_as_torch_adds_it():
+    x, r = numbers((3, 8), torch.bfloat16), numbers((3, 8), seed=1)
+    y, s = fastlm.layer_norm(x, 8, residual=r)
+    assert y.dtype == s.dtype == torch.float32
+    torch.testing.assert_close((y, s), (F.layer_norm(x + r, (8,)), x + r))
+
+
 def test_several_dimensions():
     x, r = numbers((3, 4, 5)), numbers((3, 4, 5), seed=1)
     w, b = numbers((4, 5), seed=2), numbers((4, 5), seed=3)
@@ -204,7 +211,7 @@ def test_several_dimensions():
         ({"weight": torch.ones(3)}, ValueError, "weight must be of normalized_shape"),
         ({"weight": torch.ones(4).double()}, TypeError, "weight must be float32 or of the dtype of x"),
         ({"weight": 1.0}, TypeError, "weight must be a tensor, got float"),
-        ({"residual": torch.ones(4)}, ValueError, "residual must be like x"),
+        ({"residual": torch.ones(4)}, ValueError, "residual must be of x's shape"),
         ({"residual": torch.ones(3, 4, device="meta")}, ValueError, "residual must be on the device of x"),
         ({"eps": torch.ones(())}, TypeError, "eps must be a number, got Tensor"),
     ],
