@@ -65,7 +65,7 @@ struct Border {
 
   // A buffer of sums: contiguous, double for double, else float.
   void check_sums(const char* op, const char* name, const TensorView& first, const TensorView& t, int64_t numel) const {
-    DType sum = first.dtype == DType::kF64 ? DType::kF64 : DType::kF32;
+    DType sum = sum_dtype(first.dtype);
     check_device(op, first, t);
     FASTLM_CHECK(t.dtype == sum && t.contiguous() && t.numel() == numel, op, ": ", name, " must be ", numel,
                  " contiguous elements of dtype ", dtype_name(sum), ", got ", t.describe());
@@ -85,7 +85,7 @@ struct Border {
 
   // One number for each query of q: float, double for double.
   void check_per_query(const char* op, const char* name, const TensorView& q, const TensorView& t) const {
-    DType expected = q.dtype == DType::kF64 ? DType::kF64 : DType::kF32;
+    DType expected = sum_dtype(q.dtype);
     check_device(op, q, t);
     FASTLM_CHECK(t.ndim == 3 && t.shape[0] == q.shape[0] && t.shape[1] == q.shape[1] && t.shape[2] == q.shape[2] &&
                      t.dtype == expected && t.contiguous(),

@@ -6,6 +6,7 @@
 #include "cpu/activation.h"
 #include "cpu/adam.h"
 #include "cpu/attention.h"
+#include "cpu/cross_entropy.h"
 #include "cpu/isa.h"
 #include "cpu/limits.h"
 #include "cpu/norm.h"
@@ -195,6 +196,40 @@ void attention_backward(const TensorView& dout, const OptionalTensor& dlse, cons
   });
 }
 
+// The rows and classes of a call, after checking its tensors.
+int64_t check_cross_entropy(const char* op, const TensorView& x, const TensorView& target, const TensorView& loss,
+                            const TensorView& lse) {
+  border.check_same_dense(op, x, {});
+  border.check_matrix(op, "x", x, x, true);
+  border.check_device(op, x, target);
+  FASTLM_CHECK(target.dtype == DType::kI64 && target.ndim == 1 && target.contiguous() && target.shape[0] == x.shape[0], op,
+               ": target must be contiguous int64 (", x.shape[0], "), got ", target.describe());
+  border.check_sums(op, "loss", x, loss, x.shape[0]);
+  border.check_sums(op, "lse", x, lse, x.shape[0]);
+  return x.shape[0];
+}
+
+void cross_entropy_forward(const TensorView& x, const TensorView& target, const TensorView& loss, const TensorView& lse,
+                           int64_t ignored, double smoothing, double softcap, int threads) {
+  int64_t rows = check_cross_entropy("cross_entropy", x, target, loss, lse);
+  run_kernel(x.numel(), [&] {
+    cpu::cross_entropy_forward(x.dtype, x.data, static_cast<const int64_t*>(target.data), loss.data, lse.data, rows,
+                               {x.shape[1], ignored, smoothing, softcap}, threads);
+  });
+}
+
+void cross_entropy_backward(const TensorView& g, const OptionalTensor& dlse, const TensorView& x, const TensorView& target,
+                            const TensorView& lse, const TensorView& dx, int64_t ignored, double smoothing, double softcap,
+                            int threads) {
+  int64_t rows = check_cross_entropy("cross_entropy_backward", x, target, g, lse);
+  border.check_same_dense("cross_entropy_backward", x, {&dx});
+  if (dlse) border.check_sums("cross_entropy_backward", "dlse", x, *dlse, rows);
+  run_kernel(x.numel(), [&] {
+    cpu::cross_entropy_backward(x.dtype, g.data, data_of(dlse), x.data, static_cast<const int64_t*>(target.data), lse.data,
+                                dx.data, rows, {x.shape[1], ignored, smoothing, softcap}, threads);
+  });
+}
+
 int64_t run_products(const std::string& dtype, int64_t rounds, int threads) {
   FASTLM_CHECK(dtype == "float32" || dtype == "bfloat16", "run_products: dtype must be float32 or bfloat16, got ", dtype);
   py::gil_scoped_release release;
@@ -244,6 +279,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("adam_step", &fastlm::adam_step);
   m.def("bias_act_forward", &fastlm::bias_act_forward);
   m.def("bias_act_backward", &fastlm::bias_act_backward);
+  m.def("cross_entropy_forward", &fastlm::cross_entropy_forward);
+  m.def("cross_entropy_backward", &fastlm::cross_entropy_backward);
   m.def("glu_forward", &fastlm::glu_forward);
   m.def("glu_backward", &fastlm::glu_backward);
   m.def("norm_forward", &fastlm::norm_forward);

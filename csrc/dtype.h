@@ -14,6 +14,8 @@ inline int64_t size_of(DType t) {  // bytes of an element
   return sizes[static_cast<int>(t)];
 }
 
+inline DType sum_dtype(DType t) { return t == DType::kF64 ? DType::kF64 : DType::kF32; }  // that kernels sum up in
+
 inline const char* dtype_name(DType t) {  // torch's names
   constexpr const char* names[kNumDTypes] = {"float32", "bfloat16", "float16", "float64", "bool", "uint8", "int32", "int64"};
   return names[static_cast<int>(t)];

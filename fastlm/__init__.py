@@ -8,6 +8,7 @@ from fastlm._version import __version__
 from fastlm.ops.activation import gelu, sigmoid, silu, tanh
 from fastlm.ops.attention import attention, scaled_dot_product_attention
 from fastlm.ops.bias_act import bias_act
+from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.glu import glu
 from fastlm.ops.norm import layer_norm, rms_norm
 from fastlm.ops.relu import relu, relu_squared
@@ -29,6 +30,7 @@ __all__ = [
     "attention",
     "backends",
     "bias_act",
+    "cross_entropy",
     "gelu",
     "glu",
     "layer_norm",

@@ -7,24 +7,7 @@
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-template <class V> inline V abs(V x) { return x < V{} ? -x : x; }
-
 template <class V> inline V sigmoid(V x) { return splat<V>(1) / (splat<V>(1) + exp(-x)); }
-
-inline f32v tanh(f32v x) {
-  // Near 0 the difference below would cancel: x + x^3 P(x^2), fitted on [0, 0.55] for the least relative error (4e-8).
-  f32v u = abs(x), z = x * x;
-  f32v p = fma(splat<f32v>(-0x1.b137a4p-8f), z, splat<f32v>(0x1.5d226cp-6f));
-  p = fma(p, z, splat<f32v>(-0x1.b9a04ep-5f));
-  p = fma(p, z, splat<f32v>(0x1.110feap-3f));
-  p = fma(p, z, splat<f32v>(-0x1.555554p-2f));
-  f32v near = x * fma(p, z, splat<f32v>(1)), far = 1.0f - 2.0f / (1.0f + exp(u + u));
-  return u < 0.55f ? near : (x < 0.0f ? -far : far);
-}
-inline f64v tanh(f64v x) {
-  for (int i = 0; i < lanes_of<f64v>; ++i) x[i] = std::tanh(x[i]);
-  return x;
-}
 
 // The normal distribution at x: its density and the probability below.
 template <class V> struct Normal {

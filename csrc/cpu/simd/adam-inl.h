@@ -7,9 +7,6 @@
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-// NaN in either stays NaN.
-template <class V> inline V maximum(V a, V b) { return ((a > b) | (a != a)) ? a : b; }
-
 template <class T, bool kAmsgrad>
 void adam_step_of(T* param, const T* grad, T* m, T* v, T* top, int64_t n, const AdamScalars& s) {
   using V = vec_t<T>;

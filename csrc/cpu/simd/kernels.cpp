@@ -4,6 +4,7 @@
 #include "activation-inl.h"
 #include "adam-inl.h"
 #include "attention-inl.h"
+#include "cross_entropy-inl.h"
 #include "limits-inl.h"
 #include "norm-inl.h"
 
@@ -13,6 +14,6 @@
 namespace fastlm::cpu::FASTLM_ISA {
 
 extern const Kernels kTable;
-const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels, kAttentionKernels, kLimitsKernels, kNormKernels};
+const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels, kAttentionKernels, kCrossEntropyKernels, kLimitsKernels, kNormKernels};
 
 }  // namespace fastlm::cpu::FASTLM_ISA

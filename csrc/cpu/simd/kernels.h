@@ -7,6 +7,7 @@
 #include "activation.h"
 #include "adam.h"
 #include "attention.h"
+#include "cross_entropy.h"
 #include "limits.h"
 #include "norm.h"
 
@@ -17,6 +18,7 @@ struct Kernels {
   ActivationKernels activation;
   AdamKernels adam;
   AttentionKernels attention;
+  CrossEntropyKernels cross_entropy;
   LimitsKernels limits;
   NormKernels norm;
 };

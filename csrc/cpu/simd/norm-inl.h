@@ -8,11 +8,6 @@
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-template <class V> inline V first_of(V v, int count) {  // the others 0
-  if (count == lanes_of<V>) return v;
-  return lane_numbers<V>() < splat<V>(count) ? v : V{};
-}
-
 // The sums over a row of the N vectors that terms(i, count, out) gives: in the lanes of two vectors each within a run, in
 // double across runs.
 template <int N> struct Sums {

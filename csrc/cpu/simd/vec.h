@@ -233,6 +233,9 @@ inline f64v sqrt(f64v v) {
 
 // The larger; b where either is NaN.
 template <class V> inline V max(V a, V b) { return a > b ? a : b; }
+// NaN in either stays NaN.
+template <class V> inline V maximum(V a, V b) { return ((a > b) | (a != a)) ? a : b; }
+template <class V> inline V abs(V x) { return x < V{} ? -x : x; }
 
 template <class M> inline bool any(M mask) {
   for (int i = 0; i < static_cast<int>(sizeof(M) / sizeof(mask[0])); ++i) {
@@ -287,10 +290,30 @@ inline f64v exp(f64v x) {
   return x;
 }
 
+inline f32v tanh(f32v x) {
+  // Near 0 the difference below would cancel: x + x^3 P(x^2), fitted on [0, 0.55] for the least relative error (4e-8).
+  f32v u = abs(x), z = x * x;
+  f32v p = fma(splat<f32v>(-0x1.b137a4p-8f), z, splat<f32v>(0x1.5d226cp-6f));
+  p = fma(p, z, splat<f32v>(-0x1.b9a04ep-5f));
+  p = fma(p, z, splat<f32v>(0x1.110feap-3f));
+  p = fma(p, z, splat<f32v>(-0x1.555554p-2f));
+  f32v near = x * fma(p, z, splat<f32v>(1)), far = 1.0f - 2.0f / (1.0f + exp(u + u));
+  return u < 0.55f ? near : (x < 0.0f ? -far : far);
+}
+inline f64v tanh(f64v x) {
+  for (int i = 0; i < lanes_of<f64v>; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
 template <class V> inline V lane_numbers() {
   V v{};
   for (int i = 0; i < lanes_of<V>; ++i) v[i] = i;
   return v;
+}
+
+template <class V> inline V first_of(V v, int count, V rest = V{}) {  // the first lanes of v, the others of rest
+  if (count == lanes_of<V>) return v;
+  return lane_numbers<V>() < splat<V>(count) ? v : rest;
 }
 
 template <class V> inline auto reduce_add(V v) {
