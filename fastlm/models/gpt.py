@@ -3,7 +3,7 @@
 Pre-norm blocks (Radford et al., 2019) with rotary positions (Su et al., 2021, arXiv:2104.09864), normalised queries and
 keys (Henry et al., 2020, arXiv:2010.04245), a ReLU² MLP (So et al., 2021, arXiv:2109.08668) and a head tied to the
 embedding (Press and Wolf, 2017, arXiv:1608.05859). Every weight lives in an `nn.Linear`, `nn.Embedding` or
-`nn.LayerNorm`, so whatever works on those (sharding, adapters, quantisation, export) works here.
+(a subclass of) `nn.LayerNorm`, so whatever works on those (sharding, adapters, quantisation, export) works here.
 
 Letters: B batch, T tokens in a row, C = n_embd, H = n_head, D = C / H, V = vocab_size.
 """
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastlm.nn import LayerNorm
 from fastlm.ops.activation import gelu
 from fastlm.ops.attention import attention
+from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.norm import rms_norm
 from fastlm.ops.relu import relu, relu_squared
 
@@ -232,7 +233,7 @@ class GPT(nn.Module):
         logits = self.head(self.norm(x)).float()  # (B, T, V)
         if targets is None:
             return logits, None
-        return None, F.cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
+        return None, cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)
 
     @torch.no_grad()
     def generate(

@@ -161,19 +161,21 @@ template <class T, Act kAct> struct ActivationOf {
       });
     }
   }
-
-  static constexpr ActivationKernels::OfDType kKernels = {forward,      backward,    bias_forward,
-                                                          bias_backward, glu_forward, glu_backward};
 };
 
-#define FASTLM_ACT(act) \
-  {ActivationOf<float, act>::kKernels, ActivationOf<bf16, act>::kKernels, ActivationOf<f16, act>::kKernels, \
-   ActivationOf<double, act>::kKernels}
+template <Act kAct> struct KernelsOf {
+  template <class T>
+  static constexpr ActivationKernels::OfDType kernels = {
+      ActivationOf<T, kAct>::forward,       ActivationOf<T, kAct>::backward,    ActivationOf<T, kAct>::bias_forward,
+      ActivationOf<T, kAct>::bias_backward, ActivationOf<T, kAct>::glu_forward, ActivationOf<T, kAct>::glu_backward,
+  };
+};
 constexpr ActivationKernels kActivationKernels = {{
-    FASTLM_ACT(Act::kNone), FASTLM_ACT(Act::kRelu), FASTLM_ACT(Act::kReluSquared), FASTLM_ACT(Act::kGelu),
-    FASTLM_ACT(Act::kGeluTanh), FASTLM_ACT(Act::kSilu), FASTLM_ACT(Act::kSigmoid), FASTLM_ACT(Act::kTanh),
+    FASTLM_FOR_FLOATS(KernelsOf<Act::kNone>::kernels),        FASTLM_FOR_FLOATS(KernelsOf<Act::kRelu>::kernels),
+    FASTLM_FOR_FLOATS(KernelsOf<Act::kReluSquared>::kernels), FASTLM_FOR_FLOATS(KernelsOf<Act::kGelu>::kernels),
+    FASTLM_FOR_FLOATS(KernelsOf<Act::kGeluTanh>::kernels),    FASTLM_FOR_FLOATS(KernelsOf<Act::kSilu>::kernels),
+    FASTLM_FOR_FLOATS(KernelsOf<Act::kSigmoid>::kernels),     FASTLM_FOR_FLOATS(KernelsOf<Act::kTanh>::kernels),
 }};
-#undef FASTLM_ACT
 
 }  // namespace
 }  // namespace fastlm::cpu::FASTLM_ISA

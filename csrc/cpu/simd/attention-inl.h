@@ -470,16 +470,10 @@ void attention_finish_dq(const AttentionShape& s, const AttentionGroup& group, c
   finish_dq_of<T>(s, group, static_cast<const compute_t<T>*>(dq_sums), parts);
 }
 
-// float64 is there to prove the formulas, on the baseline alone.
-#if FASTLM_VECTOR_BYTES == 16
-#define FASTLM_ATTENTION(f) {f<float>, f<bf16>, f<f16>, f<double>}
-#else
-#define FASTLM_ATTENTION(f) {f<float>, f<bf16>, f<f16>, nullptr}
-#endif
 constexpr AttentionKernels kAttentionKernels = {
-    FASTLM_ATTENTION(attention_forward),      FASTLM_ATTENTION(attention_forward_bytes),
-    FASTLM_ATTENTION(attention_backward),     FASTLM_ATTENTION(attention_backward_bytes),
-    FASTLM_ATTENTION(attention_dq_sums_count), FASTLM_ATTENTION(attention_finish_dq),
+    FASTLM_FOR_FLOATS(attention_forward),       FASTLM_FOR_FLOATS(attention_forward_bytes),
+    FASTLM_FOR_FLOATS(attention_backward),      FASTLM_FOR_FLOATS(attention_backward_bytes),
+    FASTLM_FOR_FLOATS(attention_dq_sums_count), FASTLM_FOR_FLOATS(attention_finish_dq),
 };
 
 }  // namespace

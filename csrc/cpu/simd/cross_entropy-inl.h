@@ -102,10 +102,9 @@ void cross_entropy_backward(const void* g, const void* dlse, const void* x, cons
       static_cast<const C*>(lse), static_cast<T*>(dx), rows, s);
 }
 
-#define FASTLM_CROSS_ENTROPY(T) {cross_entropy_forward<T>, cross_entropy_backward<T>}
-constexpr CrossEntropyKernels kCrossEntropyKernels = {{FASTLM_CROSS_ENTROPY(float), FASTLM_CROSS_ENTROPY(bf16),
-                                                       FASTLM_CROSS_ENTROPY(f16), FASTLM_CROSS_ENTROPY(double)}};
-#undef FASTLM_CROSS_ENTROPY
+template <class T> constexpr CrossEntropyKernels::OfDType cross_entropy_kernels = {cross_entropy_forward<T>,
+                                                                                  cross_entropy_backward<T>};
+constexpr CrossEntropyKernels kCrossEntropyKernels = {FASTLM_FOR_FLOATS(cross_entropy_kernels)};
 
 }  // namespace
 }  // namespace fastlm::cpu::FASTLM_ISA

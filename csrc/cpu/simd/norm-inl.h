@@ -113,9 +113,8 @@ void norm_backward(const void* dy_, const void* dsum_, const void* s_, const voi
   }
 }
 
-#define FASTLM_NORM(T) {norm_forward<T>, norm_backward<T>}
-constexpr NormKernels kNormKernels = {{FASTLM_NORM(float), FASTLM_NORM(bf16), FASTLM_NORM(f16), FASTLM_NORM(double)}};
-#undef FASTLM_NORM
+template <class T> constexpr NormKernels::OfDType norm_kernels = {norm_forward<T>, norm_backward<T>};
+constexpr NormKernels kNormKernels = {FASTLM_FOR_FLOATS(norm_kernels)};
 
 }  // namespace
 }  // namespace fastlm::cpu::FASTLM_ISA
