@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton_testing import DEVICE, HALVES, assert_close, compile_for_gpu, randn
 
-from fastlm.kernels._common import unsupported_bias_act
+from fastlm.kernels._common import unsupported_bias_act_on_gpu
 from fastlm.kernels.triton import bias_act as kernels
 
 SHAPES = [(0, 5), (5, 0), (1,), (1, 1), (15, 127), (16, 128), (17, 129), (2, 40, 65), (200, 3)]
@@ -70,15 +70,15 @@ def test_the_bias_gradient_is_summed_in_short_runs():
 
 def test_what_it_refuses():
     x, bias = randn(2, 3), randn(3)
-    assert unsupported_bias_act(x, bias, "relu", 0.0, None) is None
-    assert unsupported_bias_act(x, bias, "gelu", 0.0, None) == "does not do act='gelu'"
-    assert unsupported_bias_act(x, bias, "relu", 0.1, None) == "does not do dropout"
-    assert unsupported_bias_act(x.long(), bias, "relu", 0.0, None) == "does not take torch.int64"
+    assert unsupported_bias_act_on_gpu(x, bias, "relu", 0.0, None) is None
+    assert unsupported_bias_act_on_gpu(x, bias, "gelu", 0.0, None) == "does not do act='gelu'"
+    assert unsupported_bias_act_on_gpu(x, bias, "relu", 0.1, None) == "does not do dropout"
+    assert unsupported_bias_act_on_gpu(x.long(), bias, "relu", 0.0, None) == "does not take torch.int64"
 
 
 def test_compiles_for_gpus():
     compiled = compile_for_gpu("""
-from fastlm.kernels._common import unsupported_bias_act
+from fastlm.kernels._common import unsupported_bias_act_on_gpu
 from fastlm.kernels.triton import bias_act as kernels
 for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
     x, bias = torch.empty(64, 768, dtype=dtype), torch.empty(768, dtype=dtype)
