@@ -20,22 +20,28 @@ struct Isa {
   bool (*usable)();
 };
 
+#if FASTLM_EMULATE_AVX512
+constexpr bool kEmulated = true;  // see tests/kernels/avx512
+#else
+constexpr bool kEmulated = false;
+#endif
+
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 const Isa kIsas[] = {
 // What this compiler knows; see CMakeLists.txt.
 #if FASTLM_AVX512BF16
     {&avx512bf16::kTable,
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512bf16");
+       return kEmulated || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512bf16"));
      }},
 #endif
 #if FASTLM_AVX512
     {&avx512::kTable,
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+       return kEmulated || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"));
      }},
 #endif
 #if FASTLM_AVX2
