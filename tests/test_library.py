@@ -315,3 +315,14 @@ def test_two_threads_at_once_agree_with_one():
     for t in threads:
         t.join()
     assert not wrong
+
+
+@needs_cpu_module
+@pytest.mark.parametrize("name", _library._ops)
+def test_every_op_has_a_cpu_kernel_that_passes_its_self_check(name):
+    """The check that decides on a GPU, and the samples that it takes."""
+    op = _library._ops[name]
+    backend, kernel = op.choices("auto", "cpu")[0][0]
+    assert backend == "native"
+    assert op.mismatch(kernel, "cpu") is None
+    assert any(kernel.refusal(args) is None for args in op.samples("cpu"))
