@@ -356,7 +356,9 @@ def test_a_bias_may_change_before_its_gradient_is_computed():
 
 
 def test_graphs_are_named_after_the_op():
-    assert fastlm.relu(numbers((3,)).requires_grad_()).grad_fn.name() == "relu_auto_Backward"
+    for backend in ("auto", "reference"):
+        with fastlm.use_backend(backend):
+            assert fastlm.relu(numbers((3,)).requires_grad_()).grad_fn.name() == f"relu_{backend}_Backward"
 
 
 @pytest.mark.parametrize(
