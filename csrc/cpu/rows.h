@@ -10,7 +10,7 @@
 
 namespace fastlm::cpu {
 
-// Below this many elements a thread costs more to wake than it saves; measured with bench_relu.
+// Below this many elements a thread costs more to wake than it saves; measured with bench_relu, for cheap arithmetic.
 constexpr int64_t kGrain = 1 << 15;
 
 inline int64_t row_grain(int64_t cols) { return cols > 0 ? (kGrain + cols - 1) / cols : 1; }
