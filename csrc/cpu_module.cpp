@@ -9,6 +9,7 @@
 #include "cpu/cross_entropy.h"
 #include "cpu/isa.h"
 #include "cpu/limits.h"
+#include "cpu/matmul.h"
 #include "cpu/norm.h"
 #include "cpu/parallel.h"
 
@@ -230,6 +231,34 @@ void cross_entropy_backward(const TensorView& g, const OptionalTensor& dlse, con
   });
 }
 
+// Which way round the elements of a matrix lie: along its rows, or turned, along its columns. Sets the other stride.
+bool check_factor(const TensorView& like, const char* name, const TensorView& t, int64_t rows, int64_t cols,
+                  int64_t* stride) {
+  border.check_device("matmul", like, t);
+  FASTLM_CHECK(t.dtype == like.dtype && t.ndim == 2 && t.shape[0] == rows && t.shape[1] == cols, "matmul: ", name,
+               " must be ", dtype_name(like.dtype), " (", rows, ", ", cols, "), got ", t.describe());
+  bool by_rows = t.strides[1] == 1 || cols <= 1, by_cols = t.strides[0] == 1 || rows <= 1;
+  FASTLM_CHECK(by_rows || by_cols || t.numel() == 0, "matmul: ", name, " must be contiguous along one dimension, got ",
+               t.describe());
+  *stride = t.strides[by_rows ? 0 : 1];
+  return !by_rows;
+}
+
+void matmul(const TensorView& a, const TensorView& b, const TensorView& c, bool add, int threads) {
+  border.check_float("matmul", "a", a);
+  FASTLM_CHECK(a.dtype != DType::kF64 && a.ndim == 2 && b.ndim == 2, "matmul: takes matrices of up to 32 bits, got ",
+               a.describe(), " and ", b.describe());
+  border.check_device("matmul", a, c);
+  FASTLM_CHECK(c.dtype == DType::kF32 && c.ndim == 2 && c.shape[0] == a.shape[0] && c.shape[1] == b.shape[1] &&
+                   c.contiguous(),
+               "matmul: c must be contiguous float32 (", a.shape[0], ", ", b.shape[1], "), got ", c.describe());
+  cpu::Matmul m{c.shape[0], c.shape[1], a.shape[1], a.data, b.data, static_cast<float*>(c.data), 0, 0, c.shape[1],
+                false, false, add};
+  m.a_turned = check_factor(a, "a", a, m.rows, m.depth, &m.a_stride);
+  m.b_turned = check_factor(a, "b", b, m.depth, m.cols, &m.b_stride);
+  run_kernel(m.rows * m.cols * m.depth, [&] { cpu::matmul(a.dtype, m, threads); });
+}
+
 int64_t run_products(const std::string& dtype, int64_t rounds, int threads) {
   FASTLM_CHECK(dtype == "float32" || dtype == "bfloat16", "run_products: dtype must be float32 or bfloat16, got ", dtype);
   py::gil_scoped_release release;
@@ -283,6 +312,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("cross_entropy_backward", &fastlm::cross_entropy_backward);
   m.def("glu_forward", &fastlm::glu_forward);
   m.def("glu_backward", &fastlm::glu_backward);
+  m.def("matmul", &fastlm::matmul, "c = a b, or c += a b: a (M, K) and b (K, N) of one dtype, c (M, N) float32.");
   m.def("norm_forward", &fastlm::norm_forward);
   m.def("norm_backward", &fastlm::norm_backward);
 

@@ -1,10 +1,8 @@
 #include "attention.h"
 
-#include <memory>
-#include <new>
-
 #include "isa.h"
 #include "parallel.h"
+#include "workspace.h"
 
 namespace fastlm::cpu {
 namespace {
@@ -19,25 +17,6 @@ int64_t size_of_sum(DType dtype) { return dtype == DType::kF64 ? 8 : 4; }
 
 const char* at(const void* base, int64_t offset, int64_t size) { return static_cast<const char*>(base) + offset * size; }
 char* at(void* base, int64_t offset, int64_t size) { return static_cast<char*>(base) + offset * size; }
-
-// Uninitialised memory on cache lines, `count` pieces of `bytes`.
-class Workspace {
- public:
-  Workspace(int64_t count, size_t bytes)
-      : stride_((bytes + kLine - 1) / kLine * kLine),
-        memory_(static_cast<char*>(::operator new(count * stride_, std::align_val_t{kLine}))) {}
-  ~Workspace() { ::operator delete(memory_, std::align_val_t{kLine}); }
-  Workspace(const Workspace&) = delete;
-  Workspace& operator=(const Workspace&) = delete;
-  void* piece(int64_t i) const { return memory_ + i * stride_; }
-
- private:
-  static constexpr size_t kLine = 64;
-  size_t stride_;
-  char* memory_;
-};
-
-int64_t min_threads(int threads, int64_t tasks) { return std::max<int64_t>(1, std::min<int64_t>(threads, tasks)); }
 
 // Where part `i` of `parts` starts, so that each has about as many visible (query, key) pairs, on whole tiles of keys.
 int64_t part_begin(const AttentionShape& s, int64_t i, int64_t parts) {

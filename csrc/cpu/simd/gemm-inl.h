@@ -10,6 +10,8 @@
 //   B           word (k, n) at b[k * ldb + n]          packed by pack_depth, or by pack_transposed
 //
 // Tiles are zero up to whole words, vectors and blocks of kBlockRows rows, so that no kernel has a tail.
+#pragma once
+
 #include <cstdint>
 
 #include "vec.h"

@@ -6,6 +6,7 @@
 #include "attention-inl.h"
 #include "cross_entropy-inl.h"
 #include "limits-inl.h"
+#include "matmul-inl.h"
 #include "norm-inl.h"
 
 #define FASTLM_STRING_(x) #x
@@ -14,6 +15,7 @@
 namespace fastlm::cpu::FASTLM_ISA {
 
 extern const Kernels kTable;
-const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels, kAttentionKernels, kCrossEntropyKernels, kLimitsKernels, kNormKernels};
+const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels,   kAttentionKernels,
+                        kCrossEntropyKernels,      kLimitsKernels,     kMatmulKernels, kNormKernels};
 
 }  // namespace fastlm::cpu::FASTLM_ISA

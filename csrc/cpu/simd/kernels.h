@@ -9,6 +9,7 @@
 #include "attention.h"
 #include "cross_entropy.h"
 #include "limits.h"
+#include "matmul.h"
 #include "norm.h"
 
 namespace fastlm::cpu {
@@ -20,6 +21,7 @@ struct Kernels {
   AttentionKernels attention;
   CrossEntropyKernels cross_entropy;
   LimitsKernels limits;
+  MatmulKernels matmul;
   NormKernels norm;
 };
 

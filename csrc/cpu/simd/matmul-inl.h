@@ -1,0 +1,92 @@
+// Matrix products of any size: a tile of C, kept in the second-level cache, sums up over blocks of the depth, for each of
+// which the parts of A and B that it needs are packed (Goto and van de Geijn, https://doi.org/10.1145/1356052.1356053).
+#include <type_traits>
+
+#include "gemm-inl.h"
+#include "matmul.h"
+
+namespace fastlm::cpu::FASTLM_ISA {
+namespace {
+
+// Words of depth at a time: a panel of B, kPanelOf wide, then fills about three quarters of 32 KB.
+constexpr int64_t kDepthBlock = 192;
+template <class W> constexpr int64_t kPanelOf = kBlockVectors * word_lanes<W>;
+
+template <class T> struct MatmulTiles {
+  using W = word_t<T>;
+  static constexpr int64_t kRows = 256, kCols = 256 / kPanelOf<W> * kPanelOf<W>;
+  static constexpr int64_t kBytes = ((kRows + kCols) * kDepthBlock + kRows * kCols) * sizeof(float);
+  static_assert(sizeof(W) == sizeof(float) && kRows % word_lanes<W> == 0 && kRows % kBlockRows == 0);
+  W *a, *b;  // (rows, depth), or where A is turned panels of (depth, lanes); panels of (depth, kPanelOf)
+  float* c;  // panels of (rows, kPanelOf)
+
+  explicit MatmulTiles(void* work)
+      : a(static_cast<W*>(work)), b(a + kRows * kDepthBlock), c(reinterpret_cast<float*>(b + kCols * kDepthBlock)) {}
+};
+
+// A block of A against a panel of B: `vectors` of C for each of the rows.
+template <class W, Left kLeft, int kVectors>
+inline void matmul_panel(int64_t rows, int64_t words, const W* a, const W* b, float* c) {
+  constexpr int64_t kL = word_lanes<W>, kPanel = kPanelOf<W>;
+  for (int64_t r = 0; r < rows; r += kBlockRows) {
+    const W* left = kLeft == Left::kByRows ? a + r * kDepthBlock : a + r / kL * kDepthBlock * kL + r % kL;
+    product_block<W, kLeft, Into::kAdd, kVectors>(words, left, kLeft == Left::kByRows ? kDepthBlock : kL, b, kPanel,
+                                                  c + r * kPanel, kPanel, 1);
+  }
+}
+
+template <class T>
+void matmul_tile(const Matmul& m, int64_t row, int64_t row_end, int64_t col, int64_t col_end, void* work) {
+  using W = word_t<T>;
+  constexpr int64_t kL = word_lanes<W>, kTerms = terms_of<W>, kPanel = kPanelOf<W>;
+  const MatmulTiles<T> t(work);
+  const T *a = static_cast<const T*>(m.a), *b = static_cast<const T*>(m.b);
+  const int64_t rows = row_end - row, cols = col_end - col, padded = round_up(rows, kBlockRows);
+  for (int64_t i = 0; i < round_up(cols, kPanel) * padded; i += kL) store(t.c + i, sum_vec<W>{});
+
+  for (int64_t k = 0; k < m.depth; k += kDepthBlock * kTerms) {
+    const int64_t depth = smaller(kDepthBlock * kTerms, m.depth - k), words = (depth + kTerms - 1) / kTerms;
+    if (m.a_turned) {
+      for (int64_t r = 0; r < rows; r += kL) {
+        pack_depth(a + k * m.a_stride + row + r, m.a_stride, depth, smaller(kL, rows - r), t.a + r * kDepthBlock, kL,
+                   words * kTerms);
+      }
+    } else {
+      pack_rows(a + (row * m.a_stride) + k, m.a_stride, rows, depth, t.a, kDepthBlock, padded);
+    }
+    for (int64_t n = 0; n < cols; n += kPanel) {
+      const int64_t width = smaller(kPanel, cols - n);
+      W* panel = t.b + n * kDepthBlock;
+      if (m.b_turned) {
+        pack_transposed(b + (col + n) * m.b_stride + k, m.b_stride, width, depth, panel, kPanel, kPanel);
+      } else {
+        pack_depth(b + k * m.b_stride + col + n, m.b_stride, depth, width, panel, kPanel, words * kTerms);
+      }
+      auto run = [&](auto left) {
+        constexpr Left kLeft = decltype(left)::value;
+        auto kernel = width <= kL       ? matmul_panel<W, kLeft, 1>
+                      : width <= 2 * kL ? matmul_panel<W, kLeft, 2>
+                                        : matmul_panel<W, kLeft, kBlockVectors>;
+        kernel(padded, words, t.a, panel, t.c + n * padded);
+      };
+      m.a_turned ? run(std::integral_constant<Left, Left::kByDepth>{}) : run(std::integral_constant<Left, Left::kByRows>{});
+    }
+  }
+
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t n = 0; n < cols; n += kL) {
+      const int count = static_cast<int>(smaller(kL, cols - n));
+      float* at = m.c + (row + r) * m.c_stride + col + n;
+      f32v sum = load(t.c + n / kPanel * kPanel * padded + r * kPanel + n % kPanel);
+      store_count(at, m.add ? load_count(at, count) + sum : sum, count);
+    }
+  }
+}
+
+constexpr MatmulKernels kMatmulKernels = {{matmul_tile<float>, matmul_tile<bf16>, matmul_tile<f16>, nullptr},
+                                          MatmulTiles<float>::kRows,
+                                          MatmulTiles<float>::kCols,
+                                          MatmulTiles<float>::kBytes};
+
+}  // namespace
+}  // namespace fastlm::cpu::FASTLM_ISA
