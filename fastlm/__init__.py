@@ -10,6 +10,7 @@ from fastlm.ops.attention import attention, scaled_dot_product_attention
 from fastlm.ops.bias_act import bias_act
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.glu import glu
+from fastlm.ops.linear_act import linear_act
 from fastlm.ops.norm import layer_norm, rms_norm
 from fastlm.ops.relu import relu, relu_squared
 
@@ -34,6 +35,7 @@ __all__ = [
     "gelu",
     "glu",
     "layer_norm",
+    "linear_act",
     "models",
     "optim",
     "relu",

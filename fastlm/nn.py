@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
+from fastlm.ops.activation import gelu, sigmoid, silu, tanh
+from fastlm.ops.linear_act import linear_act
 from fastlm.ops.norm import layer_norm
+from fastlm.ops.relu import relu, relu_squared
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": relu,
+    "relu_squared": relu_squared,
+    "gelu": gelu,
+    "gelu_tanh": lambda x: gelu(x, "tanh"),
+    "silu": silu,
+    "sigmoid": sigmoid,
+    "tanh": tanh,
+}
 
 
 class LayerNorm(nn.LayerNorm):
@@ -13,3 +28,21 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """x (..., *normalized_shape) -> y; with a residual, (y, x + residual)."""
         return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, residual)
+
+
+def apply_linear(layer: nn.Module, x: Tensor, act: str = "none") -> Tensor:
+    """act(layer(x)): by `fastlm.linear_act` where `layer` is an `nn.Linear` as torch made it.
+
+    Whatever was put in its place or onto it (an adapter, a quantised, sharded or parametrised layer, a hook) is called
+    as ever, with the activation after it.
+    """
+    plain = type(layer) is nn.Linear and type(layer.weight) in (Tensor, nn.Parameter)
+    if plain and not (
+        layer._forward_pre_hooks
+        or layer._forward_hooks
+        or layer._backward_pre_hooks
+        or layer._backward_hooks
+        or hooks._has_any_global_hook()
+    ):
+        return linear_act(x, layer.weight, layer.bias, act)
+    return ACTIVATIONS[act](layer(x))

@@ -19,14 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.nn import LayerNorm
-from fastlm.ops.activation import gelu
+from fastlm.nn import LayerNorm, apply_linear
 from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy
 from fastlm.ops.norm import rms_norm
-from fastlm.ops.relu import relu, relu_squared
 
-ACTIVATIONS = {"relu_squared": relu_squared, "relu": relu, "gelu": gelu}
+ACTIVATIONS = ("relu_squared", "relu", "gelu")
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, cache: Cache | None = None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_dim)
+        qkv = apply_linear(self.qkv, x).view(B, T, 3, self.n_head, self.head_dim)
         qk, v = qkv.split((2, 1), dim=2)  # (B, T, 2, H, D), (B, T, 1, H, D)
         # Of unit root-mean-square, so that no logit exceeds sqrt(D) and a large learning rate stays stable.
         qk = rotate(rms_norm(qk, self.head_dim), cos, sin).to(v.dtype)
@@ -122,18 +120,18 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)  # (B, S, H, D), S = tokens in the cache + T
         # Bottom-right causal: the T queries are the last T of the S keys.
         y = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=True)  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+        return apply_linear(self.proj, y.transpose(1, 2).reshape(B, T, C))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.act = ACTIVATIONS[config.act]
+        self.act = config.act
         self.up = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.down = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.act(self.up(x)))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
+        return apply_linear(self.down, apply_linear(self.up, x, self.act))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)
 
 
 class Block(nn.Module):
@@ -230,7 +228,7 @@ class GPT(nn.Module):
             x = block(x, cos, sin, layer, cache)  # (B, T, C)
         if cache is not None:
             cache.length += T
-        logits = self.head(self.norm(x)).float()  # (B, T, V)
+        logits = apply_linear(self.head, self.norm(x)).float()  # (B, T, V)
         if targets is None:
             return logits, None
         return None, cross_entropy(logits.view(B * T, -1), targets.reshape(B * T), ignore_index=-1)

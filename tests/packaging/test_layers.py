@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "_library": {"_checks"},
     "_native": set(),
     "_dropout": {"_library"},
-    "kernels": {"_library", "_native", "_dropout"},
+    "kernels": {"_library", "_native", "_activations", "_dropout"},
     "ops": {"_library", "_activations", "_checks", "_dropout"},
     "nn": OPS,
     "models": MODELS,

@@ -1,7 +1,5 @@
 // Matrix products of any size: a tile of C, kept in the second-level cache, sums up over blocks of the depth, for each of
 // which the parts of A and B that it needs are packed (Goto and van de Geijn, https://doi.org/10.1145/1356052.1356053).
-#include <type_traits>
-
 #include "gemm-inl.h"
 #include "matmul.h"
 
@@ -35,6 +33,15 @@ inline void matmul_panel(int64_t rows, int64_t words, const W* a, const W* b, fl
   }
 }
 
+template <class W, Left kLeft>
+inline void matmul_panel(int64_t width, int64_t rows, int64_t words, const W* a, const W* b, float* c) {
+  constexpr int64_t kL = word_lanes<W>;
+  auto run = width <= kL       ? matmul_panel<W, kLeft, 1>
+             : width <= 2 * kL ? matmul_panel<W, kLeft, 2>
+                               : matmul_panel<W, kLeft, kBlockVectors>;
+  run(rows, words, a, b, c);
+}
+
 template <class T>
 void matmul_tile(const Matmul& m, int64_t row, int64_t row_end, int64_t col, int64_t col_end, void* work) {
   using W = word_t<T>;
@@ -62,14 +69,8 @@ void matmul_tile(const Matmul& m, int64_t row, int64_t row_end, int64_t col, int
       } else {
         pack_depth(b + k * m.b_stride + col + n, m.b_stride, depth, width, panel, kPanel, words * kTerms);
       }
-      auto run = [&](auto left) {
-        constexpr Left kLeft = decltype(left)::value;
-        auto kernel = width <= kL       ? matmul_panel<W, kLeft, 1>
-                      : width <= 2 * kL ? matmul_panel<W, kLeft, 2>
-                                        : matmul_panel<W, kLeft, kBlockVectors>;
-        kernel(padded, words, t.a, panel, t.c + n * padded);
-      };
-      m.a_turned ? run(std::integral_constant<Left, Left::kByDepth>{}) : run(std::integral_constant<Left, Left::kByRows>{});
+      (m.a_turned ? matmul_panel<W, Left::kByDepth> : matmul_panel<W, Left::kByRows>)(width, padded, words, t.a, panel,
+                                                                                      t.c + n * padded);
     }
   }
 

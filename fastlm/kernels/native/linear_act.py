@@ -1,0 +1,50 @@
+"""act(x weight' + bias): products of products.py, activations of csrc/cpu/activation.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlm import _native
+from fastlm._activations import SAVE_OUTPUT
+from fastlm._library import kernel
+from fastlm.kernels._common import unsupported_dtype
+
+if _native.cpu is not None:
+    from fastlm.kernels.native.activation import ACTS, gradient
+    from fastlm.kernels.native.products import input_gradient, linear, weight_gradient
+
+    @kernel("linear_act", backend="native", device="cpu", supports=unsupported_dtype)
+    def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, keep: bool) -> tuple[Tensor, Tensor]:
+        u, done = linear(x, weight, bias, act)
+        keep = keep and act not in SAVE_OUTPUT
+        y = torch.empty_like(u) if keep else u
+        if not done:
+            _native.cpu.act_forward(u, y, ACTS[act], torch.get_num_threads())
+        return y, u if keep else u.new_empty(0)
+
+    @kernel("linear_act_backward", backend="native", device="cpu", supports=unsupported_dtype)
+    def linear_act_backward(
+        dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, act: str, wanted: Sequence[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dy, saved = dy.contiguous(), saved.contiguous()
+        dx, dweight, dbias = (dy.new_empty(0) for _ in range(3))
+        if act == "none":
+            du = dy
+            if wanted[2]:
+                dbias = dy.sum(0)
+        elif wanted[2]:
+            du = torch.empty_like(dy)
+            sums = dy.new_empty(dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32))
+            added = dy.new_zeros(dy.shape[1])  # the bias is in `saved` already
+            _native.cpu.bias_act_backward(dy, saved, added, du, sums, ACTS[act], torch.get_num_threads())
+            dbias = sums.to(dy.dtype)
+        else:
+            du = gradient(dy, saved, ACTS[act])
+        if wanted[0]:
+            dx = input_gradient(du, weight)
+        if wanted[1]:
+            dweight = weight_gradient(du, x)
+        return dx, dweight, dbias

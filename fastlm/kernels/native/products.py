@@ -1,0 +1,67 @@
+"""The products of a linear layer on the CPU, each by whatever does it fastest. Measured figures: bench/LOG.md.
+
+float32 on AVX-512: torch calls MKL, which leaves the wide registers unused on AMD; the oneDNN inside torch does not, and
+its weight gradient is slower than csrc/cpu/matmul.cpp. On AVX2 MKL is at the machine's limit, and so is bfloat16 on any.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlm import _native
+
+
+@functools.cache
+def _onednn() -> bool:
+    """Whether this torch has the op that torch.compile uses for linear layers, and it works."""
+    try:
+        x, weight = torch.ones(2, 3), torch.ones(4, 3)
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "relu", [], "")
+        return bool((y == 3).all()) and y.shape == (2, 4)
+    except (AttributeError, RuntimeError, NotImplementedError, TypeError):
+        return False
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return _wide(x) and x.numel() > 0 and weight.numel() > 0 and torch.backends.mkldnn.enabled and _onednn()
+
+
+def _wide(x: Tensor) -> bool:
+    """Float32 where AVX-512 is in use."""
+    return x.dtype == torch.float32 and _native.cpu.active_isa().startswith("avx512")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "none") -> tuple[Tensor, bool]:
+    """x (M, K), weight (N, K) -> x weight' + bias (M, N), and whether act has been applied to it."""
+    if _by_onednn(x, weight):
+        done = act in ("none", "relu")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act if done else "none", [], ""), done
+    return F.linear(x, weight, bias), act == "none"
+
+
+def input_gradient(du: Tensor, weight: Tensor) -> Tensor:
+    """du (M, N), weight (N, K) -> du weight (M, K)."""
+    if _by_onednn(du, weight):
+        return torch.ops.mkldnn._linear_pointwise(du, weight.t(), None, "none", [], "")
+    return du @ weight
+
+
+def weight_gradient(du: Tensor, x: Tensor) -> Tensor:
+    """du (M, N), x (M, K) -> du' x (N, K)."""
+    if _wide(du):
+        return add_product(du.t(), x, du.new_empty(du.shape[1], x.shape[1]), add=False)
+    return du.t() @ x
+
+
+def add_product(a: Tensor, b: Tensor, c: Tensor, *, add: bool = True) -> Tensor:
+    """c += a b, or c = a b: a (M, K) and b (K, N) of one dtype up to 32 bits, c (M, N) float32. Sums in float32."""
+    _native.cpu.matmul(_along_one(a), _along_one(b), c, add, torch.get_num_threads())
+    return c
+
+
+def _along_one(x: Tensor) -> Tensor:
+    return x if 1 in x.stride() else x.contiguous()
