@@ -18,9 +18,7 @@ from fastlm._checks import check_floating_point, check_same_dtype
 from fastlm._library import define_op
 
 
-def linear_act_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, act: str, keep: bool
-) -> tuple[Tensor, Tensor]:
+def linear_act_reference(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, keep: bool) -> tuple[Tensor, Tensor]:
     u = F.linear(x, weight, bias)
     return ACTIVATIONS[act](u), u.clone() if _keeps(act, keep) else u.new_empty(0)
 

@@ -6,7 +6,10 @@ import importlib
 
 from fastlm.benchmarks.harness import Case
 
-GROUPS = ("import_time", "dispatch", "relu", "activation", "bias_act", "glu", "norm", "attention", "adam", "train")
+GROUPS = (
+    "import_time", "dispatch", "relu", "activation", "bias_act", "glu", "norm", "linear_act", "linear_sweep",
+    "attention", "adam", "train",
+)  # fmt: skip
 
 
 def cases(group: str, device: str = "cpu", quick: bool = False) -> list[Case]:

@@ -1,0 +1,85 @@
+"""relu(x weight' + bias), forward alone and with backward, and a ReLU MLP of two such layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastlm
+from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, leaf, outputs_of
+from fastlm.benchmarks.harness import Built, Case, Variant
+
+LAYERS = [(768, 3072), (3072, 768), (384, 1536)]  # (K, N)
+# Rows of x in the sweep, and layers: those of small models, heads of few and many classes, sizes that fit no tile.
+SWEEP_ROWS = (32, 512, 1000, 4096)
+SWEEP = [(64, 64), (65, 255), (128, 512), (384, 65), (384, 1152), (512, 8192), (768, 768), (1000, 333), (1536, 384),
+         (2048, 2048)]  # fmt: skip
+
+
+def stock_layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.relu(F.linear(x, weight, bias))
+
+
+def stock_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return F.linear(F.relu(F.linear(x, up)), down)
+
+
+def our_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return fastlm.linear_act(fastlm.linear_act(x, up), down, act="none")
+
+
+def weight_of(N: int, K: int, dtype: torch.dtype, device: str, seed: int) -> Tensor:
+    return (leaf((N, K), dtype, device, seed).detach() / K**0.5).requires_grad_()
+
+
+def build(M: int, K: int, N: int, dtype: torch.dtype, device: str, quick: bool, forward: bool) -> Built:
+    inputs = [leaf((M, K), dtype, device, 0), weight_of(N, K, dtype, device, 1), leaf((N,), dtype, device, 2)]
+    dy = leaf((M, N), dtype, device, 3).detach()
+    built = eager_compiled_ours(stock_layer, fastlm.linear_act, inputs, dy, quick)
+    if forward:
+        ours = {"torch": stock_layer, "fastlm": fastlm.linear_act}
+        built.variants = {name: forward_alone(f, inputs, dy) for name, f in ours.items()}
+    return built
+
+
+def forward_alone(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor) -> Variant:
+    def run() -> None:
+        with torch.no_grad():
+            function(*inputs)
+
+    return Variant(run, outputs_of(function, inputs, dy))
+
+
+def build_mlp(M: int, C: int, dtype: torch.dtype, device: str, quick: bool) -> Built:
+    inputs = [
+        leaf((M, C), dtype, device, 0),
+        weight_of(4 * C, C, dtype, device, 1),
+        weight_of(C, 4 * C, dtype, device, 2),
+    ]
+    return eager_compiled_ours(stock_mlp, our_mlp, inputs, leaf((M, C), dtype, device, 3).detach(), quick)
+
+
+def layer_case(group: str, M: int, K: int, N: int, dtype: str, device: str, quick: bool, forward: bool) -> Case:
+    label = f"{M}x{K} to {N} {dtype} {'forward' if forward else 'fwd+bwd'}"
+    work = partial(build, M, K, N, DTYPES[dtype], device, quick, forward)
+    flops = (1 if forward else 3) * 2.0 * M * K * N
+    return Case(group, label, work, dtype=str(DTYPES[dtype]).removeprefix("torch."), flops=flops, device=device)
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    made = []
+    for dtype in DTYPES:
+        for K, N in LAYERS[:1] if quick else LAYERS:
+            for M in (64,) if quick else (512, 2048, 8192):
+                made += [layer_case("linear_act", M, K, N, dtype, device, quick, forward) for forward in (True, False)]
+        M, C = (64, 768) if quick else (4096, 768)
+        work = partial(build_mlp, M, C, DTYPES[dtype], device, quick)
+        label = f"MLP {M}x{C}x{4 * C} {dtype} fwd+bwd"
+        flops = 6 * 2.0 * M * C * 4 * C
+        name = str(DTYPES[dtype]).removeprefix("torch.")
+        made.append(Case("linear_act", label, work, dtype=name, flops=flops, device=device))
+    return made
