@@ -106,7 +106,7 @@ def test_global_hooks_are_called():
 def test_a_models_layers_can_be_replaced():
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=16, block_size=8, n_layer=1, n_head=2, n_embd=16))
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     idx = torch.randint(16, (2, 8))
     before = model(idx)[0]

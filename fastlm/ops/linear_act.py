@@ -130,7 +130,7 @@ _linear_act = define_op(
 
 
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "relu") -> Tensor:
-    """act(x weight' + bias): ``torch.nn.functional.linear`` and the activation after it, with fast products for both ways.
+    """act(x weight' + bias): ``torch.nn.functional.linear`` with the activation after it, in one op.
 
     Args:
         x: (..., K), floating point.
