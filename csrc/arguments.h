@@ -44,14 +44,18 @@ struct Border {
   struct Rows {
     int64_t rows, cols;
   };
-  Rows check_rows(const char* op, const TensorView& x, const TensorView& bias) const {
+  Rows check_rows(const char* op, const TensorView& x) const {
     FASTLM_CHECK(x.contiguous() && x.ndim >= 1, op, ": x must be contiguous with at least one dimension, got ",
                  x.describe());
     int64_t cols = x.shape[x.ndim - 1];
+    return {cols > 0 ? x.numel() / cols : 0, cols};
+  }
+  Rows check_rows(const char* op, const TensorView& x, const TensorView& bias) const {
+    auto [rows, cols] = check_rows(op, x);
     check_device(op, x, bias);
     FASTLM_CHECK(bias.ndim == 1 && bias.shape[0] == cols && bias.contiguous() && bias.dtype == x.dtype, op,
                  ": bias must be contiguous (", cols, ") of dtype ", dtype_name(x.dtype), ", got ", bias.describe());
-    return {cols > 0 ? x.numel() / cols : 0, cols};
+    return {rows, cols};
   }
 
   // (rows, cols) as `like`, with whole rows; contiguous where that is asked for.

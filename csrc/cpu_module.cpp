@@ -28,6 +28,8 @@ void run_kernel(int64_t work, const Run& run) {
   run();
 }
 
+const void* data_of(const OptionalTensor& t) { return t ? t->data : nullptr; }
+
 // The activation of an index into _cpu.acts.
 cpu::Act act_of(const char* op, int act) {
   FASTLM_CHECK(act >= 0 && act < cpu::kNumActs, op, ": act must be an index into acts, got ", act);
@@ -57,14 +59,15 @@ void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorV
   });
 }
 
-void bias_act_backward(const TensorView& dy, const TensorView& saved, const TensorView& bias, const TensorView& dx,
+void bias_act_backward(const TensorView& dy, const TensorView& saved, const OptionalTensor& bias, const TensorView& dx,
                        const OptionalTensor& dbias, int act, int threads) {
   border.check_same_dense("bias_act_backward", dy, {&saved, &dx});
-  auto [rows, cols] = border.check_rows("bias_act_backward", dy, bias);
+  auto [rows, cols] = border.check_rows("bias_act_backward", dy);
+  if (bias) border.check_rows("bias_act_backward", dy, *bias);
   if (dbias) border.check_sums("bias_act_backward", "dbias", dy, *dbias, cols);
   cpu::Act a = act_of("bias_act_backward", act);
   run_kernel(rows * cols, [&, rows = rows, cols = cols] {
-    cpu::bias_act_backward(a, dy.dtype, dy.data, saved.data, bias.data, dx.data, dbias ? dbias->data : nullptr, rows,
+    cpu::bias_act_backward(a, dy.dtype, dy.data, saved.data, data_of(bias), dx.data, dbias ? dbias->data : nullptr, rows,
                            cols, threads);
   });
 }
@@ -93,8 +96,6 @@ void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView
                       gate.strides[0], up.strides[0], threads);
   });
 }
-
-const void* data_of(const OptionalTensor& t) { return t ? t->data : nullptr; }
 
 void norm_forward(const TensorView& x, const OptionalTensor& residual, const OptionalTensor& weight,
                   const OptionalTensor& bias, const TensorView& y, const OptionalTensor& sum, double eps, bool centred,

@@ -30,11 +30,15 @@ def check_dropout(op: str, dropout_p: object) -> None:
 
 
 def autocast_on(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return (
+        torch._C._is_any_autocast_enabled()  # the cheapest to ask, and mostly False
+        and torch.amp.is_autocast_available(device.type)
+        and torch.is_autocast_enabled(device.type)
+    )
 
 
 def check_same_dtype(op: str, name: str, t: Tensor, first_name: str, first: Tensor) -> None:
     """Where autocast is on, it will make one dtype of all but float64, which it leaves."""
-    cast = autocast_on(first.device) and torch.float64 not in (t.dtype, first.dtype)
-    if t.dtype != first.dtype and not cast:
-        raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}")
+    if t.dtype == first.dtype or (autocast_on(first.device) and torch.float64 not in (t.dtype, first.dtype)):
+        return
+    raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}")

@@ -85,6 +85,11 @@ class use_backend:
         _state.backend = _state.outer.pop()
 
 
+def backend_is_free() -> bool:
+    """Whether a call too small to be worth an op's own cost may be left to plain torch: no backend was asked for."""
+    return _state.backend == "auto"
+
+
 # --- kernels ----------------------------------------------------------------------------------------------------------
 class Kernel(NamedTuple):
     run: Callable[..., Any]

@@ -137,7 +137,7 @@ def test_opcheck(act, backend):
 
 
 @pytest.mark.parametrize("act", ["relu", "gelu"])
-@pytest.mark.parametrize("choice", ["auto", "reference"])
+@pytest.mark.parametrize("choice", ["auto", *(["native"] if ISAS else []), "reference"])
 def test_compile(act, choice):
     torch._dynamo.reset()
     with fastlm.use_backend(choice):
@@ -205,6 +205,35 @@ def test_matmul(isa, dtype):
             _native.cpu.matmul(torch.ones(2, 3), torch.ones(3, 3), torch.ones(2, 4), False, 1)
     finally:
         _native.cpu.select_isa(before)
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
+def test_products_of_onednn(monkeypatch):
+    """Which linear_act takes where there is AVX-512 alone, though they run anywhere."""
+    from fastlm.kernels.native import products
+
+    assert products._onednn()
+    monkeypatch.setattr(products, "_wide", lambda x: x.dtype == torch.float32)
+    with fastlm.use_backend("native"):
+        for act in ACTS:
+            test_value_and_gradient(act, torch.float32, "native", None)
+
+
+def test_small_layers_are_left_to_torch(monkeypatch):
+    from fastlm.ops import linear_act
+
+    x, weight = numbers((2, 8)).requires_grad_(), numbers((4, 8), seed=1)
+    named = lambda y: type(y.grad_fn).__name__  # noqa: E731
+    assert named(fastlm.linear_act(x, weight)) == "ReluBackward0"
+    with fastlm.use_backend("reference"):
+        assert "linear_act" in named(fastlm.linear_act(x, weight))
+    monkeypatch.setattr(linear_act, "_SMALL", 64)
+    assert "linear_act" in named(fastlm.linear_act(x, weight))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert named(fastlm.linear_act(x, weight)) == "ReluBackward0"
+    monkeypatch.setattr(linear_act, "_SMALL_IN_16_BITS", 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "linear_act" in named(fastlm.linear_act(x, weight))
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ template <class T, Act kAct> struct ActivationOf {
     for (int64_t r = 0; r < rows; ++r, dy += cols, saved += cols, dx += cols) {
       for_each_vector<V>(cols, [&](int64_t i, int count) {
         V at = load_count(saved + i, count);
-        if constexpr (!A::kSavesOutput) at += load_count(bias + i, count);
+        if (!A::kSavesOutput && bias != nullptr) at += load_count(bias + i, count);
         V d = A::gradient(load_count(dy + i, count), at);
         store_count(dx + i, d, count);
         store_count(sums + i, load_count(sums + i, count) + d, count);

@@ -20,7 +20,7 @@ struct ActivationKernels {
     void (*backward)(const void* dy, const void* saved, void* dx, int64_t n);
     // y = act(x + bias)
     void (*bias_forward)(const void* x, const void* bias, void* y, int64_t rows, int64_t cols);
-    // `saved` is the output, or x; column_sums (float; double for float64) receives the sum of dx over the rows, unrounded
+    // `saved` is the output, or x, or x + bias with a null bias; column_sums (float; double for float64) receives the sum of dx over the rows, unrounded
     void (*bias_backward)(const void* dy, const void* saved, const void* bias, void* dx, void* column_sums, int64_t rows,
                           int64_t cols);
     // y = act(gate) * up

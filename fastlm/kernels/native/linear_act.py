@@ -29,22 +29,18 @@ if _native.cpu is not None:
     def linear_act_backward(
         dy: Tensor, x: Tensor, weight: Tensor, saved: Tensor, act: str, wanted: Sequence[bool]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dy, saved = dy.contiguous(), saved.contiguous()
-        dx, dweight, dbias = (dy.new_empty(0) for _ in range(3))
+        dy = dy.contiguous()
         if act == "none":
-            du = dy
-            if wanted[2]:
-                dbias = dy.sum(0)
+            du, dbias = dy, dy.sum(0) if wanted[2] else dy.new_empty(0)
         elif wanted[2]:
             du = torch.empty_like(dy)
             sums = dy.new_empty(dy.shape[1], dtype=torch.promote_types(dy.dtype, torch.float32))
-            added = dy.new_zeros(dy.shape[1])  # the bias is in `saved` already
-            _native.cpu.bias_act_backward(dy, saved, added, du, sums, ACTS[act], torch.get_num_threads())
+            _native.cpu.bias_act_backward(
+                dy, saved.contiguous(), None, du, sums, ACTS[act], torch.get_num_threads()
+            )  # no bias: it is in `saved` already
             dbias = sums.to(dy.dtype)
         else:
-            du = gradient(dy, saved, ACTS[act])
-        if wanted[0]:
-            dx = input_gradient(du, weight)
-        if wanted[1]:
-            dweight = weight_gradient(du, x)
+            du, dbias = gradient(dy, saved.contiguous(), ACTS[act]), dy.new_empty(0)
+        dx = input_gradient(du, weight) if wanted[0] else dy.new_empty(0)
+        dweight = weight_gradient(du, x) if wanted[1] else dy.new_empty(0)
         return dx, dweight, dbias

@@ -1,8 +1,8 @@
 """The products of a linear layer on the CPU, each by whatever does it fastest. Measured figures: bench/LOG.md.
 
-float32 on AVX-512: torch calls MKL, which on AMD leaves the wide registers unused. The oneDNN inside torch does not, and
-only its weight gradient is slower than csrc/cpu/matmul.cpp. On AVX2 MKL is at the machine's limit, in bfloat16 torch's
-product is on any machine.
+float32 on AVX-512: torch calls MKL, which on AMD leaves the wide registers unused. The oneDNN inside torch does not,
+and only its weight gradient is slower than csrc/cpu/matmul.cpp. On AVX2 MKL is at the machine's limit; in bfloat16
+torch's product is, on any machine.
 """
 
 from __future__ import annotations
