@@ -8,7 +8,7 @@ from fastlm._version import __version__
 from fastlm.ops.activation import gelu, sigmoid, silu, tanh
 from fastlm.ops.attention import attention, scaled_dot_product_attention
 from fastlm.ops.bias_act import bias_act
-from fastlm.ops.cross_entropy import cross_entropy
+from fastlm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from fastlm.ops.glu import glu
 from fastlm.ops.linear_act import linear_act
 from fastlm.ops.norm import layer_norm, rms_norm
@@ -36,6 +36,7 @@ __all__ = [
     "glu",
     "layer_norm",
     "linear_act",
+    "linear_cross_entropy",
     "models",
     "optim",
     "relu",

@@ -462,7 +462,7 @@ class Op:
                 found = op.backward(entries, saved, wanted, *grads)
             if found is None:
                 with _no_autocast():
-                    found = _differentiate(op.reference, saved, wanted, grads)
+                    found = _differentiate(op.reference, saved[: op.arity], wanted, grads)
             return (None, *found[:given], *[None] * (given - len(found)))
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -491,7 +491,8 @@ def define_op(
         samples: device -> a few small argument tuples, for the self-check of kernels on a GPU.
         save: (args, output) -> what the gradient needs, tensors or not; all arguments where not given.
         backward: (the backend's ops, saved, wanted, *output gradients) -> input gradients. Calls registered ops only.
-            Not given, or where it returns None: the reference is differentiated at what was saved, to every order.
+            Not given, or where it returns None: the reference is differentiated, to every order; what was saved then
+            begins with all arguments.
         autocast: (dtype, args) -> args under torch.autocast; not given: the arguments stay as they are.
         arguments: the public function's arguments -> the schema's, where they differ.
     """

@@ -4,19 +4,39 @@ x (R, C) logits, target (R,) classes or (R, C) probabilities. The op gives the l
 (R,), float32 (float64 for float64), both differentiable, both 0 in a row whose target is ignored; reductions and the
 z-loss are plain torch on these. Saved: the logits by reference, and the log-sum-exp. Under autocast the logits keep
 their dtype, and the loss is float32 as torch's is.
+
+linear_cross_entropy(x, weight, target) = cross_entropy(x weight' + bias, target), reduced over the rows: x (R, D),
+weight (C, D), bias (C,). The op never holds all logits: it makes them for some rows at a time, and with them what the
+gradients of x, weight and bias would be if that of the loss were 1. Those are saved, and the arguments by reference.
+Under autocast x, weight and bias go to the lower precision.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm._checks import autocast_on, check_floating_point, check_number, check_tensor
+from fastlm._checks import autocast_on, check_floating_point, check_number, check_same_dtype, check_tensor
 from fastlm._library import define_op, readable_values
 
 _REDUCTIONS = ("mean", "sum", "none")
+
+
+def _check_options(op: str, reduction: str, label_smoothing: float, z_loss: float, softcap: float | None) -> None:
+    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
+        check_number(op, name, value)
+    if softcap is not None:
+        check_number(op, "softcap", softcap)
+        if not 0 < softcap < float("inf"):
+            raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -144,16 +164,7 @@ def _arguments(
     op = "fastlm.cross_entropy"
     check_floating_point(op, "input", input)
     check_tensor(op, "target", target)
-    for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
-        check_number(op, name, value)
-    if softcap is not None:
-        check_number(op, "softcap", softcap)
-        if not 0 < softcap < float("inf"):
-            raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    _check_options(op, reduction, label_smoothing, z_loss, softcap)
     if input.dim() < 1:
         raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, ...), got {tuple(input.shape)}")
     C = input.shape[min(input.dim() - 1, 1)]
@@ -251,3 +262,151 @@ def cross_entropy(
             counts = rows != ignore_index
             total = total / (weight[torch.where(counts, rows, 0)] * counts).sum()
     return total.to(dtype)
+
+
+# --- with the linear layer before it ----------------------------------------------------------------------------------
+def linear_cross_entropy_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, label_smoothing: float,
+    z_loss: float, softcap: float, mean: bool, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits = F.linear(x, weight, bias)
+    losses, lse = cross_entropy_reference(logits, target, None, ignore_index, label_smoothing, softcap)
+    if z_loss:
+        losses = losses + z_loss * lse.square()
+    share = 1 / (target != ignore_index).sum() if mean else losses.new_ones(())
+    dx, dweight, dbias = (x.new_empty(0) for _ in range(3))
+    if any(wanted):
+        dlogits = cross_entropy_backward_reference(
+            share.to(losses.dtype).expand(losses.shape), 2 * z_loss * share * lse if z_loss else None, logits, target,
+            None, lse, ignore_index, label_smoothing, softcap,
+        )  # fmt: skip
+        dx = dlogits @ weight if wanted[0] else dx
+        dweight = dlogits.mT @ x if wanted[1] else dweight
+        dbias = dlogits.sum(0) if wanted[2] else dbias
+    return losses.sum() * share, dx.contiguous(), dweight.contiguous(), dbias
+
+
+def _fake_linear(x, weight, bias, target, ignore_index, label_smoothing, z_loss, softcap, mean, wanted):
+    loss = x.new_empty((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    return (loss, *(x.new_empty(shape if w else 0) for shape, w in zip(shapes, wanted, strict=True)))
+
+
+def _backward_linear(ops, saved, wanted, *grads):
+    g, *others = grads
+    found = saved[-3:]
+    # What was saved holds for a first gradient of the loss alone, and of what was announced.
+    known = all(not w or f.numel() == t.numel() for w, f, t in zip(wanted, found, saved, strict=False) if t is not None)
+    if torch.is_grad_enabled() or any(o is not None for o in others) or not known:
+        return None
+    return (*(f * g.to(f.dtype) if w else None for f, w in zip(found, wanted, strict=False)), *[None] * 7)
+
+
+def _autocast_linear(dtype, args):
+    # As torch: float64 stays.
+    return (*(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in args[:3]), *args[3:])
+
+
+def _linear_arguments(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> tuple:
+    op = "fastlm.linear_cross_entropy"
+    operands = [("x", x), ("weight", weight)] + ([("bias", bias)] if bias is not None else [])
+    for name, t in operands:
+        check_floating_point(op, name, t)
+        check_same_dtype(op, name, t, "x", x)
+    check_tensor(op, "target", target)
+    _check_options(op, reduction, label_smoothing, z_loss, softcap)
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be (C, D), got {tuple(weight.shape)}")
+    C, D = weight.shape
+    if x.dim() < 1 or x.shape[-1] != D:
+        raise ValueError(f"{op}: x must be (..., D) for weight (C, D) = {(C, D)}, got {tuple(x.shape)}")
+    if bias is not None and bias.shape != (C,):
+        raise ValueError(f"{op}: bias must be (C,) = ({C},), got {tuple(bias.shape)}")
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise TypeError(f"{op}: target must be int64 classes, got {target.dtype}")
+    if target.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{op}: target must be {tuple(x.shape[:-1])} for x {tuple(x.shape)}, got {tuple(target.shape)}"
+        )
+    for name, t in (*operands[1:], ("target", target)):
+        if t.device != x.device:
+            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
+    wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
+    rows, target = x.reshape(target.numel(), D), target.reshape(-1).long()
+    return (rows, weight, bias, target, ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0),
+            reduction == "mean", wanted)  # fmt: skip
+
+
+def _samples_linear(device: str) -> list[tuple]:
+    made = []
+    for x, target, _, ignore_index, smoothing, softcap in _samples(device):
+        rows, weight = x[:, :40].contiguous() / 8, x.flatten()[: 33 * 40].view(33, 40).clone() / 8
+        target = torch.where(target > 0, target % 33, target)
+        made.append((rows, weight, None, target, ignore_index, smoothing, 1e-3, softcap, True, [True, True, False]))
+    return made
+
+
+_linear_cross_entropy = define_op(
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index, "
+    "float label_smoothing, float z_loss, float softcap, bool mean, bool[] wanted) "
+    "-> (Tensor loss, Tensor dx, Tensor dweight, Tensor dbias)",
+    reference=linear_cross_entropy_reference,
+    fake=_fake_linear,
+    samples=_samples_linear,
+    save=lambda args, outputs: (*args, *outputs[1:]),
+    backward=_backward_linear,
+    autocast=_autocast_linear,
+    arguments=_linear_arguments,
+)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """cross_entropy(x weight' + bias, target) without holding the logits: a language model's last layer and loss.
+
+    Their gradients are made together with the loss, some rows at a time, and only scaled in backward. With reduction
+    none, and in second derivatives, the logits are held.
+
+    Args:
+        x: (..., D), floating point.
+        weight: (C, D), of x's dtype; its gradient is summed in float32.
+        target: (...), int64 classes.
+        bias: (C,), of x's dtype.
+        ignore_index, reduction, label_smoothing, z_loss, softcap: as in `fastlm.cross_entropy`.
+
+    Returns:
+        0-d, or with reduction none of target's shape. Of x's dtype; float32 under autocast.
+
+    Raises:
+        ValueError: sizes, devices or options that do not fit. TypeError: dtypes that do not fit. IndexError: a target
+        that is no class.
+    """
+    args = _linear_arguments(x, weight, target, bias, ignore_index, reduction, label_smoothing, z_loss, softcap)
+    if reduction == "none":
+        losses = cross_entropy(
+            F.linear(x.reshape(-1, x.shape[-1]), weight, bias), args[3], ignore_index=ignore_index, reduction="none",
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        )  # fmt: skip
+        return losses.view(target.shape)
+    loss = _linear_cross_entropy(*args)[0]
+    return loss if autocast_on(x.device) else loss.to(x.dtype)

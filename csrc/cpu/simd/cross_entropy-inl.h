@@ -71,8 +71,8 @@ void cross_entropy_backward_of(const compute_t<T>* g, const compute_t<T>* dlse, 
     }
     const V base = splat<V>(lse[r]), of_loss = splat<V>(g[r]), of_lse = splat<V>(dlse != nullptr ? dlse[r] : 0);
     // Of class i: p less its share of the target, times g, and p times dlse.
-    auto store_gradient = [&](int64_t i, int count, V wanted) {
-      V v = load_count(x + i, count), z = logits_of<kCapped>(v, cap, inverse_cap);
+    auto store_gradient = [&](const T* from, int64_t i, int count, V wanted) {
+      V v = load_count(from, count), z = logits_of<kCapped>(v, cap, inverse_cap);
       V p = exp2((z - base) * log2_e), d = fma(p, of_lse, fma(p, of_loss, -wanted));
       if constexpr (kCapped) {
         V t = z * inverse_cap;
@@ -82,8 +82,9 @@ void cross_entropy_backward_of(const compute_t<T>* g, const compute_t<T>* dlse, 
     };
     const double even = s.smoothing > 0 ? g[r] * s.smoothing / s.classes : 0;
     const V spread = splat<V>(even);
-    for_each_vector<V>(s.classes, [&](int64_t i, int count) { store_gradient(i, count, spread); });
-    store_gradient(target[r], 1, splat<V>(even + g[r] * (1 - s.smoothing)));
+    const T of_target = x[target[r]];  // dx may be x
+    for_each_vector<V>(s.classes, [&](int64_t i, int count) { store_gradient(x + i, i, count, spread); });
+    store_gradient(&of_target, target[r], 1, splat<V>(even + g[r] * (1 - s.smoothing)));
   }
 }
 

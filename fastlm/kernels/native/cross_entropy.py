@@ -1,6 +1,8 @@
-"""cross_entropy in C++: csrc/cpu/cross_entropy.cpp."""
+"""cross_entropy in C++: csrc/cpu/cross_entropy.cpp; linear_cross_entropy from it and the products of products.py."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from fastlm._library import kernel
 from fastlm.kernels._common import unsupported_dtype
 
 if _native.cpu is not None:
+    from fastlm.kernels.native.products import add_product, input_gradient, linear
 
     def _unsupported(x: Tensor, target: Tensor, weight: Tensor | None, *_: object) -> str | None:
         if weight is not None:
@@ -43,3 +46,48 @@ if _native.cpu is not None:
             lse.contiguous(), dx, ignore_index, label_smoothing, softcap, torch.get_num_threads(),
         )  # fmt: skip
         return dx
+
+    # Rows whose logits are held at a time: a twelfth of all, since each batch of rows goes over the gradient of the
+    # weight once, but no more than a product needs to be fast.
+    _LEAST_ROWS, _SHARE_OF_ROWS, _MOST_ROWS = 128, 12, 1024
+
+    def _unsupported_linear(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *_: object) -> str | None:
+        return unsupported_dtype(x)
+
+    @kernel("linear_cross_entropy", backend="native", device="cpu", supports=_unsupported_linear)
+    def linear_cross_entropy(
+        x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, label_smoothing: float,
+        z_loss: float, softcap: float, mean: bool, wanted: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        wide = torch.promote_types(x.dtype, torch.float32)
+        count = (target != ignore_index).sum().item() if mean else 1
+        share = 1 / count if count else float("nan")  # the mean of nothing, as in torch
+        total = torch.zeros((), dtype=torch.float64)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else x.new_empty(0)
+        dweight = torch.zeros_like(weight, dtype=wide, memory_format=torch.contiguous_format) if wanted[1] else None
+        dbias = torch.zeros(weight.shape[0], dtype=wide) if wanted[2] else None
+        rows = max(_LEAST_ROWS, min(_MOST_ROWS, len(x) // _SHARE_OF_ROWS))
+        for begin in range(0, len(x), rows):
+            part, classes = x[begin : begin + rows], target[begin : begin + rows]
+            logits = linear(part, weight, bias)[0]
+            losses, lse = cross_entropy(logits, classes, None, ignore_index, label_smoothing, softcap)
+            total += losses.sum(dtype=torch.float64)
+            if z_loss:
+                total += z_loss * lse.double().square().sum()
+            if not any(wanted):
+                continue
+            _native.cpu.cross_entropy_backward(
+                torch.full_like(lse, share), 2 * z_loss * share * lse if z_loss else None, logits, classes, lse, logits,
+                ignore_index, label_smoothing, softcap, torch.get_num_threads(),
+            )  # fmt: skip
+            if wanted[0]:
+                dx[begin : begin + rows] = input_gradient(logits, weight)
+            if dweight is not None:
+                if x.dtype == torch.float64:
+                    dweight.addmm_(logits.t(), part)
+                else:
+                    add_product(logits.t(), part, dweight)
+            if dbias is not None:
+                dbias += logits.sum(0, dtype=wide)
+        made = (x.new_empty(0) if g is None else g.to(x.dtype) for g in (dweight, dbias))
+        return (total * share).to(wide), dx, *made
