@@ -30,19 +30,26 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, residual)
 
 
-def apply_linear(layer: nn.Module, x: Tensor, act: str = "none") -> Tensor:
-    """act(layer(x)): by `fastlm.linear_act` where `layer` is an `nn.Linear` as torch made it.
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` is an `nn.Linear` as torch made it, so that its weight and bias are all there is to it.
 
-    Whatever was put in its place or onto it (an adapter, a quantised, sharded or parametrised layer, a hook) is called
-    as ever, with the activation after it.
+    Not where something was put in its place or onto it: an adapter, a quantised, sharded or parametrised layer, a hook.
     """
-    plain = type(layer) is nn.Linear and type(layer.weight) in (Tensor, nn.Parameter)
-    if plain and not (
-        layer._forward_pre_hooks
-        or layer._forward_hooks
-        or layer._backward_pre_hooks
-        or layer._backward_hooks
-        or hooks._has_any_global_hook()
-    ):
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) in (Tensor, nn.Parameter)
+        and not (
+            layer._forward_pre_hooks
+            or layer._forward_hooks
+            or layer._backward_pre_hooks
+            or layer._backward_hooks
+            or hooks._has_any_global_hook()
+        )
+    )
+
+
+def apply_linear(layer: nn.Module, x: Tensor, act: str = "none") -> Tensor:
+    """act(layer(x)): by `fastlm.linear_act` where the layer is plain; any other is called as ever."""
+    if is_plain(layer):
         return linear_act(x, layer.weight, layer.bias, act)
     return ACTIVATIONS[act](layer(x))

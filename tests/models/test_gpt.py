@@ -205,3 +205,22 @@ def test_compiles_whole_and_gives_the_same_loss():
     model, idx, targets = make(), tokens(2, 16), tokens(2, 16, seed=2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(idx, targets)[1], model(idx, targets)[1])
+
+
+def test_many_logits_are_not_held(monkeypatch):
+    """The same loss and gradients; and a changed head is called."""
+    from fastlm.models import gpt
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=16))
+    idx = torch.randint(64, (3, 16))
+    targets = torch.where(torch.rand(3, 16) < 0.2, -1, idx.flip(1))
+    results = []
+    for many in (1 << 60, 1):
+        monkeypatch.setattr(gpt, "_MANY_LOGITS", many)
+        loss = model(idx, targets)[1]
+        results.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*results)
+    handle = model.head.register_forward_hook(lambda module, args, out: out * 0)
+    assert model(idx, targets)[1].item() == pytest.approx(math.log(64))
+    handle.remove()

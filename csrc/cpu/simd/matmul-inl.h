@@ -42,6 +42,20 @@ inline void matmul_panel(int64_t width, int64_t rows, int64_t words, const W* a,
   run(rows, words, a, b, c);
 }
 
+// Rows of elements to panels of words that span rows, each panel kWidth wide and kDepthBlock deep. A few rows at a time:
+// panels share cache lines, and rows that lie a power of two apart would put each other out of the cache.
+template <int64_t kWidth, class W, class T>
+inline void pack_panels(const T* src, int64_t stride, int64_t depth, int64_t cols, W* dst) {
+  constexpr int64_t kTerms = terms_of<W>, kRows = 8;
+  for (int64_t k = 0; k < depth; k += kRows) {
+    const int64_t rows = smaller(kRows, depth - k);
+    for (int64_t n = 0; n < cols; n += kWidth) {
+      pack_depth(src + k * stride + n, stride, rows, smaller(kWidth, cols - n), dst + n * kDepthBlock + k / kTerms * kWidth,
+                 kWidth, round_up(rows, kTerms));
+    }
+  }
+}
+
 template <class T>
 void matmul_tile(const Matmul& m, int64_t row, int64_t row_end, int64_t col, int64_t col_end, void* work) {
   using W = word_t<T>;
@@ -54,20 +68,16 @@ void matmul_tile(const Matmul& m, int64_t row, int64_t row_end, int64_t col, int
   for (int64_t k = 0; k < m.depth; k += kDepthBlock * kTerms) {
     const int64_t depth = smaller(kDepthBlock * kTerms, m.depth - k), words = (depth + kTerms - 1) / kTerms;
     if (m.a_turned) {
-      for (int64_t r = 0; r < rows; r += kL) {
-        pack_depth(a + k * m.a_stride + row + r, m.a_stride, depth, smaller(kL, rows - r), t.a + r * kDepthBlock, kL,
-                   words * kTerms);
-      }
+      pack_panels<kL, W>(a + k * m.a_stride + row, m.a_stride, depth, rows, t.a);
     } else {
-      pack_rows(a + (row * m.a_stride) + k, m.a_stride, rows, depth, t.a, kDepthBlock, padded);
+      pack_rows(a + row * m.a_stride + k, m.a_stride, rows, depth, t.a, kDepthBlock, padded);
     }
+    if (!m.b_turned) pack_panels<kPanel, W>(b + k * m.b_stride + col, m.b_stride, depth, cols, t.b);
     for (int64_t n = 0; n < cols; n += kPanel) {
       const int64_t width = smaller(kPanel, cols - n);
       W* panel = t.b + n * kDepthBlock;
       if (m.b_turned) {
         pack_transposed(b + (col + n) * m.b_stride + k, m.b_stride, width, depth, panel, kPanel, kPanel);
-      } else {
-        pack_depth(b + k * m.b_stride + col + n, m.b_stride, depth, width, panel, kPanel, words * kTerms);
       }
       (m.a_turned ? matmul_panel<W, Left::kByDepth> : matmul_panel<W, Left::kByRows>)(width, padded, words, t.a, panel,
                                                                                       t.c + n * padded);

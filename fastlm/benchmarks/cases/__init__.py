@@ -7,8 +7,8 @@ import importlib
 from fastlm.benchmarks.harness import Case
 
 GROUPS = (
-    "import_time", "dispatch", "relu", "activation", "bias_act", "glu", "norm", "cross_entropy", "linear_act", "linear_sweep",
-    "attention", "adam", "train",
+    "import_time", "dispatch", "relu", "activation", "bias_act", "glu", "norm", "cross_entropy", "linear_act",
+    "linear_sweep", "attention", "adam", "train",
 )  # fmt: skip
 
 

@@ -47,9 +47,9 @@ if _native.cpu is not None:
         )  # fmt: skip
         return dx
 
-    # Rows whose logits are held at a time: a twelfth of all, since each batch of rows goes over the gradient of the
-    # weight once, but no more than a product needs to be fast.
-    _LEAST_ROWS, _SHARE_OF_ROWS, _MOST_ROWS = 128, 12, 1024
+    # Rows whose logits are held at a time: a tenth of all, since each time the gradient of the weight is read and
+    # written, but no more than products need to be fast.
+    _LEAST_ROWS, _SHARE_OF_ROWS, _MOST_ROWS = 128, 10, 1024
 
     def _unsupported_linear(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *_: object) -> str | None:
         return unsupported_dtype(x)

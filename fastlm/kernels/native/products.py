@@ -1,8 +1,8 @@
 """The products of a linear layer on the CPU, each by whatever does it fastest. Measured figures: bench/LOG.md.
 
 float32 on AVX-512: torch calls MKL, which on AMD leaves the wide registers unused. The oneDNN inside torch does not,
-and only its weight gradient is slower than csrc/cpu/matmul.cpp. On AVX2 MKL is at the machine's limit; in bfloat16
-torch's product is, on any machine.
+and only its weight gradient is slower than csrc/cpu/matmul.cpp. On AVX2 MKL is at the machine's limit, but for some
+hundred rows times a large weight; in bfloat16 torch's product is, on any machine.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     return _wide(x) and x.numel() > 0 and weight.numel() > 0 and torch.backends.mkldnn.enabled and _onednn()
 
 
+def _few_rows(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == torch.float32 and 96 <= x.shape[0] <= 512 and weight.shape[0] >= 1024 and weight.shape[1] >= 128
+
+
 def _wide(x: Tensor) -> bool:
     """Float32 where AVX-512 is in use."""
     return x.dtype == torch.float32 and _native.cpu.active_isa().startswith("avx512")
@@ -41,6 +45,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "none") ->
     if _by_onednn(x, weight):
         done = act in ("none", "relu")
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act if done else "none", [], ""), done
+    if _few_rows(x, weight) and bias is None:
+        return add_product(x, weight.t(), x.new_empty(x.shape[0], weight.shape[0]), add=False), act == "none"
     return F.linear(x, weight, bias), act == "none"
 
 
