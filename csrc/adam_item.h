@@ -9,10 +9,11 @@ namespace fastlm {
 
 enum { kParam, kGrad, kExpAvg, kExpAvgSq, kMaxExpAvgSq, kAdamTensors };
 
-// One parameter and what belongs to it: same dtype, same sizes.
+// One parameter and what belongs to it: same sizes, and same dtype, but for the three tensors of the state on the CPU.
 struct AdamItem {
   static constexpr int kMaxDims = 8;
-  DType dtype;
+  DType dtype, state_dtype;
+  DType dtype_of(int tensor) const { return tensor == kParam || tensor == kGrad ? dtype : state_dtype; }
   int64_t n;
   double step;                    // counting this one
   bool flat;                      // dense with equal strides, so that memory order pairs the elements
@@ -25,6 +26,8 @@ struct AdamItem {
 struct AdamOptions {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled, maximize;
+  double scale = 1;         // of the gradients
+  bool stochastic = false;  // see cpu/simd/adam.h
 };
 
 }  // namespace fastlm

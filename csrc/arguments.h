@@ -143,7 +143,14 @@ struct Border {
       const TensorView& param = params[i];
       check_float("adam_", "params", param);
       AdamItem& item = items[i];
-      item.dtype = param.dtype;
+      item.dtype = item.state_dtype = param.dtype;
+      if (exp_avgs[i].dtype != param.dtype) {
+        item.state_dtype = exp_avgs[i].dtype;
+        auto wide_or_narrow = [](DType d) { return d == DType::kF32 || d == DType::kBF16; };
+        FASTLM_CHECK(!on_gpu && wide_or_narrow(param.dtype) && wide_or_narrow(item.state_dtype), "adam_: exp_avgs[", i,
+                     "] must have the dtype of params[", i, "], ", param.describe(), ", or ", on_gpu ? "that alone" :
+                     "one be float32 and the other bfloat16", ", got ", exp_avgs[i].describe());
+      }
       item.n = param.numel();
       item.ndim = param.ndim;
       std::copy_n(param.shape, param.ndim, item.shape);
@@ -151,10 +158,10 @@ struct Border {
       for (int t = 0; t < count; ++t) {
         const TensorView& tensor = (*lists[t])[i];
         check_device("adam_", params[0], tensor);
-        FASTLM_CHECK(tensor.dtype == param.dtype && tensor.ndim == param.ndim &&
+        FASTLM_CHECK(tensor.dtype == item.dtype_of(t) && tensor.ndim == param.ndim &&
                          std::equal(param.shape, param.shape + param.ndim, tensor.shape),
-                     "adam_: ", names[t], "[", i, "] must have the dtype and sizes of params[", i, "], ",
-                     param.describe(), ", got ", tensor.describe());
+                     "adam_: ", names[t], "[", i, "] must have dtype ", dtype_name(item.dtype_of(t)), " and the sizes of params[",
+                     i, "], ", param.describe(), ", got ", tensor.describe());
         if (t != kGrad) check_written(names[t], i, tensor);
         item.data[t] = tensor.data;
         std::copy_n(tensor.strides, param.ndim, item.strides[t]);

@@ -134,15 +134,28 @@ void norm_backward(const TensorView& dy, const OptionalTensor& dsum, const Tenso
 void adam_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const TensorList& steps, double lr,
                double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
-               int threads) {
+               double scale, bool stochastic, int threads) {
   std::vector<AdamItem> items =
       border.check_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad);
   int64_t work = 0;
   for (const AdamItem& item : items) work += item.n;
   run_kernel(work, [&] {
-    cpu::adam_step(items, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize}, threads);
+    cpu::adam_step(items, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, scale, stochastic}, threads);
   });
   store_steps(items, steps);
+}
+
+double sum_of_squares(const TensorList& tensors, int threads) {
+  std::vector<cpu::DenseArray> arrays;
+  int64_t work = 0;
+  for (const TensorView& t : tensors) {
+    border.check_same_dense("sum_of_squares", t, {});
+    arrays.push_back({t.data, t.dtype, t.numel()});
+    work += t.numel();
+  }
+  double sum = 0;
+  run_kernel(work, [&] { sum = cpu::sum_of_squares(arrays, threads); });
+  return sum;
 }
 
 // The sizes and strides of a call, after checking its tensors.
@@ -316,6 +329,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("matmul", &fastlm::matmul, "c = a b, or c += a b: a (M, K) and b (K, N) of one dtype, c (M, N) float32.");
   m.def("norm_forward", &fastlm::norm_forward);
   m.def("norm_backward", &fastlm::norm_backward);
+  m.def("sum_of_squares", &fastlm::sum_of_squares, "Over all elements of dense tensors.");
 
   // diagonal: query i sees key j iff j <= i + diagonal
   m.def("attention_forward", &fastlm::attention_forward);

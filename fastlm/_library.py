@@ -148,6 +148,8 @@ class Op:
         self.arity = len(parsed.arguments)
         self.defaults = tuple(a.default_value for a in parsed.arguments)
         self.optional = any(a.has_default_value() for a in parsed.arguments)
+        # torch.autograd.Function does not look into lists.
+        self.differentiable = all(str(a.type) != "List[Tensor]" for a in parsed.arguments)
         self.mutated = [i for i, a in enumerate(parsed.arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.reference = reference
         self.save = save
@@ -221,7 +223,14 @@ class Op:
     def bind(self, example_args: dict[str, Any]) -> tuple:
         """The schema's arguments for those of the public function, given by name."""
         if self.arguments is None:
-            parameters = [inspect.Parameter(a.name, inspect.Parameter.KEYWORD_ONLY) for a in self.parameters]
+            parameters = [
+                inspect.Parameter(
+                    a.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=a.default_value if a.has_default_value() else inspect.Parameter.empty,
+                )
+                for a in self.parameters
+            ]
             signature = inspect.Signature(parameters)
         else:
             signature = inspect.signature(self.arguments)
@@ -230,7 +239,7 @@ class Op:
         except TypeError as error:
             raise TypeError(f"fastlm.backends: {self.name}: {error}") from None
         if self.arguments is None:
-            return tuple(given.values())
+            return tuple(given.get(p.name, p.default) for p in signature.parameters.values())
         if "seed" in signature.parameters:
             device = next((t.device for t in _tensors(list(given.values()))), None)
             given.setdefault("seed", torch.zeros((), dtype=torch.int64, device=device))  # else it would be drawn
@@ -413,7 +422,7 @@ class Op:
     def _autograd_kernel(self, backend: str) -> Callable[..., Any]:
         below = self._below_autograd(backend)
         apply = None
-        if not self.mutated:
+        if not self.mutated and self.differentiable:
             apply = self._apply[backend] = self._function(backend, below).apply
 
         on_cpu = self._on_cpu
@@ -424,9 +433,8 @@ class Op:
             needs_graph = wants_gradient and _is_grad_enabled()
             if apply is None:
                 if needs_graph:
-                    raise RuntimeError(
-                        f"fastlm.{self.name} changes its arguments in place: call it under torch.no_grad()"
-                    )
+                    why = "changes its arguments in place" if self.mutated else "has no gradient"
+                    raise RuntimeError(f"fastlm.{self.name} {why}: call it under torch.no_grad()")
             # torch's own ops know every transform; this is exact, only slower.
             elif forward_ad._current_level >= 0 or _transforms() is not None:
                 return self._run_reference(*args)

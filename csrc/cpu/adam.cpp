@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "isa.h"
 #include "parallel.h"
@@ -16,15 +17,24 @@ constexpr int64_t kGrain = 1 << 14;
 // in the first-level cache.
 constexpr int64_t kChunk = 512;
 
-AdamScalars scalars_at(double step, const AdamOptions& o) {
-  return {o.maximize ? -1.0 : 1.0,
+uint32_t mixed(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// For the parameter of that place in the list.
+AdamScalars scalars_at(double step, size_t place, const AdamOptions& o) {
+  return {o.maximize ? -o.scale : o.scale,
           o.decoupled ? 0.0 : o.weight_decay,
           o.decoupled ? 1 - o.lr * o.weight_decay : 1.0,
           o.beta1,
           o.beta2,
           o.lr / (1 - std::pow(o.beta1, step)),
           std::sqrt(1 - std::pow(o.beta2, step)),
-          o.eps};
+          o.eps,
+          o.stochastic,
+          mixed(mixed(static_cast<uint32_t>(step)) ^ static_cast<uint32_t>(place * 0x9e3779b9u))};
 }
 
 // copy(offset, stride, i, count) for each run along the last dimension within [begin, begin + n) of the row-major order;
@@ -59,22 +69,22 @@ template <class Word> void scatter_of(const AdamItem& item, int tensor, int64_t 
   });
 }
 void gather(const AdamItem& item, int tensor, int64_t begin, int64_t n, void* buffer) {
-  int64_t size = size_of(item.dtype);
+  int64_t size = size_of(item.dtype_of(tensor));
   (size == 8 ? gather_of<uint64_t> : size == 4 ? gather_of<uint32_t> : gather_of<uint16_t>)(item, tensor, begin, n, buffer);
 }
 void scatter(const AdamItem& item, int tensor, int64_t begin, int64_t n, const void* buffer) {
-  int64_t size = size_of(item.dtype);
+  int64_t size = size_of(item.dtype_of(tensor));
   (size == 8 ? scatter_of<uint64_t> : size == 4 ? scatter_of<uint32_t> : scatter_of<uint16_t>)(item, tensor, begin, n, buffer);
 }
 
 void step_range(const AdamItem& item, int64_t begin, int64_t end, const AdamScalars& scalars) {
-  auto kernel = kernels_for(item.dtype).adam.step[static_cast<int>(item.dtype)];
+  auto kernel = kernels_for(item.dtype).adam.step[static_cast<int>(item.dtype)][static_cast<int>(item.state_dtype)];
   if (item.flat) {
     void* at[kAdamTensors] = {};
     for (int t = 0; t < kAdamTensors; ++t) {
-      if (item.data[t] != nullptr) at[t] = static_cast<char*>(item.data[t]) + begin * size_of(item.dtype);
+      if (item.data[t] != nullptr) at[t] = static_cast<char*>(item.data[t]) + begin * size_of(item.dtype_of(t));
     }
-    kernel(at[kParam], at[kGrad], at[kExpAvg], at[kExpAvgSq], at[kMaxExpAvgSq], end - begin, scalars);
+    kernel(at[kParam], at[kGrad], at[kExpAvg], at[kExpAvgSq], at[kMaxExpAvgSq], begin, end - begin, scalars);
     return;
   }
   alignas(64) uint64_t buffers[kAdamTensors][kChunk];
@@ -84,7 +94,7 @@ void step_range(const AdamItem& item, int64_t begin, int64_t end, const AdamScal
     for (int t = 0; t < kAdamTensors; ++t) {
       if (item.data[t] != nullptr) gather(item, t, begin, n, buffers[t]);
     }
-    kernel(buffers[kParam], buffers[kGrad], buffers[kExpAvg], buffers[kExpAvgSq], top, n, scalars);
+    kernel(buffers[kParam], buffers[kGrad], buffers[kExpAvg], buffers[kExpAvgSq], top, begin, n, scalars);
     for (int t : {kParam, kExpAvg, kExpAvgSq, kMaxExpAvgSq}) {
       if (item.data[t] != nullptr) scatter(item, t, begin, n, buffers[t]);
     }
@@ -100,7 +110,7 @@ void adam_step(const std::vector<AdamItem>& items, const AdamOptions& options, i
   int64_t total = 0;
   for (const AdamItem& item : items) {
     starts.push_back(total);
-    scalars.push_back(scalars_at(item.step, options));
+    scalars.push_back(scalars_at(item.step, scalars.size(), options));
     total += item.n;
   }
   parallel_for(threads, total, kGrain, [&](int64_t begin, int64_t end) {
@@ -111,6 +121,27 @@ void adam_step(const std::vector<AdamItem>& items, const AdamOptions& options, i
       if (from < to) step_range(items[i], from, to, scalars[i]);
     }
   });
+}
+
+double sum_of_squares(const std::vector<DenseArray>& arrays, int threads) {
+  constexpr int64_t kPiece = 1 << 16;  // the unit that is shared out, whatever the number of threads
+  kernels();
+  std::vector<std::pair<size_t, int64_t>> pieces;  // array, first element
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    for (int64_t begin = 0; begin < arrays[i].n; begin += kPiece) pieces.push_back({i, begin});
+  }
+  std::vector<double> sums(pieces.size());
+  parallel_for(threads, static_cast<int64_t>(pieces.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      const DenseArray& array = arrays[pieces[k].first];
+      int64_t from = pieces[k].second, n = std::min(kPiece, array.n - from);
+      const char* data = static_cast<const char*>(array.data) + from * size_of(array.dtype);
+      sums[k] = kernels_for(array.dtype).adam.sum_of_squares[static_cast<int>(array.dtype)](data, n);
+    }
+  });
+  double total = 0;
+  for (double sum : sums) total += sum;
+  return total;
 }
 
 }  // namespace fastlm::cpu

@@ -9,4 +9,12 @@ namespace fastlm::cpu {
 // All parameters in one parallel region, shared out by elements. The result does not depend on the number of threads.
 void adam_step(const std::vector<AdamItem>& items, const AdamOptions& options, int threads);
 
+struct DenseArray {
+  const void* data;
+  DType dtype;
+  int64_t n;
+};
+// Likewise independent of the number of threads.
+double sum_of_squares(const std::vector<DenseArray>& arrays, int threads);
+
 }  // namespace fastlm::cpu

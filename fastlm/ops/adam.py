@@ -2,8 +2,10 @@
 
 Kingma and Ba 2015 (https://arxiv.org/abs/1412.6980), decoupled weight decay of Loshchilov and Hutter 2019
 (https://arxiv.org/abs/1711.05101), AMSGrad of Reddi et al. 2018 (https://openreview.net/forum?id=ryQu7f-RZ).
-Any sizes and strides; each parameter has one dtype with its gradient and state. 16-bit dtypes are computed in float32
-and rounded when stored.
+Any sizes and strides; each parameter has one dtype with its gradient, and with its state but where one is float32 and
+the other bfloat16. 16-bit dtypes are computed in float32 and rounded when stored.
+
+grad_norm: the 2-norm of all elements of a list of tensors.
 """
 
 from __future__ import annotations
@@ -31,14 +33,18 @@ def adam_reference(
     decoupled: bool,
     amsgrad: bool,
     maximize: bool,
+    scale: Tensor | None = None,
+    stochastic: bool = False,
 ) -> None:
-    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad)
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, scale)
     for i, (param, grad, exp_avg, exp_avg_sq, step) in enumerate(
         zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
     ):
         step += 1
         t = step.item()
         p, g, m, v = (_wide(x) for x in (param, grad, exp_avg, exp_avg_sq))
+        if scale is not None:
+            g = g * scale
         if maximize:
             g = -g
         if weight_decay != 0 and not decoupled:
@@ -51,9 +57,37 @@ def adam_reference(
         denominator = top.sqrt() / (1 - beta2**t) ** 0.5 + eps
         param.copy_(p - lr / (1 - beta1**t) * (m / denominator))
         exp_avg.copy_(m)
-        exp_avg_sq.copy_(v)
+        if stochastic and exp_avg_sq.dtype == torch.bfloat16:
+            exp_avg_sq.copy_(_rounded_at_random(v, _mixed(_mixed(int(t)) ^ (i * 0x9E3779B9 & _WORD))))
+        else:
+            exp_avg_sq.copy_(v)
         if amsgrad:
             max_exp_avg_sqs[i].copy_(top)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def _mixed(x: Tensor | int) -> Tensor | int:
+    """A hash of 32 bits in an int64 (Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31/)."""
+    x = _times((x ^ (x >> 16)), 0x7FEB352D)
+    x = _times((x ^ (x >> 15)), 0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _times(x: Tensor | int, factor: int) -> Tensor | int:
+    """The low word of the product, on the way to which an int64 must not overflow."""
+    return ((x * (factor & 0xFFFF)) + (((x * (factor >> 16)) & 0xFFFF) << 16)) & _WORD
+
+
+def _rounded_at_random(x: Tensor, noise: int) -> Tensor:
+    """float32 to bfloat16, up with the probability of the part that is cut off."""
+    at = torch.arange(x.numel(), device=x.device).view(x.shape)
+    random = _mixed((at & _WORD) ^ ((noise + (at >> 32)) & _WORD)) & 0xFFFF
+    bits = x.contiguous().view(torch.int32).to(torch.int64) & _WORD
+    cut = (bits + random) & 0xFFFF0000
+    rounded = torch.where(cut >= 1 << 31, cut - (1 << 32), cut).to(torch.int32).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x).bfloat16()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -79,6 +113,7 @@ def _check(
     max_exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     amsgrad: bool,
+    scale: Tensor | None = None,
 ) -> None:
     names = ["params", "grads", "exp_avgs", "exp_avg_sqs"]
     lists = [params, grads, exp_avgs, exp_avg_sqs]
@@ -99,12 +134,15 @@ def _check(
     device = params[0].device if params else None
     for i, tensors in enumerate(zip(*lists, strict=True)):
         shape, dtype = params[i].shape, params[i].dtype
+        state_dtype = exp_avgs[i].dtype if {dtype, exp_avgs[i].dtype} == {torch.float32, torch.bfloat16} else dtype
         for name, tensor in zip(names, tensors, strict=True):
             if tensor.layout is not torch.strided:
                 raise TypeError(f"fastlm.adam_: {name}[{i}] must be a dense tensor, got layout {tensor.layout}")
-            if tensor.dtype is not dtype or not dtype.is_floating_point:
+            want = dtype if name in ("params", "grads") else state_dtype
+            if tensor.dtype is not want or not dtype.is_floating_point:
+                of = "params" if want is dtype else "exp_avgs"
                 raise TypeError(
-                    f"fastlm.adam_: {name}[{i}] must be floating point and of the dtype of params[{i}], {dtype}, "
+                    f"fastlm.adam_: {name}[{i}] must be floating point and of the dtype of {of}[{i}], {want}, "
                     f"got {tensor.dtype}"
                 )
             if tensor.shape != shape:
@@ -126,6 +164,11 @@ def _check(
             raise TypeError(
                 f"fastlm.adam_: steps[{i}] must be one float32 or float64, got {step.dtype} {tuple(step.shape)}"
             )
+    if scale is not None and (scale.numel() != 1 or not scale.is_floating_point() or scale.device != device):
+        raise ValueError(
+            f"fastlm.adam_: scale must be one floating-point number on the device of params[0], {device}, got "
+            f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
+        )
 
 
 def _samples(device: str) -> list[tuple]:
@@ -137,19 +180,20 @@ def _samples(device: str) -> list[tuple]:
             exp_avg_sqs, tops = ([x.square() * scale, x[:7].square() * scale] for scale in (0.5, 1))
             steps = [torch.tensor(3.0), torch.tensor(0.0)]
             lists = (params, grads, exp_avgs, exp_avg_sqs, tops if amsgrad else [], steps)
-            samples.append((*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, decoupled, amsgrad, False))
+            scale = torch.tensor(0.5, device=device) if decoupled else None
+            samples.append((*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, decoupled, amsgrad, False, scale, False))
     return samples
 
 
 def _fake(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
-          amsgrad, maximize) -> None:  # fmt: skip
-    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad)
+          amsgrad, maximize, scale, stochastic) -> None:  # fmt: skip
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, scale)
 
 
 _adam = define_op(
     "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, float lr, float beta1, float beta2, float eps, "
-    "float weight_decay, bool decoupled, bool amsgrad, bool maximize) -> ()",
+    "float weight_decay, bool decoupled, bool amsgrad, bool maximize, Tensor? scale=None, bool stochastic=False) -> ()",
     reference=adam_reference,
     fake=_fake,
     samples=_samples,
@@ -172,10 +216,12 @@ def adam_(
     decoupled: bool,
     amsgrad: bool,
     maximize: bool,
+    scale: Tensor | None = None,
+    stochastic: bool = False,
 ) -> None:
     """One step of Adam, in place on everything but the gradients. Call it under torch.no_grad().
 
-    With g the gradient (negated for maximize) and t the step, counting this one::
+    With g the gradient (times scale, negated for maximize) and t the step, counting this one::
 
         g += weight_decay * param                      unless decoupled
         param *= 1 - lr * weight_decay                 if decoupled
@@ -186,16 +232,63 @@ def adam_(
 
     Args:
         params: distinct tensors on one device, of any sizes, strides and floating-point dtypes.
-        grads, exp_avgs, exp_avg_sqs: one each per parameter, of its sizes, dtype and device, with any strides.
+        grads, exp_avgs, exp_avg_sqs: one each per parameter, of its sizes, dtype and device, with any strides. The
+            state of a float32 parameter may be bfloat16, and the other way round.
         max_exp_avg_sqs: the same with amsgrad; empty without.
         steps: per parameter the steps taken so far, one float32 or float64, on the CPU.
+        scale: one number on the parameters' device, by which gradients are multiplied as they are read.
+        stochastic: exp_avg_sq in bfloat16 is rounded up or down at random, by numbers that follow from the step and the
+            element's place. Rounded to nearest it would never decay: beta2 takes off less than half its last digit.
 
     Raises:
         ValueError: lists of different lengths, sizes or devices that do not fit, a parameter given twice, or a written
             tensor whose elements share memory.
         TypeError: dtypes that do not fit.
     """
-    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad)
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, scale)
     if params:  # an empty list names no device
         _adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay,
-              decoupled, amsgrad, maximize)  # fmt: skip
+              decoupled, amsgrad, maximize, scale, stochastic)  # fmt: skip
+
+
+# --- the norm of gradients --------------------------------------------------------------------------------------------
+def grad_norm_reference(grads: Sequence[Tensor]) -> Tensor:
+    squares = torch.stack([g.double().square().sum() for g in grads]).sum()
+    return squares.sqrt().to(torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32)
+
+
+def _samples_norm(device: str) -> list[tuple]:
+    x = torch.linspace(-2, 2, 1001, device=device)
+    return [([x, x[:7].bfloat16(), x.view(7, 143).t()],)]
+
+
+_grad_norm = define_op(
+    "grad_norm(Tensor[] grads) -> Tensor",
+    reference=grad_norm_reference,
+    fake=lambda grads: grads[0].new_empty(
+        (), dtype=torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+    ),
+    samples=_samples_norm,
+)
+
+
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all elements of some tensors together, 0-d float32 (float64 where one of them is). Call it under
+    torch.no_grad().
+
+    Args:
+        grads: at least one floating-point tensor, of any sizes, strides and dtypes, on one device.
+
+    Raises:
+        ValueError: no tensor, or several devices. TypeError: a dtype that is not floating point.
+    """
+    if not grads:
+        raise ValueError("fastlm.grad_norm: grads must hold at least one tensor")
+    for i, g in enumerate(grads):
+        if not g.is_floating_point():
+            raise TypeError(f"fastlm.grad_norm: grads[{i}] must be floating point, got {g.dtype}")
+        if g.device != grads[0].device:
+            raise ValueError(
+                f"fastlm.grad_norm: grads[{i}] must be on the device of grads[0], {grads[0].device}, got {g.device}"
+            )
+    return _grad_norm(list(grads))

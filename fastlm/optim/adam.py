@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastlm.ops.adam import adam_
+from fastlm.ops.adam import adam_, grad_norm
 
 
 class Adam(Optimizer):
     """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980), all parameters of a device in one fused pass.
 
-    A drop-in for ``torch.optim.Adam``; a ``state_dict`` of either loads into the other. The state has the dtype of its
-    parameter, as torch's has; 16-bit dtypes are computed in float32 and rounded when stored. Parameters of any strides
-    are updated in place.
+    A drop-in for ``torch.optim.Adam``; a ``state_dict`` of either loads into the other. 16-bit dtypes are computed in
+    float32 and rounded when stored. Parameters of any strides are updated in place.
 
     Args:
         params: parameters, named parameters, or dicts that define groups; real and floating point.
@@ -32,6 +31,13 @@ class Adam(Optimizer):
         maximize: step along the gradient, not against it.
         capturable, differentiable: not supported.
         decoupled_weight_decay: AdamW's weight decay.
+        max_norm: clip the gradients of all groups together to this 2-norm as they are read, by the formula of
+            ``torch.nn.utils.clip_grad_norm_``, in one more pass over them; they themselves stay as they are. Infinity
+            measures the norm only. ``optimizer.grad_norm`` is then the norm before clipping at the last step, a 0-d
+            tensor; reading its number is what waits for a GPU.
+        state_dtype: of the running averages, float32 or bfloat16; their parameter's where not given, as in torch. The
+            average of squares in a bfloat16 that was asked for is rounded up or down at random, without which it could
+            not decay. float16 and float64 parameters keep a state of their own dtype.
 
     Raises:
         ValueError: a value outside its range.
@@ -59,7 +65,16 @@ class Adam(Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        max_norm: float | None = None,
+        state_dtype: torch.dtype | None = None,
     ):
+        name = f"fastlm.optim.{type(self).__name__}"
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"{name}: max_norm must be above 0, got {max_norm}")
+        if state_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"{name}: state_dtype must be torch.float32, torch.bfloat16 or None, got {state_dtype}")
+        self.max_norm, self.state_dtype = max_norm, state_dtype
+        self.grad_norm: Tensor | None = None
         defaults = {
             "lr": lr,
             "betas": tuple(betas) if isinstance(betas, list) else betas,
@@ -135,18 +150,34 @@ class Adam(Optimizer):
                 group.setdefault(key, value)
             self._check_group(group)
         super().__setstate__(state)
-        for p_state in self.state.values():
+        for p, p_state in self.state.items():
+            for key in (
+                "exp_avg",
+                "exp_avg_sq",
+                "max_exp_avg_sq",
+            ):  # load_state_dict gives them their parameter's dtype
+                if key in p_state:
+                    p_state[key] = p_state[key].to(self._dtype_of_state(p))
             if "step" in p_state:  # a plain number in older states, on the device where torch's was fused
                 p_state["step"] = torch.as_tensor(p_state["step"], dtype=_step_dtype(), device="cpu")
+
+    def __getstate__(self) -> dict[str, Any]:
+        mine = {"max_norm": self.max_norm, "state_dtype": self.state_dtype, "grad_norm": self.grad_norm}
+        return {**super().__getstate__(), **mine}
+
+    def _dtype_of_state(self, p: Tensor) -> torch.dtype:
+        narrow = p.dtype in (torch.float32, torch.bfloat16)
+        return self.state_dtype if self.state_dtype is not None and narrow else p.dtype
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=_step_dtype(), device="cpu")
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
+            dtype = self._dtype_of_state(p)
+            state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
             if group["amsgrad"]:
-                state["max_exp_avg_sq"] = torch.zeros_like(p)
+                state["max_exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
         elif group["amsgrad"] and "max_exp_avg_sq" not in state:
             raise RuntimeError(
                 f"fastlm.optim.{type(self).__name__}: amsgrad was switched on after the first step of a parameter of "
@@ -174,6 +205,7 @@ class Adam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grouped = []
         for group in self.param_groups:
             self._refuse_unsupported(group)  # a group may have been changed since
             by_device: dict[torch.device, list[Tensor]] = {}
@@ -185,8 +217,11 @@ class Adam(Optimizer):
                         f"{name} does not support sparse gradients, got {p.grad.layout}; see torch.optim.SparseAdam"
                     )
                 by_device.setdefault(p.device, []).append(p)
+            grouped.append(by_device)
+        scale = self._scale(grouped)
+        for group, by_device in zip(self.param_groups, grouped, strict=True):
             beta1, beta2 = group["betas"]
-            for params in by_device.values():
+            for device, params in by_device.items():
                 states = [self._state_of(p, group) for p in params]
                 adam_(
                     params,
@@ -203,8 +238,29 @@ class Adam(Optimizer):
                     decoupled=group["decoupled_weight_decay"],
                     amsgrad=group["amsgrad"],
                     maximize=group["maximize"],
+                    scale=scale if scale is None else scale.to(device),
+                    stochastic=self.state_dtype == torch.bfloat16,
                 )
         return loss
+
+    def _scale(self, grouped: list[dict[torch.device, list[Tensor]]]) -> Tensor | None:
+        """What to multiply all gradients by, after setting grad_norm; None without max_norm."""
+        if self.max_norm is None:
+            return None
+        grads: dict[torch.device, list[Tensor]] = {}
+        for by_device in grouped:
+            for device, params in by_device.items():
+                grads.setdefault(device, []).extend(p.grad for p in params)
+        norms = [grad_norm(g) for g in grads.values()]
+        if not norms:
+            self.grad_norm = torch.zeros(())
+            return None
+        if len(norms) == 1:
+            self.grad_norm = norms[0]
+        else:
+            self.grad_norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+        # A norm that is not finite makes the parameters so too, as after clip_grad_norm_.
+        return (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
 
 
 class AdamW(Adam):
@@ -227,6 +283,8 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        max_norm: float | None = None,
+        state_dtype: torch.dtype | None = None,
     ):
         super().__init__(
             params,
@@ -241,6 +299,8 @@ class AdamW(Adam):
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
+            max_norm=max_norm,
+            state_dtype=state_dtype,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

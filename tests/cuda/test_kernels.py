@@ -124,7 +124,7 @@ def check_adam(kernels, lists: list[list[Tensor]], options: tuple) -> None:
     ours = [[t.to(kernels.device) if t.is_contiguous() else t for t in tensors] for tensors in lists[:5]]
     ours.append(lists[5])
     with torch.no_grad():
-        kernels["adam_"](*ours, *options)
+        kernels["adam_"](*ours, *options, None, False)
         adam_reference(*exact, *options)
     # An update is a difference of numbers around 1, each the result of a few roundings.
     eps = torch.finfo(dtype).eps
@@ -159,7 +159,7 @@ def test_adam_mixed_dtypes_in_one_call(kernels):
     ]
     before = [t.clone() for t in lists[0]]
     moved = [[t.to(kernels.device) for t in tensors] for tensors in lists[:5]]
-    kernels["adam_"](*moved, lists[5], 0.1, 0.9, 0.99, 1e-6, 0.0, True, False, False)
+    kernels["adam_"](*moved, lists[5], 0.1, 0.9, 0.99, 1e-6, 0.0, True, False, False, None, False)
     assert all(not torch.equal(a.cpu(), b) for a, b in zip(moved[0], before, strict=True))
 
 
@@ -173,8 +173,8 @@ def test_adam_strides_stay_in_place(kernels, dtype):
     views = [[b[:, 1::2].T] for b in base]  # (6, 20)
     for (view,), (value,) in zip(views, want, strict=True):
         view.copy_(value)
-    kernels["adam_"](*views, [torch.tensor(1.0)], *options)
-    kernels["adam_"](*want, [torch.tensor(1.0)], *options)
+    kernels["adam_"](*views, [torch.tensor(1.0)], *options, None, False)
+    kernels["adam_"](*want, [torch.tensor(1.0)], *options, None, False)
     for b, (view,), (value,) in zip(base, views, want, strict=True):
         assert torch.equal(view, value)
         assert (b[:, ::2] == SENTINEL).all()

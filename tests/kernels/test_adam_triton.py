@@ -34,7 +34,7 @@ def check(lists, *options):
     grads = [g.clone() for g in lists[1]]
     adam_reference(*exact, *options)
     adam_reference(*plain, *options)
-    kernels.adam_(*lists, *options)
+    kernels.adam_(*lists, *options, None, False)
     assert addresses == [[x.data_ptr() for x in part] for part in lists]
     for name, mine, right, stock in zip(NAMES, lists, exact, plain, strict=True):
         for a, b, c in zip(mine, right, stock, strict=True):
@@ -62,7 +62,7 @@ def test_many_steps_stay_with_torch():
         lists[1][0].copy_(lists[0][0] * 2 + 1)
         p.grad = lists[1][0].double()
         optimizer.step()
-        kernels.adam_(*lists, 0.01, 0.9, 0.999, 1e-8, 0.1, True, False, False)
+        kernels.adam_(*lists, 0.01, 0.9, 0.999, 1e-8, 0.1, True, False, False, None, False)
     assert_close(lists[0][0], p.detach(), ulps=32)
 
 
@@ -76,7 +76,7 @@ def test_layouts_are_updated_in_place():
     lists[2][2] = randn(40, 24).t().copy_(lists[2][2])
     lists[1][2] = randn(40, 24).t()
     lists[1][3] = torch.tensor(0.5, device=DEVICE).expand(24, 40)
-    check(lists, 0.1, 0.9, 0.999, 1e-8, 0.1, True, False, False)
+    check(lists, 0.1, 0.9, 0.999, 1e-8, 0.1, True, False, False, None, False)
     assert torch.equal(memory[:, 1::2], untouched)
 
 
@@ -84,7 +84,19 @@ def test_misaligned():
     memory = [randn(4 * 1001) for _ in range(4)]
     lists = [[m[1 + 1000 * i : 1 + 1000 * i + n] for i, n in enumerate((1000, 992))] for m in memory]
     lists[3] = [x.square_() for x in lists[3]]
-    check([*lists, [], [torch.tensor(1.0), torch.tensor(1.0)]], 0.1, 0.9, 0.999, 1e-8, 0.1, True, False, False)
+    check(
+        [*lists, [], [torch.tensor(1.0), torch.tensor(1.0)]],
+        0.1,
+        0.9,
+        0.999,
+        1e-8,
+        0.1,
+        True,
+        False,
+        False,
+        None,
+        False,
+    )
 
 
 def test_two_dtypes_in_one_call():
@@ -97,14 +109,18 @@ def test_two_dtypes_in_one_call():
 def test_non_finite_gradients_stay_where_they_are(value):
     lists = state([(50,)], torch.float32, True, (2.0,))
     lists[1][0][7] = value
-    kernels.adam_(*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, True, True, False)
+    kernels.adam_(*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, True, True, False, None, False)
     assert lists[0][0].isnan().nonzero().tolist() == [[7]]
     assert torch.equal(lists[4][0][7].isnan(), torch.tensor(math.isnan(value), device=DEVICE))
 
 
 def test_what_it_refuses():
-    assert kernels._unsupported([randn(3)]) is None
-    assert kernels._unsupported([randn(3), randn(3).double()]) == "does not take torch.float64"
+    x = [randn(3)]
+    assert kernels._unsupported(x, x, x, None, False) is None
+    wide = [randn(3), randn(3).double()]
+    assert kernels._unsupported(wide, wide, wide, None, False) == "does not take torch.float64"
+    assert kernels._unsupported(x, x, x, randn(()), False) == "does not scale gradients"
+    assert "a state in another dtype" in kernels._unsupported(x, x, [x[0].bfloat16()], None, False)
 
 
 def test_compiles_for_gpus():
@@ -115,7 +131,7 @@ for dtype in (torch.float32, torch.bfloat16):
         for on in (False, True):
             x = torch.empty(n, dtype=dtype)
             tops, steps = [x] if on else [], [torch.tensor(0.0)]
-            kernels.adam_([x], [x], [x], [x], tops, steps, 0.1, 0.9, 0.99, 1e-8, 0.1, not on, on, on)
+            kernels.adam_([x], [x], [x], [x], tops, steps, 0.1, 0.9, 0.99, 1e-8, 0.1, not on, on, on, None, False)
 """)
     assert len(compiled) == 2 * 2 * 2 * 2
     for c in compiled:

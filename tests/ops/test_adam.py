@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fastlm
 from fastlm import _native
-from fastlm.ops.adam import adam_
+from fastlm.ops.adam import adam_, grad_norm
 
 BACKENDS = ["reference"] + (["native"] if _native.cpu is not None else [])
 ISAS = _native.cpu.usable_isas() if _native.cpu is not None else []
@@ -421,7 +421,7 @@ def test_bad_input_gets_a_sentence_and_changes_nothing(backend, change, kind, me
         (_drop(5), "adam_: steps must hold 2 tensors, got 1"),
         (
             _change(1, 0, torch.zeros(4)),
-            "adam_: grads[0] must have the dtype and sizes of params[0], float32 (3) strides (1), "
+            "adam_: grads[0] must have dtype float32 and the sizes of params[0], float32 (3) strides (1), "
             "got float32 (4) strides (1)",
         ),
         (
@@ -440,7 +440,7 @@ def test_the_binding_checks_for_itself(change, message):
     change(lists)
     steps = [s.clone() for s in lists[5]]
     with pytest.raises(ValueError) as error:
-        _native.cpu.adam_step(*lists, *options().values(), 1)
+        _native.cpu.adam_step(*lists, *options().values(), 1.0, False, 1)
     assert str(error.value) == f"fastlm: {message}"
     assert all(torch.equal(a, b) for a, b in zip(lists[5], steps, strict=True))
 
@@ -458,4 +458,62 @@ def test_written_memory_that_elements_share_is_refused(backend):
         fastlm.use_backend(backend),
         pytest.raises(ValueError, match=r"params\[0\] is written, so no two of its elements"),
     ):
+        adam_(*lists, **options())
+
+
+# --- grad_norm --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_grad_norm(backend, dtype):
+    lists = problem(dtype, sizes=[(0,), (), (63,), (17, 33), (300, 900)])[0]
+    lists += [lists[4].t(), lists[4][::2, ::3]]
+    want = torch.stack([t.double().square().sum() for t in lists]).sum().sqrt()
+    got = grad_norm(lists)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and got.shape == ()
+    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+
+
+def test_grad_norm_of_many_elements(backend):
+    """Sums of float32 alone would be some tenths of a percent low."""
+    x = torch.full((3_000_001,), 0.1)
+    torch.testing.assert_close(grad_norm([x]).item(), 0.1 * 3_000_001**0.5, rtol=1e-5, atol=0)
+    x[5] = float("inf")
+    assert grad_norm([x]) == float("inf")
+    x[6] = float("nan")
+    assert grad_norm([x]).isnan()
+
+
+def test_grad_norm_refuses():
+    with pytest.raises(ValueError, match="grads must hold at least one tensor"):
+        grad_norm([])
+    with pytest.raises(TypeError, match=r"grads\[1\] must be floating point"):
+        grad_norm([torch.ones(2), torch.ones(2, dtype=torch.int64)])
+    with pytest.raises(ValueError, match=r"grads\[1\] must be on the device of grads\[0\]"):
+        grad_norm([torch.ones(2), torch.ones(2, device="meta")])
+    with pytest.raises(RuntimeError, match=r"fastlm\.grad_norm has no gradient"):
+        grad_norm([torch.ones(2, requires_grad=True)])
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="checks the binding")
+def test_a_scale_and_states_of_another_dtype(backend):
+    """Against the same step on scaled gradients and on the state in float32."""
+    for dtype, state_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        lists = problem(dtype, sizes=[(65,), (17, 33)])
+        lists[2:4] = [[t.to(state_dtype) for t in group] for group in lists[2:4]]
+        want = [[t.double() for t in group] for group in lists]
+        want[1] = [0.25 * g for g in want[1]]
+        opts = options(weight_decay=0.1, decoupled=True)
+        adam_(*lists, **opts, scale=torch.tensor(0.25))
+        with fastlm.use_backend("reference"):
+            adam_(*want[:5], [torch.tensor(float(i)) for i in range(2)], **opts)
+        for got, exact, of in zip(lists[:4], want[:4], (dtype, None, state_dtype, state_dtype), strict=True):
+            if of is not None:
+                for a, e in zip(got, exact, strict=True):
+                    torch.testing.assert_close(
+                        a.double(), e, rtol=2 * torch.finfo(of).eps, atol=2 * torch.finfo(of).eps
+                    )
+    lists = problem(torch.float32, sizes=[(3,)])
+    with pytest.raises(ValueError, match="scale must be one floating-point number on the device"):
+        adam_(*lists, **options(), scale=torch.ones(2))
+    lists[2] = [lists[2][0].half()]
+    with pytest.raises(TypeError, match=r"exp_avgs\[0\] must be floating point and of the dtype of"):
         adam_(*lists, **options())

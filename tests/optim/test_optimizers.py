@@ -62,11 +62,13 @@ def test_same_arguments_in_the_same_order(ours, theirs):
     def listed(kind):
         return [(p.name, p.default, p.kind) for p in inspect.signature(kind.__init__).parameters.values()]
 
-    known = listed(theirs)
+    known, own = listed(theirs), listed(ours)
+    assert [name for name, _, _ in own[-2:]] == ["max_norm", "state_dtype"]
+    own = own[:-2]
     if "decoupled_weight_decay" not in dict.fromkeys(name for name, _, _ in known):  # younger than the rest
-        assert listed(ours)[: len(known)] == known
+        assert own[: len(known)] == known
     else:
-        assert listed(ours) == known
+        assert own == known
 
 
 @both
@@ -488,3 +490,117 @@ def test_refuses_to_be_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="counts steps on the host, so it cannot be captured in a CUDA graph"):
         fastlm.optim.AdamW(parameters()).step()
+
+
+# --- beyond torch -----------------------------------------------------------------------------------------------------
+@both
+@pytest.mark.parametrize("max_norm", [0.5, 1e3, float("inf")])
+def test_clipping_in_the_step(ours, theirs, max_norm):
+    a, b = parameters(), parameters()
+    groups = lambda ps: [{"params": ps[:1]}, {"params": ps[1:], "lr": 0.03}]  # noqa: E731
+    mine, stock = ours(groups(a), 0.01, max_norm=max_norm), theirs(groups(b), 0.01)
+    for seed in range(3):
+        for p, q in zip(a, b, strict=True):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+            q.grad = p.grad.clone()
+        kept = [p.grad.clone() for p in a]
+        mine.step()
+        norm = torch.nn.utils.clip_grad_norm_(b, max_norm)
+        stock.step()
+        torch.testing.assert_close(mine.grad_norm, norm, rtol=1e-6, atol=0)
+        assert mine.grad_norm.dim() == 0
+        for p, grad in zip(a, kept, strict=True):
+            assert torch.equal(p.grad, grad)  # read, not changed
+    assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", [fastlm.optim.Adam, fastlm.optim.AdamW])
+def test_a_norm_that_is_not_finite_spreads_as_in_torch(kind):
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.tensor([1.0, float("nan"), 2.0])
+    optimizer = kind([p], max_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm.isnan() and p.isnan().all()
+
+
+def test_the_norm_without_gradients():
+    optimizer = fastlm.optim.AdamW(parameters(), max_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+
+
+def test_second_moments_in_bfloat16_decay():
+    """After one large gradient, zeros: rounded to nearest the average of squares would stay where it is."""
+    p = torch.zeros(20_000, requires_grad=True)
+    optimizer = fastlm.optim.AdamW([p], 0.0, betas=(0.9, 0.999), state_dtype=torch.bfloat16)
+    stuck = torch.zeros(20_000, dtype=torch.bfloat16, requires_grad=True)
+    nearest = fastlm.optim.AdamW([stuck], 0.0, betas=(0.9, 0.999))
+    for step in range(1001):
+        p.grad = torch.full_like(p, 1.0 if step == 0 else 0.0)
+        stuck.grad = p.grad.bfloat16()
+        optimizer.step()
+        nearest.step()
+    second = optimizer.state[p]["exp_avg_sq"]
+    assert second.dtype == optimizer.state[p]["exp_avg"].dtype == torch.bfloat16
+    assert second.double().mean().item() == pytest.approx(1e-3 * 0.999**1000, rel=0.01)
+    assert nearest.state[stuck]["exp_avg_sq"].double().mean().item() == pytest.approx(1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+def test_states_of_their_own_dtype(dtype, state_dtype):
+    """As close to a state in float32 as the dtypes allow; the state's dtype lasts through saving and copying."""
+    p, q = (torch.linspace(-1, 1, 5000).to(dtype).requires_grad_() for _ in range(2))
+    ours = fastlm.optim.AdamW([p], 0.01, state_dtype=state_dtype)
+    exact = q.detach().double().requires_grad_()
+    stock = torch.optim.AdamW([exact], 0.01)
+    for seed in range(20):
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        exact.grad = p.grad.double()
+        ours.step()
+        stock.step()
+        if seed == 9:
+            saved = ours.state_dict()
+            ours = fastlm.optim.AdamW([p], 0.01, state_dtype=state_dtype)
+            ours.load_state_dict(saved)
+        if seed == 14:
+            ours = copy.deepcopy(ours)
+            ours.param_groups[0]["params"] = [p]
+            ours.state = {p: next(iter(ours.state.values()))}
+    assert ours.state_dtype == state_dtype
+    assert {s.dtype for s in ours.state[p].values() if s.dim()} == {state_dtype}
+    # Half a last digit of bfloat16 at each of twenty steps, where that is the parameters' dtype.
+    assert (p.double() - exact).abs().max() < (2e-3 if dtype == torch.float32 else 20 * 2**-9)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_random_rounding_is_the_same_on_every_backend_and_number_of_threads(backend):
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n, name in ((1, "reference"), (1, backend), (7, backend)):
+            torch.set_num_threads(n)
+            p = torch.linspace(-1, 1, 70_001).requires_grad_()
+            optimizer = fastlm.optim.AdamW([p], 0.01, state_dtype=torch.bfloat16)
+            with fastlm.use_backend(name):
+                for seed in range(3):
+                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+                    optimizer.step()
+            results.append(optimizer.state[p]["exp_avg_sq"])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[1], results[2])
+    # Where a last bit of float32 differs before it is rounded, one more number in many goes the other way.
+    assert (results[0] != results[1]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"max_norm": 0.0}, "max_norm must be above 0"),
+        ({"state_dtype": torch.float16}, "state_dtype must be torch.float32"),
+    ],
+)
+@pytest.mark.parametrize("kind", [fastlm.optim.Adam, fastlm.optim.AdamW])
+def test_bad_arguments_beyond_torch(kind, wrong, message):
+    with pytest.raises(ValueError, match=f"fastlm.optim.{kind.__name__}: {message}"):
+        kind([torch.zeros(3, requires_grad=True)], **wrong)

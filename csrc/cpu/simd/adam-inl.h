@@ -2,13 +2,28 @@
 #include <cstdint>
 
 #include "adam.h"
+#include "sums-inl.h"
 #include "vec.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-template <class T, bool kAmsgrad>
-void adam_step_of(T* param, const T* grad, T* m, T* v, T* top, int64_t n, const AdamScalars& s) {
+// 16 random bits for each element (the hash of Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31/).
+inline u32v random_bits(int64_t i, uint32_t noise) {
+  u32v x = ((u32v)lane_numbers<i32v>() + static_cast<uint32_t>(i)) ^ (noise + static_cast<uint32_t>(i >> 32));
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return (x ^ (x >> 16)) & 0xffffu;
+}
+// Up with the probability of the part that is cut off; inf and NaN as they are.
+inline void store_at_random(bf16* p, f32v x, u32v random, int count) {
+  u32v bits = (u32v)x, raised = bits + random;
+  f32v rounded = (f32v)(((bits & 0x7f800000u) == 0x7f800000u ? bits : raised) & 0xffff0000u);
+  store_count(p, x != x ? x : rounded, count);
+}
+
+template <class T, class S, bool kAmsgrad>
+void adam_step_of(T* param, const T* grad, S* m, S* v, S* top, int64_t first, int64_t n, const AdamScalars& s) {
   using V = vec_t<T>;
   // Outside the loop, since the compiler must think that a store may change what s refers to.
   const bool has_l2 = s.l2 != 0;
@@ -23,27 +38,53 @@ void adam_step_of(T* param, const T* grad, T* m, T* v, T* top, int64_t n, const 
     V p = load_count(param + i, count);
     V g = load_count(grad + i, count) * sign;
     if (has_l2) g = fma(p, l2, g);  // not 0 * p, which is NaN where p is infinite
-    V first = load_count(m + i, count);
-    first = fma(pull, g - first, from_m ? first : g);
+    V mean = load_count(m + i, count);
+    mean = fma(pull, g - mean, from_m ? mean : g);
     V second = fma(load_count(v + i, count), beta2, g * g * rest2);
-    store_count(m + i, first, count);
-    store_count(v + i, second, count);
+    store_count(m + i, mean, count);
+    if constexpr (std::is_same_v<S, bf16>) {
+      if (s.stochastic) {
+        store_at_random(v + i, second, random_bits(first + i, s.noise), count);
+      } else {
+        store_count(v + i, second, count);
+      }
+    } else {
+      store_count(v + i, second, count);
+    }
     if constexpr (kAmsgrad) {
       second = maximum(load_count(top + i, count), second);
       store_count(top + i, second, count);
     }
     V denominator = sqrt(second) / correction + eps;
-    store_count(param + i, p * decay - step_size * first / denominator, count);
+    store_count(param + i, p * decay - step_size * mean / denominator, count);
   });
 }
-template <class T>
-void adam_step(void* param, const void* grad, void* m, void* v, void* top, int64_t n, const AdamScalars& scalars) {
-  auto run = top != nullptr ? adam_step_of<T, true> : adam_step_of<T, false>;
-  run(static_cast<T*>(param), static_cast<const T*>(grad), static_cast<T*>(m), static_cast<T*>(v), static_cast<T*>(top),
-      n, scalars);
+template <class T, class S>
+void adam_step(void* param, const void* grad, void* m, void* v, void* top, int64_t first, int64_t n,
+               const AdamScalars& scalars) {
+  auto run = top != nullptr ? adam_step_of<T, S, true> : adam_step_of<T, S, false>;
+  run(static_cast<T*>(param), static_cast<const T*>(grad), static_cast<S*>(m), static_cast<S*>(v), static_cast<S*>(top),
+      first, n, scalars);
 }
 
-constexpr AdamKernels kAdamKernels = {FASTLM_FOR_FLOATS(adam_step)};
+template <class T> double sum_of_squares(const void* x_, int64_t n) {
+  const T* x = static_cast<const T*>(x_);
+  return sums_over<1, vec_t<T>>(n, [&](int64_t i, int count, vec_t<T>(&out)[1]) {
+           vec_t<T> v = load_count(x + i, count);
+           out[0] = v * v;
+         }).of[0];
+}
+
+constexpr AdamKernels kAdamKernels = {
+    {{adam_step<float, float>, adam_step<float, bf16>, nullptr, nullptr},
+     {adam_step<bf16, float>, adam_step<bf16, bf16>, nullptr, nullptr},
+     {nullptr, nullptr, adam_step<f16, f16>, nullptr},
+#if FASTLM_VECTOR_BYTES == 16
+     {nullptr, nullptr, nullptr, adam_step<double, double>}},
+#else
+     {}},
+#endif
+    FASTLM_FOR_FLOATS(sum_of_squares)};
 
 }  // namespace
 }  // namespace fastlm::cpu::FASTLM_ISA

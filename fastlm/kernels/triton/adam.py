@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels._common import as_laid_out
+from fastlm.kernels._common import as_laid_out, unsupported_adam_on_gpu
 from fastlm.kernels.triton._common import INTERPRETED, launch, triton_kernel, widen
 
 _BLOCK = 1024
@@ -84,6 +84,8 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
+    if (problem := unsupported_adam_on_gpu(params, *rest)) is not None:
+        return problem
     if INTERPRETED and params and params[0].is_cuda:
         return "is interpreted on the host, which cannot follow addresses of CUDA memory"
     return next((f"does not take {p.dtype}" for p in params if p.dtype not in _TYPES), None)
@@ -94,6 +96,7 @@ def adam_(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor], steps: Sequence[Tensor], lr: float, beta1: float, beta2: float, eps: float,
     weight_decay: float, decoupled: bool, amsgrad: bool, maximize: bool,
+    scale: None, stochastic: bool,
 ) -> None:  # fmt: skip
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else [])]
     if not params:
