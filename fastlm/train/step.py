@@ -38,14 +38,14 @@ def training_step(
             micro_loss = model(x.to(config.device), y.to(config.device))[1] / config.accumulation
         micro_loss.backward()
         loss += micro_loss.item()
-    limit = config.max_grad_norm or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit).item()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # before it reaches the weights
-        what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {grad_norm}"
-        raise TrainingError(f"{what} in step {step + 1:,}")
+    if not math.isfinite(loss):
+        raise TrainingError(f"the loss became {loss} in step {step + 1:,}")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
+    grad_norm = optimizer.grad_norm.item()
+    if not math.isfinite(grad_norm):  # nor are the weights, which nobody will see
+        raise TrainingError(f"the gradient's norm became {grad_norm} in step {step + 1:,}")
     optimizer.zero_grad(set_to_none=True)
     return loss, grad_norm
 
@@ -73,7 +73,8 @@ def build_optimizer(model: GPT, config: TrainConfig) -> AdamW:
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+    limit = config.max_grad_norm or math.inf
+    return AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), max_norm=limit)
 
 
 def padded_vocab_size(vocab_size: int) -> int:

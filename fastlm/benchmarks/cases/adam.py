@@ -33,10 +33,11 @@ def weights(sizes: list[tuple[int, ...]], device: str) -> list[nn.Parameter]:
 
 def variant(make, sizes: list[tuple[int, ...]], clip: bool, device: str) -> Variant:
     parameters = weights(sizes, device)
-    optimizer = make(parameters, **HYPER)
+    ours = make is fastlm.optim.AdamW
+    optimizer = make(parameters, **HYPER, **({"max_norm": 1.0} if clip and ours else {}))
 
     def run() -> None:
-        if clip:
+        if clip and not ours:
             nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 

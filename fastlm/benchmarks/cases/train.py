@@ -54,7 +54,7 @@ def build(shape: GPTConfig, B: int, dtype: torch.dtype, device: str, quick: bool
         model.to(device)
         ours = name == "fastlm"
         optimizer = (
-            fastlm.optim.AdamW(model.parameters(), **HYPER)
+            fastlm.optim.AdamW(model.parameters(), max_norm=1.0, **HYPER)
             if ours
             else torch.optim.AdamW(model.parameters(), fused=True, **HYPER)
         )
@@ -69,12 +69,14 @@ def build(shape: GPTConfig, B: int, dtype: torch.dtype, device: str, quick: bool
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, idx: Tensor, targets: Tensor, autocast):
     parameters = list(model.parameters())
+    clips = isinstance(optimizer, fastlm.optim.AdamW)
 
     def run() -> None:
         with autocast():
             loss = model(idx, targets)[1]
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not clips:
+            nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
