@@ -68,22 +68,23 @@ def adam_reference(
 _WORD = 0xFFFFFFFF
 
 
-def _mixed(x: Tensor | int) -> Tensor | int:
-    """A hash of 32 bits in an int64 (Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31/)."""
-    x = _times((x ^ (x >> 16)), 0x7FEB352D)
-    x = _times((x ^ (x >> 15)), 0x846CA68B)
+def _times(x: Tensor | int, factor: int) -> Tensor | int:
+    """The low word of a product of two words, in int64 arithmetic that must not overflow."""
+    return (x * (factor & 0xFFFF) + ((x * (factor >> 16) & 0xFFFF) << 16)) & _WORD
+
+
+def _mixed(x: int) -> int:
+    """A hash of 32 bits (Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31/)."""
+    x = _times(x ^ (x >> 16), 0x7FEB352D)
+    x = _times(x ^ (x >> 15), 0x846CA68B)
     return x ^ (x >> 16)
 
 
-def _times(x: Tensor | int, factor: int) -> Tensor | int:
-    """The low word of the product, on the way to which an int64 must not overflow."""
-    return ((x * (factor & 0xFFFF)) + (((x * (factor >> 16)) & 0xFFFF) << 16)) & _WORD
-
-
 def _rounded_at_random(x: Tensor, noise: int) -> Tensor:
-    """float32 to bfloat16, up with the probability of the part that is cut off."""
+    """float32 to bfloat16, up with the probability of the part that is cut off. The numbers are those of adam-inl.h."""
     at = torch.arange(x.numel(), device=x.device).view(x.shape)
-    random = _mixed((at & _WORD) ^ ((noise + (at >> 32)) & _WORD)) & 0xFFFF
+    random = (_times(at & _WORD, 0x9E3779B9) + noise + (at >> 32)) & _WORD
+    random = _times(random ^ (random >> 15), 0x846CA68B) >> 16
     bits = x.contiguous().view(torch.int32).to(torch.int64) & _WORD
     cut = (bits + random) & 0xFFFF0000
     rounded = torch.where(cut >= 1 << 31, cut - (1 << 32), cut).to(torch.int32).view(torch.float32)

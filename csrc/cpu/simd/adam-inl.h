@@ -8,18 +8,24 @@
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-// 16 random bits for each element (the hash of Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31/).
+// 16 random bits for each element: a sequence of even steps, scrambled by one multiplication. No more is needed to round
+// by, and this is all that the step has time for.
 inline u32v random_bits(int64_t i, uint32_t noise) {
-  u32v x = ((u32v)lane_numbers<i32v>() + static_cast<uint32_t>(i)) ^ (noise + static_cast<uint32_t>(i >> 32));
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return (x ^ (x >> 16)) & 0xffffu;
+  constexpr uint32_t kStep = 0x9e3779b9u;
+  const u32v lanes = (u32v)lane_numbers<i32v>() * kStep;
+  u32v x = lanes + (static_cast<uint32_t>(i) * kStep + noise + static_cast<uint32_t>(i >> 32));
+  return ((x ^ (x >> 15)) * 0x846ca68bu) >> 16;
 }
 // Up with the probability of the part that is cut off; inf and NaN as they are.
 inline void store_at_random(bf16* p, f32v x, u32v random, int count) {
-  u32v bits = (u32v)x, raised = bits + random;
-  f32v rounded = (f32v)(((bits & 0x7f800000u) == 0x7f800000u ? bits : raised) & 0xffff0000u);
-  store_count(p, x != x ? x : rounded, count);
+  u32v bits = (u32v)x, quiet_nan = (bits & 0x007fffffu) != 0u ? (u32v{} + 0x00400000u) : u32v{};
+  bits = (bits & 0x7f800000u) == 0x7f800000u ? bits | quiet_nan : bits + random;
+  u16h rounded = narrow_bits(bits >> 16);
+  if (count == kLanes) {
+    std::memcpy(p, &rounded, sizeof rounded);
+  } else {
+    store_u16_n(p, rounded, count);
+  }
 }
 
 template <class T, class S, bool kAmsgrad>
