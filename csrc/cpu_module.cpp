@@ -158,17 +158,47 @@ double sum_of_squares(const TensorList& tensors, int threads) {
   return sum;
 }
 
+// What a query sees, and what changes its scores. Mask and bias are (B, Hq, Tq, Tk), expanded where they are the same.
+struct AttentionOptions {
+  OptionalTensor mask, bias;
+  int64_t lower, diagonal;  // query i sees key j iff i + lower <= j <= i + diagonal
+  double scale, dropout_p;
+  uint64_t seed;
+};
+
+void check_scores(const char* op, const char* name, const cpu::AttentionBatch& b, const TensorView& q, const TensorView& t,
+                  DType dtype, bool any_columns) {
+  border.check_device(op, q, t);
+  const cpu::AttentionShape& s = b.shape;
+  FASTLM_CHECK(t.dtype == dtype && t.ndim == 4 && t.shape[0] == b.batch && t.shape[1] == b.q_heads &&
+                   t.shape[2] == s.q_len && t.shape[3] == s.k_len && (any_columns || t.strides[3] == 1 || s.k_len <= 1),
+               op, ": ", name, " must be ", dtype_name(dtype), " (", b.batch, ", ", b.q_heads, ", ", s.q_len, ", ", s.k_len,
+               ")", any_columns ? "" : " with a contiguous last dimension", ", got ", t.describe());
+}
+
 // The sizes and strides of a call, after checking its tensors.
 cpu::AttentionBatch check_attention(const char* op, const Border::AttentionSizes& sizes, const TensorView& q,
                                     const TensorView& k, const TensorView& v, const TensorView& o, const TensorView& lse,
-                                    int64_t diagonal, double scale) {
+                                    const AttentionOptions& options) {
   border.check_operand(op, "o", q, o, sizes.o);
   border.check_per_query(op, "lse", q, lse);
   cpu::AttentionBatch b{};
   b.batch = sizes.q.batch, b.q_heads = sizes.q.heads, b.k_heads = sizes.k.heads;
   b.shape.q_len = sizes.q.length, b.shape.k_len = sizes.k.length;
   b.shape.dim = sizes.q.width, b.shape.v_dim = sizes.v.width;
-  b.shape.diagonal = diagonal, b.shape.scale = scale;
+  b.shape.lower = options.lower, b.shape.diagonal = options.diagonal, b.shape.scale = options.scale;
+  FASTLM_CHECK(options.dropout_p >= 0 && options.dropout_p < 1, op, ": dropout_p must be in [0, 1), got ", options.dropout_p);
+  b.shape.drop_below = static_cast<uint32_t>(options.dropout_p * 4294967296.0);
+  b.shape.keep_scale = 1 / (1 - options.dropout_p), b.shape.seed = options.seed;
+  if (const OptionalTensor& mask = options.mask) {
+    check_scores(op, "mask", b, q, *mask, DType::kBool, true);
+    b.scores.mask = static_cast<const uint8_t*>(mask->data), b.mask = {mask->strides[0], mask->strides[1]};
+    b.shape.mask_row = mask->strides[2], b.shape.mask_col = mask->strides[3];
+  }
+  if (const OptionalTensor& bias = options.bias) {
+    check_scores(op, "bias", b, q, *bias, sum_dtype(q.dtype), false);
+    b.scores.bias = bias->data, b.bias = {bias->strides[0], bias->strides[1]}, b.shape.bias_row = bias->strides[2];
+  }
   b.q = {q.strides[0], q.strides[1]}, b.shape.q_row = q.strides[2];
   b.k = {k.strides[0], k.strides[1]}, b.shape.k_row = k.strides[2];
   b.v = {v.strides[0], v.strides[1]}, b.shape.v_row = v.strides[2];
@@ -181,10 +211,12 @@ int64_t work_of(const cpu::AttentionBatch& b) {
 }
 
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
-                       const TensorView& lse, int64_t diagonal, double scale, int threads) {
+                       const TensorView& lse, const OptionalTensor& mask, const OptionalTensor& bias, int64_t lower,
+                       int64_t diagonal, double scale, double dropout_p, uint64_t seed, int threads) {
   const char* op = "attention";
   cpu::AttentionBatch b =
-      check_attention(op, border.check_attention(op, q, k, v), q, k, v, o, lse, diagonal, scale);
+      check_attention(op, border.check_attention(op, q, k, v), q, k, v, o, lse,
+                      {mask, bias, lower, diagonal, scale, dropout_p, seed});
   run_kernel(work_of(b), [&] {
     cpu::attention_forward(q.dtype, b, q.data, k.data, v.data, o.data, lse.data, threads);
   });
@@ -192,10 +224,18 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
 
 void attention_backward(const TensorView& dout, const OptionalTensor& dlse, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& o, const TensorView& lse, const TensorView& dq,
-                        const TensorView& dk, const TensorView& dv, int64_t diagonal, double scale, int threads) {
+                        const TensorView& dk, const TensorView& dv, const OptionalTensor& dbias,
+                        const OptionalTensor& mask, const OptionalTensor& bias, int64_t lower, int64_t diagonal,
+                        double scale, double dropout_p, uint64_t seed, int threads) {
   const char* op = "attention_backward";
   Border::AttentionSizes sizes = border.check_attention(op, q, k, v);
-  cpu::AttentionBatch b = check_attention(op, sizes, q, k, v, o, lse, diagonal, scale);
+  cpu::AttentionBatch b =
+      check_attention(op, sizes, q, k, v, o, lse, {mask, bias, lower, diagonal, scale, dropout_p, seed});
+  if (dbias) {
+    check_scores(op, "dbias", b, q, *dbias, sum_dtype(q.dtype), false);
+    FASTLM_CHECK(dbias->contiguous(), op, ": dbias must be contiguous, got ", dbias->describe());
+    b.scores.dbias = dbias->data;
+  }
   border.check_operand(op, "do", q, dout, sizes.o);
   border.check_operand(op, "dq", q, dq, sizes.q);
   border.check_operand(op, "dk", q, dk, sizes.k);
@@ -331,7 +371,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("norm_backward", &fastlm::norm_backward);
   m.def("sum_of_squares", &fastlm::sum_of_squares, "Over all elements of dense tensors.");
 
-  // diagonal: query i sees key j iff j <= i + diagonal
+  // lower, diagonal: query i sees key j iff i + lower <= j <= i + diagonal. dbias is written where a query sees a key.
   m.def("attention_forward", &fastlm::attention_forward);
   m.def("attention_backward", &fastlm::attention_backward);
 

@@ -18,11 +18,24 @@ int64_t size_of_sum(DType dtype) { return dtype == DType::kF64 ? 8 : 4; }
 const char* at(const void* base, int64_t offset, int64_t size) { return static_cast<const char*>(base) + offset * size; }
 char* at(void* base, int64_t offset, int64_t size) { return static_cast<char*>(base) + offset * size; }
 
+// Of query head `head` of batch row `n`.
+AttentionScores scores_of(const AttentionBatch& b, int64_t n, int64_t head, int64_t sum_size) {
+  const int64_t elements = (n * b.q_heads + head) * b.shape.q_len * b.shape.k_len;
+  AttentionScores scores = b.scores;
+  if (scores.mask != nullptr) scores.mask += n * b.mask.batch + head * b.mask.head;
+  if (scores.bias != nullptr) scores.bias = at(scores.bias, n * b.bias.batch + head * b.bias.head, sum_size);
+  if (scores.dbias != nullptr) scores.dbias = at(scores.dbias, elements, sum_size);
+  scores.first_element = elements;
+  return scores;
+}
+
 // Where part `i` of `parts` starts, so that each has about as many visible (query, key) pairs, on whole tiles of keys.
 int64_t part_begin(const AttentionShape& s, int64_t i, int64_t parts) {
   if (i == 0) return 0;
   if (i == parts) return s.k_len;
-  auto seen = [&](int64_t key) { return std::max<int64_t>(0, s.q_len - std::max<int64_t>(0, key - s.diagonal)); };
+  auto seen = [&](int64_t key) {
+    return std::max<int64_t>(0, std::min(s.q_len, key - s.lower + 1) - std::max<int64_t>(0, key - s.diagonal));
+  };
   double total = 0, sum = 0;
   for (int64_t j = 0; j < s.k_len; j += kKeyTile) total += seen(j);
   int64_t j = 0;
@@ -49,7 +62,7 @@ void attention_forward(DType dtype, const AttentionBatch& b, const void* q, cons
     // Heads one after the other, since their queries share keys; within a head the longest block first.
     int64_t block = blocks - 1 - task % blocks, head = task / blocks % b.q_heads, n = task / blocks / b.q_heads;
     int64_t k_head = head / group, begin = block * rows;
-    kernel.forward[type](s, at(q, n * b.q.batch + head * b.q.head, size), at(k, n * b.k.batch + k_head * b.k.head, size),
+    kernel.forward[type](s, scores_of(b, n, head, size_of_sum(dtype)), at(q, n * b.q.batch + head * b.q.head, size), at(k, n * b.k.batch + k_head * b.k.head, size),
                          at(v, n * b.v.batch + k_head * b.v.head, size), at(o, n * b.o.batch + head * b.o.head, size),
                          at(lse, (n * b.q_heads + head) * s.q_len, size_of_sum(dtype)), begin,
                          std::min(s.q_len, begin + rows), work.piece(thread));
@@ -88,6 +101,8 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
     g.dk = at(dk, n * b.dk.batch + k_head * b.dk.head, size);
     g.dv = at(dv, n * b.dv.batch + k_head * b.dv.head, size);
     g.q_head = b.q.head, g.o_head = b.o.head, g.do_head = b.dout.head, g.dq_head = b.dq.head, g.lse_head = s.q_len;
+    g.scores = scores_of(b, n, head, sum_size);
+    g.mask_head = b.mask.head, g.bias_head = b.bias.head;
     return g;
   };
 

@@ -15,7 +15,8 @@ struct AttentionBatch {
   struct Distance {
     int64_t batch, head;
   };
-  Distance q, k, v, o, dout, dq, dk, dv;
+  Distance q, k, v, o, dout, dq, dk, dv, mask, bias;
+  AttentionScores scores;  // of the first head of the first batch; dbias is dense (B, q_heads, Tq, Tk)
 };
 
 void attention_forward(DType dtype, const AttentionBatch& batch, const void* q, const void* k, const void* v, void* o,

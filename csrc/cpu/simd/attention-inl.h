@@ -17,6 +17,7 @@
 
 #include "attention.h"
 #include "gemm-inl.h"
+#include "philox-inl.h"
 #include "vec.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
@@ -35,6 +36,47 @@ struct Arena {
   }
 };
 
+// --- what a query sees ------------------------------------------------------------------------------------------------
+// Of rows x cols queries and keys, the first at (i, j): which pairs are seen, by position alone.
+struct Band {
+  int64_t lower, upper;  // row r sees column c iff r + lower <= c <= r + upper
+  bool operator()(int64_t r, int64_t c) const { return r + lower <= c && c <= r + upper; }
+  bool whole(int64_t rows, int64_t cols) const { return rows - 1 + lower <= 0 && cols - 1 <= upper; }
+};
+inline Band band_at(const AttentionShape& s, int64_t i, int64_t j) { return {i + s.lower - j, i + s.diagonal - j}; }
+
+// The same with the mask, for the few tiles that are taken pair by pair.
+struct Seen {
+  Band band;
+  const uint8_t* mask;  // at the tile, or null
+  int64_t row, col;
+  bool operator()(int64_t r, int64_t c) const { return band(r, c) && (mask == nullptr || mask[r * row + c * col] != 0); }
+};
+inline Seen seen_at(const AttentionShape& s, const AttentionScores& h, int64_t i, int64_t j) {
+  const uint8_t* mask = h.mask == nullptr ? nullptr : h.mask + i * s.mask_row + j * s.mask_col;
+  return {band_at(s, i, j), mask, s.mask_row, s.mask_col};
+}
+
+enum class Tile { kEmpty, kMixed, kFull };
+// What the mask lets through of a tile.
+inline Tile masked_tile(const Seen& seen, int64_t rows, int64_t cols) {
+  if (seen.mask == nullptr) return Tile::kFull;
+  bool some = false, all = true;
+  for (int64_t r = 0; r < (seen.row == 0 ? 1 : rows); ++r) {
+    const uint8_t* row = seen.mask + r * seen.row;
+    uint8_t any = 0, every = 1;
+    if (seen.col == 1) {
+      for (int64_t c = 0; c < cols; ++c) any |= row[c], every &= row[c];
+    } else {
+      for (int64_t c = 0; c < (seen.col == 0 ? 1 : cols); ++c) any |= row[c * seen.col], every &= row[c * seen.col];
+    }
+    some = some || any;
+    all = all && every;
+    if (some && !all) return Tile::kMixed;
+  }
+  return all ? Tile::kFull : Tile::kEmpty;
+}
+
 // --- scores to words --------------------------------------------------------------------------------------------------
 // A vector from each of `terms` consecutive rows, to one vector of words that span the rows.
 template <class W> inline word_vec<W> span_rows(const sum_vec<W> (&rows)[1]) { return rows[0]; }
@@ -50,6 +92,11 @@ template <class W> inline u32v span_rows(const f32v (&rows)[2]) {
   return (u32v)_mm512_permutexvar_epi16(interleave, (__m512i)span_cols<W>(rows));
 }
 #endif
+inline float kept_terms(float word, uint8_t keep, uint8_t) { return keep != 0 ? word : 0; }
+inline double kept_terms(double word, uint8_t keep, uint8_t) { return keep != 0 ? word : 0; }
+inline bf16x2 kept_terms(bf16x2 word, uint8_t even, uint8_t odd) {
+  return {word.bits & ((even != 0 ? 0xffffu : 0u) | (odd != 0 ? 0xffff0000u : 0u))};
+}
 template <class W> inline void store_words(W* p, word_vec<W> v) { std::memcpy(p, &v, sizeof v); }
 
 // --- forward ----------------------------------------------------------------------------------------------------------
@@ -63,6 +110,8 @@ template <class T> struct ForwardTiles {
   int64_t q_words, k_ld, v_ld;
   W *q, *k, *v, *p;    // (panels, words of D, panel), (keys, words of D), (words of keys, Dv), (words of keys, panel)
   S *scores;           // (keys, panel)
+  S *bias;             // (keys, panel)
+  uint8_t* keep;       // (panel, keys): what dropout keeps
   S *o, *top, *total;  // (queries, Dv); largest score and sum of 2^(score - top) so far, (queries)
   S *shrink;           // what the panel's earlier sums are multiplied by, (panel)
   size_t bytes;
@@ -81,6 +130,8 @@ template <class T> struct ForwardTiles {
     } else {
       p = arena.take<W>(kKeyTile / kTerms * kPanel);
     }
+    bias = arena.take<S>(round_up(kKeyTile, kL) * kPanel);
+    keep = arena.take<uint8_t>(kPanel * kKeyTile);
     o = arena.take<S>(kPanels * kPanel * v_ld);
     top = arena.take<S>(kPanels * kPanel);
     total = arena.take<S>(kPanels * kPanel);
@@ -127,29 +178,67 @@ inline bool softmax_step(int64_t keys, int64_t lanes, int64_t ld, const sum_t<W>
   return moved;
 }
 
-// Panels of queries against one packed tile of `keys` keys that starts at j0.
+// Sets the words of probabilities (keys, panel) that dropout takes to 0; what it keeps is scaled at the end.
 template <class T>
-inline void forward_panel(const AttentionShape& s, const ForwardTiles<T>& t, int64_t panel, int64_t rows, int64_t shift,
-                          int64_t tile_keys, bool v_finite) {
+inline void drop(const AttentionShape& s, const ForwardTiles<T>& t, uint64_t first, int64_t rows, int64_t keys) {
+  using W = word_t<T>;
+  constexpr int kTerms = terms_of<W>;
+  constexpr int64_t kPanel = ForwardTiles<T>::kPanel;
+  for (int64_t i = 0; i < rows; ++i) {
+    keep_of(first + i * s.k_len, keys, s.seed, s.drop_below, t.keep + i * kKeyTile);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const uint8_t* keep = t.keep + i * kKeyTile;
+    for (int64_t k = 0; k * kTerms < keys; ++k) {
+      W& word = t.p[k * kPanel + i];
+      word = kept_terms(word, keep[k * kTerms], k * kTerms + kTerms - 1 < keys ? keep[k * kTerms + kTerms - 1] : 0);
+    }
+  }
+}
+
+// Panels of queries, the first at i, against one packed tile of keys, the first at j.
+template <class T>
+inline void forward_panel(const AttentionShape& s, const AttentionScores& h, const ForwardTiles<T>& t, int64_t panel,
+                          int64_t rows, int64_t i, int64_t j, int64_t tile_keys, bool v_finite) {
   using W = word_t<T>;
   using V = sum_vec<W>;
   using Tiles = ForwardTiles<T>;
   constexpr int kL = Tiles::kL;
   constexpr int64_t kPanel = Tiles::kPanel;
-  // Query i sees key j iff j <= i + shift, both counted from the start of the panel and the tile.
-  const int64_t keys = smaller(tile_keys, rows + shift), lanes = round_up(rows, kL);
-  if (keys <= 0) return;
+  const Band band = band_at(s, i, j);
+  const int64_t shift = band.upper, keys = smaller(tile_keys, rows + shift), lanes = round_up(rows, kL);
+  if (keys <= 0 || keys - 1 < band.lower) return;
+  const Seen seen = seen_at(s, h, i, j);
+  const Tile masked = masked_tile(seen, rows, keys);
+  if (masked == Tile::kEmpty) return;
   product<W, Left::kByRows, Into::kStore>(
       round_up(keys, kBlockRows), lanes, t.k, t.k_ld, t.q + panel * t.q_words * kPanel, kPanel, t.scores, kPanel,
-      static_cast<sum_t<W>>(s.scale * kLog2E), [&](int64_t j, int64_t, int64_t i, int64_t count) {
-        return Depth{0, j <= i + count - 1 + shift ? s.dim : 0};
+      static_cast<sum_t<W>>(s.scale * kLog2E), [&](int64_t key, int64_t, int64_t row, int64_t count) {
+        return Depth{0, key <= row + count - 1 + shift ? s.dim : 0};
       });
-  const bool partial = keys - 1 > shift;
+  if (h.bias != nullptr) {
+    const sum_t<W>* bias = static_cast<const sum_t<W>*>(h.bias) + i * s.bias_row + j;
+    pack_transposed(bias, s.bias_row, rows, keys, t.bias, kPanel, kPanel);
+    for (int64_t n = 0; n < keys * kPanel; n += kL) {
+      store(t.scores + n, fma(load(t.bias + n), splat<V>(kLog2E), load(t.scores + n)));
+    }
+  }
+  const bool partial = !band.whole(rows, keys) || masked == Tile::kMixed;
   if (partial) {
-    for (int64_t j = larger(0, shift + 1); j < keys; ++j) {
+    for (int64_t key = 0; key < keys; ++key) {
+      if (key <= shift && key >= rows - 1 + band.lower) continue;  // every row sees it
       for (int64_t n = 0; n < lanes; n += kL) {
-        sum_t<W>* at = t.scores + j * kPanel + n;
-        store(at, lane_numbers<V>() >= splat<V>(j - shift - n) ? load(at) : splat<V>(-INFINITY));
+        sum_t<W>* at = t.scores + key * kPanel + n;
+        auto row = lane_numbers<V>();
+        auto visible = (row >= splat<V>(key - shift - n)) & (row <= splat<V>(key - band.lower - n));
+        store(at, visible ? load(at) : splat<V>(-INFINITY));
+      }
+    }
+  }
+  if (masked == Tile::kMixed) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t key = 0; key < keys; ++key) {
+        if (seen.mask[r * seen.row + key * seen.col] == 0) t.scores[key * kPanel + r] = -INFINITY;
       }
     }
   }
@@ -161,18 +250,18 @@ inline void forward_panel(const AttentionShape& s, const ForwardTiles<T>& t, int
       }
     }
   }
+  if (s.drop_below != 0) drop(s, t, h.first_element + i * s.k_len + j, rows, keys);
   if (partial && !v_finite) {
-    product_of_some<W, Left::kByDepth>(rows, t.v_ld, keys, t.p, kPanel, t.v, t.v_ld, o, t.v_ld,
-                                       [&](int64_t i, int64_t j) { return j <= i + shift; });
+    product_of_some<W, Left::kByDepth>(rows, t.v_ld, keys, t.p, kPanel, t.v, t.v_ld, o, t.v_ld, seen);
   } else {
     product<W, Left::kByDepth, Into::kAdd>(
         round_up(rows, kBlockRows), t.v_ld, t.p, kPanel, t.v, t.v_ld, o, t.v_ld, 1,
-        [&](int64_t i, int64_t count, int64_t, int64_t) { return Depth{0, smaller(keys, i + count + shift)}; });
+        [&](int64_t row, int64_t count, int64_t, int64_t) { return Depth{0, smaller(keys, row + count + shift)}; });
   }
 }
 
 template <class T>
-void attention_forward_of(const AttentionShape& s, const T* q, const T* k, const T* v, T* o, compute_t<T>* lse,
+void attention_forward_of(const AttentionShape& s, const AttentionScores& h, const T* q, const T* k, const T* v, T* o, compute_t<T>* lse,
                           int64_t begin, int64_t end, char* work) {
   using W = word_t<T>;
   using V = sum_vec<W>;
@@ -193,19 +282,20 @@ void attention_forward_of(const AttentionShape& s, const T* q, const T* k, const
   std::memset(t.o, 0, panels * kPanel * t.v_ld * sizeof(*t.o));
 
   const int64_t visible = smaller(s.k_len, end + s.diagonal);  // keys that the last query sees
-  for (int64_t j = 0; j < visible; j += kKeyTile) {
+  const int64_t first = larger(0, begin + s.lower) / kKeyTile * kKeyTile;  // the tile of the first query's first
+  for (int64_t j = first; j < visible; j += kKeyTile) {
     int64_t keys = smaller(kKeyTile, visible - j);
     pack_rows(k + j * s.k_row, s.k_row, keys, s.dim, t.k, t.k_ld, round_up(keys, kBlockRows));
     bool v_finite = pack_depth(v + j * s.v_row, s.v_row, keys, s.v_dim, t.v, t.v_ld, round_up(keys, kTerms));
     for (int64_t panel = 0; panel < panels; ++panel) {
       int64_t i = begin + panel * kPanel;
-      forward_panel<T>(s, t, panel, smaller(kPanel, end - i), i + s.diagonal - j, keys, v_finite);
+      forward_panel<T>(s, h, t, panel, smaller(kPanel, end - i), i, j, keys, v_finite);
     }
   }
 
   for (int64_t i = 0; i < end - begin; ++i) {
     compute_t<T> total = t.total[i];
-    V inverse = splat<V>(total == 0 ? 0 : 1 / total);  // a query that sees nothing has o = 0 and lse = -inf
+    V inverse = splat<V>(total == 0 ? 0 : static_cast<compute_t<T>>(s.keep_scale) / total);  // a query that sees nothing has o = 0 and lse = -inf
     T* row = o + (begin + i) * s.o_row;
     for (int64_t d = 0; d < s.v_dim; d += kL) {
       store_count(row + d, load(t.o + i * t.v_ld + d) * inverse, static_cast<int>(smaller(kL, s.v_dim - d)));
@@ -232,6 +322,7 @@ template <class T> struct BackwardTiles {
   S *scores, *ds;                  // (queries, keys)
   W *p_deep, *ds_deep, *ds_words;  // (words of queries, keys) twice, (queries, words of keys): likewise
   S *dk, *dv;                      // (keys, D), (keys, Dv)
+  S *seen, *kept;                  // (queries, keys): 0 where the mask hides a key; 0 or 1 / (1 - p), by dropout
   size_t bytes;
 
   BackwardTiles(const AttentionShape& s, int64_t heads, char* work) {
@@ -261,16 +352,19 @@ template <class T> struct BackwardTiles {
     }
     dk = arena.take<S>(kKeyTile * d_ld);
     dv = arena.take<S>(kKeyTile * v_ld);
+    seen = arena.take<S>(kQueryTile * kKeyTile);
+    kept = arena.take<S>(kQueryTile * kKeyTile);
     bytes = arena.next - work;
   }
 };
 
 // p = 2^(scores - lse) and ds = p (dp - delta), from scores and dp (in `ds`), to words; 0 where query i does not see
-// key j, or is padding: j > i + shift, j >= keys or i >= rows.
+// key j, or is padding: outside the band, hidden by the mask (in `seen`), j >= keys or i >= rows. Bias and dbias are at
+// the tile.
 template <class T>
-inline void score_gradients(const BackwardTiles<T>& t, int64_t rows, int64_t padded, int64_t lanes,
-                            const compute_t<T>* lse, const compute_t<T>* delta, bool partial, int64_t shift,
-                            int64_t keys) {
+inline void score_gradients(const AttentionShape& s, const BackwardTiles<T>& t, int64_t rows, int64_t padded,
+                            int64_t lanes, const compute_t<T>* lse, const compute_t<T>* delta, bool partial,
+                            const Band& band, bool masked, int64_t keys, const compute_t<T>* bias, compute_t<T>* dbias) {
   using W = word_t<T>;
   using V = sum_vec<W>;
   constexpr int kTerms = terms_of<W>, kL = word_lanes<W>;
@@ -281,15 +375,28 @@ inline void score_gradients(const BackwardTiles<T>& t, int64_t rows, int64_t pad
       for (int r = 0; r < kTerms; ++r) {
         const V row_lse = splat<V>(lse[i + r]), row_delta = splat<V>(delta[i + r]);
         for (int c = 0; c < kTerms; ++c) {
-          int64_t at = (i + r) * kKeyTile + n + c * kL;
-          V p = exp2(load(t.scores + at) - row_lse);
-          V ds = p * (load(t.ds + at) - row_delta);
+          const int64_t j = n + c * kL, at = (i + r) * kKeyTile + j;
+          const int count = static_cast<int>(i + r < rows ? larger(0, smaller(kL, keys - j)) : 0);
+          V score = load(t.scores + at), dp = load(t.ds + at);
+          if (bias != nullptr && count > 0) {
+            score = fma(load_count(bias + (i + r) * s.bias_row + j, count), splat<V>(kLog2E), score);
+          }
+          V p = exp2(score - row_lse), dropped = p;
+          if (s.drop_below != 0) {
+            V kept = load(t.kept + at);
+            dropped = kept == V{} ? V{} : p * kept;
+            dp = kept == V{} ? V{} : dp * kept;
+          }
+          V ds = p * (dp - row_delta);
           if (partial) {
-            int64_t last = i + r < rows ? smaller(i + r + shift, keys - 1) - n - c * kL : -1;
-            auto visible = lane_numbers<V>() <= splat<V>(last);
-            p = visible ? p : V{};
+            int64_t first = larger(i + r + band.lower, 0) - j, last = smaller(i + r + band.upper, j + count - 1) - j;
+            auto visible = (lane_numbers<V>() >= splat<V>(first)) & (lane_numbers<V>() <= splat<V>(last));
+            if (masked) visible = visible & (load(t.seen + at) != V{});
+            dropped = visible ? dropped : V{};
             ds = visible ? ds : V{};
           }
+          p = dropped;
+          if (dbias != nullptr && count > 0) store_count(dbias + (i + r) * s.k_len + j, ds, count);
           p_of[c][r] = p;
           ds_of[c][r] = ds_row[r][c] = ds;
         }
@@ -308,17 +415,34 @@ inline void score_gradients(const BackwardTiles<T>& t, int64_t rows, int64_t pad
   }
 }
 
-// One tile of queries, the first at i0, against the packed tile of `keys` keys.
+// One tile of queries, the first at i, against the packed tile of `keys` keys, the first at j.
 template <class T>
-inline void backward_tile(const AttentionShape& s, const BackwardTiles<T>& t, const T* q, const T* dout, int64_t rows,
-                          int64_t shift, int64_t keys, bool k_finite, const compute_t<T>* lse,
-                          const compute_t<T>* delta, compute_t<T>* dq) {
+inline void backward_tile(const AttentionShape& s, const AttentionScores& h, const BackwardTiles<T>& t, const T* q,
+                          const T* dout, int64_t rows, int64_t i, int64_t j, int64_t keys, bool k_finite,
+                          const compute_t<T>* lse, const compute_t<T>* delta, compute_t<T>* dq) {
   using W = word_t<T>;
   constexpr int kTerms = terms_of<W>, kL = word_lanes<W>;
   const int64_t padded = round_up(rows, kBlockRows), lanes = round_up(keys, kL * kTerms);
   const int64_t key_rows = round_up(keys, kBlockRows);
+  const Band band = band_at(s, i, j);
+  const int64_t shift = band.upper;
+  const Seen seen = seen_at(s, h, i, j);
+  const Tile masked = masked_tile(seen, rows, keys);
+  if (masked == Tile::kEmpty) return;
   // A padded query in a word with a real one counts: 0 times what its p became of a key that is not finite.
-  const bool partial = keys < lanes || keys - 1 > shift || rows % kTerms != 0;
+  const bool partial = keys < lanes || !band.whole(rows, keys) || rows % kTerms != 0 || masked == Tile::kMixed;
+  if (masked == Tile::kMixed) {
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t c = 0; c < keys; ++c) t.seen[r * kKeyTile + c] = seen.mask[r * seen.row + c * seen.col];
+    }
+  }
+  if (s.drop_below != 0) {
+    uint8_t keep[kKeyTile];
+    for (int64_t r = 0; r < rows; ++r) {
+      keep_of(h.first_element + (i + r) * s.k_len + j, keys, s.seed, s.drop_below, keep);
+      for (int64_t c = 0; c < keys; ++c) t.kept[r * kKeyTile + c] = keep[c] ? static_cast<sum_t<W>>(s.keep_scale) : 0;
+    }
+  }
 
   bool q_finite = pack_rows(q, s.q_row, rows, s.dim, t.q, t.d_words, padded);
   bool do_finite = pack_rows(dout, s.do_row, rows, s.v_dim, t.dout, t.v_words, padded);
@@ -329,23 +453,29 @@ inline void backward_tile(const AttentionShape& s, const BackwardTiles<T>& t, co
 
   // (queries, keys): a block whose last query does not see its first key is not needed
   auto if_seen = [&](int64_t dim) {
-    return [=](int64_t i, int64_t count, int64_t j, int64_t) { return Depth{0, j <= i + count - 1 + shift ? dim : 0}; };
+    return [=](int64_t row, int64_t count, int64_t key, int64_t) {
+      return Depth{0, key <= row + count - 1 + shift ? dim : 0};
+    };
   };
   product<W, Left::kByRows, Into::kStore>(padded, lanes, t.q, t.d_words, t.k_turned, kKeyTile, t.scores, kKeyTile,
                                           static_cast<sum_t<W>>(s.scale * kLog2E), if_seen(s.dim));
   product<W, Left::kByRows, Into::kStore>(padded, lanes, t.dout, t.v_words, t.v_turned, kKeyTile, t.ds, kKeyTile, 1,
                                           if_seen(s.v_dim));
-  score_gradients(t, rows, padded, lanes, lse, delta, partial, shift, keys);
+  const auto* bias = static_cast<const sum_t<W>*>(h.bias);
+  auto* dbias = static_cast<sum_t<W>*>(h.dbias);
+  score_gradients(s, t, rows, padded, lanes, lse, delta, partial, band, masked == Tile::kMixed, keys,
+                  bias == nullptr ? nullptr : bias + i * s.bias_row + j,
+                  dbias == nullptr ? nullptr : dbias + i * s.k_len + j);
 
   // (keys, D) and (keys, Dv), sums over the queries that see the key
   auto by_key = [&](const W* left, const W* right, int64_t ld, sum_t<W>* into, bool finite) {
     if (partial && !finite) {
       product_of_some<W, Left::kByDepth>(keys, ld, rows, left, kKeyTile, right, ld, into, ld,
-                                         [&](int64_t j, int64_t i) { return j <= i + shift; });
+                                         [&](int64_t key, int64_t row) { return seen(row, key); });
     } else {
       product<W, Left::kByDepth, Into::kAdd>(
           key_rows, ld, left, kKeyTile, right, ld, into, ld, 1,
-          [&](int64_t j, int64_t, int64_t, int64_t) { return Depth{larger(0, j - shift), rows}; });
+          [&](int64_t key, int64_t, int64_t, int64_t) { return Depth{larger(0, key - shift), rows}; });
     }
   };
   by_key(t.p_deep, t.dout_deep, t.v_ld, t.dv, do_finite);
@@ -353,12 +483,11 @@ inline void backward_tile(const AttentionShape& s, const BackwardTiles<T>& t, co
 
   // (queries, D), sums over the keys that the query sees
   if (partial && !k_finite) {
-    product_of_some<W, Left::kByRows>(rows, t.d_ld, keys, t.ds_words, kKeyTile / kTerms, t.k, t.d_ld, dq, t.d_ld,
-                                      [&](int64_t i, int64_t j) { return j <= i + shift; });
+    product_of_some<W, Left::kByRows>(rows, t.d_ld, keys, t.ds_words, kKeyTile / kTerms, t.k, t.d_ld, dq, t.d_ld, seen);
   } else {
     product<W, Left::kByRows, Into::kAdd>(
         padded, t.d_ld, t.ds_words, kKeyTile / kTerms, t.k, t.d_ld, dq, t.d_ld, 1,
-        [&](int64_t i, int64_t count, int64_t, int64_t) { return Depth{0, smaller(keys, i + count + shift)}; });
+        [&](int64_t row, int64_t count, int64_t, int64_t) { return Depth{0, smaller(keys, row + count + shift)}; });
   }
 }
 
@@ -413,11 +542,17 @@ void attention_backward_of(const AttentionShape& s, const AttentionGroup& g, int
     std::memset(t.dk, 0, kKeyTile * t.d_ld * sizeof(*t.dk));
     std::memset(t.dv, 0, kKeyTile * t.v_ld * sizeof(*t.dv));
     for (int64_t h = 0; h < g.heads; ++h) {
-      for (int64_t i = larger(0, j - s.diagonal); i < s.q_len; i += kQueryTile) {
+      AttentionScores scores = g.scores;
+      if (scores.mask != nullptr) scores.mask += h * g.mask_head;
+      if (scores.bias != nullptr) scores.bias = static_cast<const compute_t<T>*>(scores.bias) + h * g.bias_head;
+      if (scores.dbias != nullptr) scores.dbias = static_cast<compute_t<T>*>(scores.dbias) + h * s.q_len * s.k_len;
+      scores.first_element += h * s.q_len * s.k_len;
+      const int64_t last = smaller(s.q_len, j + keys - s.lower);  // after the last query that sees a key
+      for (int64_t i = larger(0, j - s.diagonal); i < last; i += kQueryTile) {
         const int64_t row = h * t.rows_padded + i;
-        backward_tile<T>(s, t, of_head(q, h, g.q_head) + i * s.q_row, of_head(dout, h, g.do_head) + i * s.do_row,
-                         smaller(kQueryTile, s.q_len - i), i + s.diagonal - j, keys, k_finite, t.lse + row,
-                         t.delta + row, dq_sums + row * t.d_ld);
+        backward_tile<T>(s, scores, t, of_head(q, h, g.q_head) + i * s.q_row, of_head(dout, h, g.do_head) + i * s.do_row,
+                         smaller(kQueryTile, s.q_len - i), i, j, keys, k_finite, t.lse + row, t.delta + row,
+                         dq_sums + row * t.d_ld);
       }
     }
     store_scaled(t.dk, t.d_ld, keys, s.dim, static_cast<T*>(g.dk) + j * s.dk_row, s.dk_row,
@@ -446,9 +581,9 @@ void finish_dq_of(const AttentionShape& s, const AttentionGroup& g, const comput
 
 // --- table ------------------------------------------------------------------------------------------------------------
 template <class T>
-void attention_forward(const AttentionShape& s, const void* q, const void* k, const void* v, void* o, void* lse,
-                       int64_t begin, int64_t end, void* work) {
-  attention_forward_of<T>(s, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v),
+void attention_forward(const AttentionShape& s, const AttentionScores& scores, const void* q, const void* k,
+                       const void* v, void* o, void* lse, int64_t begin, int64_t end, void* work) {
+  attention_forward_of<T>(s, scores, static_cast<const T*>(q), static_cast<const T*>(k), static_cast<const T*>(v),
                           static_cast<T*>(o), static_cast<compute_t<T>*>(lse), begin, end, static_cast<char*>(work));
 }
 template <class T> size_t attention_forward_bytes(const AttentionShape& s) { return ForwardTiles<T>(s, nullptr).bytes; }

@@ -11,10 +11,22 @@ namespace fastlm::cpu {
 struct AttentionShape {
   int64_t q_len, k_len;    // Tq, Tk
   int64_t dim, v_dim;      // D, Dv
-  int64_t diagonal;        // query i sees key j iff j <= i + diagonal; k_len: every key
+  int64_t lower, diagonal;  // query i sees key j iff i + lower <= j <= i + diagonal; -q_len and k_len: every key
   double scale;
   int64_t q_row, k_row, v_row, o_row;      // distance between rows, in elements
   int64_t do_row, dq_row, dk_row, dv_row;  // of the gradients
+  int64_t mask_row, mask_col, bias_row;    // of one that is the same for all rows, or columns, 0
+  uint32_t drop_below;  // an element is dropped where its random word is less; 0: none is
+  double keep_scale;    // 1 / (1 - dropout_p)
+  uint64_t seed;
+};
+
+// What one query head's scores are changed by. Null where nothing.
+struct AttentionScores {
+  const uint8_t* mask;     // 0: query i does not see key j, which is true of hidden keys anyway
+  const void *bias;        // (Tq, Tk), of the type of sums, added to the scaled scores
+  void* dbias;             // (Tq, Tk) dense, its gradient
+  uint64_t first_element;  // number of element (0, 0), for dropout
 };
 
 // The query heads that read one key head: pointers to the first, and the distance between heads.
@@ -24,6 +36,8 @@ struct AttentionGroup {
   const void *lse, *dlse;  // (heads, q_len), `lse_head` apart; dlse may be null
   void *dq, *dk, *dv;
   int64_t q_head, o_head, do_head, dq_head, lse_head;
+  AttentionScores scores;  // of the first head
+  int64_t mask_head, bias_head;
 };
 
 // Queries of a forward call: enough that packing a tile of keys costs little beside the products with it.
@@ -35,8 +49,9 @@ constexpr int64_t kKeyTile = 128;
 // stated size, aligned to 64 bytes.
 struct AttentionKernels {
   // o and lse of queries [begin, end), at most kQueryBlock of them, of one head
-  void (*forward[kNumFloatDTypes])(const AttentionShape& shape, const void* q, const void* k, const void* v, void* o,
-                                   void* lse, int64_t begin, int64_t end, void* work);
+  void (*forward[kNumFloatDTypes])(const AttentionShape& shape, const AttentionScores& scores, const void* q,
+                                   const void* k, const void* v, void* o, void* lse, int64_t begin, int64_t end,
+                                   void* work);
   size_t (*forward_bytes[kNumFloatDTypes])(const AttentionShape& shape);
 
   // dk and dv of keys [begin, end) of one group, and what these keys add to its dq: into dq_sums, written by this call,

@@ -16,7 +16,7 @@ from fastlm.kernels.native._common import capability, current_stream
 MAX_HEAD_DIM = 256
 
 
-def _unsupported(
+def _unsupported_on_any(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -37,17 +37,13 @@ def _unsupported(
     dropout_p: float,
     deterministic: bool,
 ) -> str | None:
-    for name, option in (("mask", mask), ("bias", bias), ("alibi_slopes", alibi_slopes), ("sinks", sinks)):
+    for name, option in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if option is not None:
             return f"does not take {name}"
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
         return "does not take packed sequences (cu_seqlens)"
-    if window_left >= 0 or window_right >= 0:
-        return "does not take a window"
     if softcap > 0:
         return "does not take a softcap"
-    if dropout_p > 0:
-        return "does not take dropout"
     if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
         return f"takes q, k and v of one floating-point dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
     if not (1 <= q.shape[-1] <= MAX_HEAD_DIM and 1 <= v.shape[-1] <= MAX_HEAD_DIM):
@@ -57,12 +53,17 @@ def _unsupported(
 
 def _backward_unsupported(do, dlse, q, k, v, o, lse, *rest) -> str | None:
     *options, _wanted = rest
-    return _unsupported(q, k, v, *options)
+    return _unsupported_on_any(q, k, v, *options)
 
 
-def _diagonal(causal: int, q_len: int, k_len: int) -> int:
-    """Query i sees key j iff j <= i + diagonal."""
-    return (k_len, k_len - q_len, 0)[causal]
+def _diagonals(causal: int, window_left: int, window_right: int, q_len: int, k_len: int) -> tuple[int, int]:
+    """Query i sees key j iff i + lower <= j <= i + upper."""
+    last = k_len - q_len  # windows count from key i + last, which ends together with the queries
+    lower = last - window_left if window_left >= 0 else -q_len
+    upper = last + window_right if window_right >= 0 else k_len
+    if causal:
+        upper = min(upper, last if causal == 1 else 0)
+    return lower, upper
 
 
 def _writing(run: Callable[..., Any], *outputs: Tensor) -> None:
@@ -77,38 +78,62 @@ def _writing(run: Callable[..., Any], *outputs: Tensor) -> None:
 if _native.cpu is not None:
     _forward, _backward = _native.cpu.attention_forward, _native.cpu.attention_backward
 
-    @kernel("attention", backend="native", device="cpu", supports=_unsupported)
+    def _on_scores(x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+        """A mask or bias as it lies over the scores, (B, Hq, Tq, Tk)."""
+        return None if x is None else x.expand(*q.shape[:3], k.shape[2])
+
+    def _options(q: Tensor, k: Tensor, options: tuple) -> tuple:
+        """What the kernels take of them."""
+        mask, bias, _, _, seed, _, _, _, _, causal, window_left, window_right, scale, _, dropout_p, _ = options
+        if bias is not None:
+            bias = bias.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+            if bias.dim() == 0 or bias.shape[-1] != k.shape[2]:  # the same for all keys
+                bias = bias.expand(*bias.shape[:-1], k.shape[2])
+            bias = with_rows(bias)
+        diagonals = _diagonals(causal, window_left, window_right, q.shape[2], k.shape[2])
+        number = seed.item() if dropout_p > 0 else 0
+        scores = (_on_scores(mask, q, k), _on_scores(bias, q, k))
+        return (*scores, *diagonals, scale, dropout_p, number % 2**64, torch.get_num_threads())
+
+    @kernel("attention", backend="native", device="cpu", supports=_unsupported_on_any)
     def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        *_, causal, _, _, scale, _softcap, _dropout_p, _deterministic = options
         o = empty_in_order_of(q, v.shape[-1])
         lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+        taken = _options(q, k, options)
         q, k, v = with_rows(q), with_rows(k), with_rows(v)
-        diagonal = _diagonal(causal, q.shape[2], k.shape[2])
-        _writing(lambda o: _forward(q, k, v, o, lse, diagonal, scale, torch.get_num_threads()), o)
+        _writing(lambda o: _forward(q, k, v, o, lse, *taken), o)
         return o, lse
 
     @kernel("attention_backward", backend="native", device="cpu", supports=_backward_unsupported)
     def attention_backward(
         do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
     ) -> tuple[Tensor, ...]:
-        *_, causal, _, _, scale, _softcap, _dropout_p, _deterministic, wanted = options
+        *options, wanted = options
         outputs = [empty_in_order_of(x, x.shape[-1]) for x in (q, k, v)]
         do = torch.zeros_like(o) if do is None else do
         read = [with_rows(do), None if dlse is None else dlse.contiguous(), *map(with_rows, (q, k, v, o))]
         read.append(lse.contiguous())
-        diagonal = _diagonal(causal, q.shape[2], k.shape[2])
-        _writing(lambda *written: _backward(*read, *written, diagonal, scale, torch.get_num_threads()), *outputs)
-        # The three come from one pass; the other gradients belong to options that this kernel does not take.
+        bias = options[1]
+        dbias = lse.new_zeros(*q.shape[:3], k.shape[2]) if bias is not None and wanted[3] else None
+        taken = _options(q, k, options)
+        _writing(lambda *written: _backward(*read, *written, dbias, *taken), *outputs)
+        # The three come from one pass.
         gradients = [x if want else q.new_empty(0) for x, want in zip(outputs, wanted, strict=False)]
-        return (*gradients, *(q.new_empty(0) for _ in range(3)))
+        dbias = q.new_empty(0) if dbias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
+        return (*gradients, dbias, q.new_empty(0), q.new_empty(0))
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
-def _unsupported_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
+def _unsupported_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, *rest) -> str | None:
     if q.dtype == torch.float64:
         return "does not take float64"
-    *tensors, causal, _, _, scale, softcap, dropout_p, deterministic = options
-    return _unsupported(q, k, v, *tensors, causal, -1, -1, scale, softcap, dropout_p, deterministic)  # it takes windows
+    for name, option in (("mask", mask), ("bias", bias)):
+        if option is not None:
+            return f"does not take {name}"
+    *_, dropout_p, _deterministic = rest
+    if dropout_p > 0:
+        return "does not take dropout"
+    return _unsupported_on_any(q, k, v, mask, bias, *rest)
 
 
 def _backward_unsupported_cuda(do, dlse, q, k, v, o, lse, *rest) -> str | None:
@@ -116,16 +141,6 @@ def _backward_unsupported_cuda(do, dlse, q, k, v, o, lse, *rest) -> str | None:
     if max(q.shape[-1], v.shape[-1]) > 128 and capability(q) < (8, 0):
         return "takes head dimensions above 128 from compute capability 8.0 on"  # for want of shared memory
     return _unsupported_cuda(q, k, v, *options)
-
-
-def _diagonals(causal: int, window_left: int, window_right: int, q_len: int, k_len: int) -> tuple[int, int]:
-    """Query i sees key j iff i + lower <= j <= i + upper."""
-    last = k_len - q_len  # windows count from key i + last, which ends together with the queries
-    lower = last - window_left if window_left >= 0 else -q_len
-    upper = last + window_right if window_right >= 0 else k_len
-    if causal:
-        upper = min(upper, last if causal == 1 else 0)
-    return lower, upper
 
 
 if _native.cuda is not None:
