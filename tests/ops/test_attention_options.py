@@ -1,0 +1,149 @@
+"""Masks, biases, windows and dropout in attention's kernels, against the reference in float64."""
+
+import pytest
+import torch
+from op_testing import BACKENDS, DTYPES, ISAS, assert_as_exact_as_torch, numbers, poisoned  # noqa: F401
+from torch.autograd import gradcheck
+
+import fastlm
+
+# (B, Hq, Hk, Tq, Tk, D, Dv): within a tile, over several, uneven, one query
+SIZES = [(2, 4, 2, 5, 7, 3, 4), (1, 2, 2, 130, 300, 16, 16), (2, 2, 1, 257, 129, 8, 8), (3, 2, 2, 1, 140, 8, 8)]
+
+
+def block_mask(B, Hq, Tq, Tk):
+    """Tiles that are empty, full and mixed."""
+    row, col = torch.arange(Tq)[:, None] // 50, torch.arange(Tk)[None, :] // 90
+    some = numbers((B, Hq, Tq, Tk), seed=21) > 0
+    return torch.where((row + col) % 3 == 0, False, torch.where((row + col) % 3 == 1, True, some))
+
+
+# name -> (B, Hq, Tq, Tk) -> options; a bias stands under "bias", and gets a gradient
+OPTIONS = {
+    "mask": lambda B, H, Tq, Tk: {"mask": numbers((B, H, Tq, Tk), seed=20) > -0.5},
+    "tiles": lambda B, H, Tq, Tk: {"mask": block_mask(B, H, Tq, Tk)},
+    "padding": lambda B, H, Tq, Tk: {"mask": (torch.arange(Tk) < (Tk + 1) // 2)[None, None, None]},
+    "rows that see nothing": lambda B, H, Tq, Tk: {"mask": (torch.arange(Tq) % 3 != 1)[:, None], "causal": True},
+    "mask, turned": lambda B, H, Tq, Tk: {"mask": (numbers((1, H, Tk, Tq), seed=20) > 0).mT},
+    "bias": lambda B, H, Tq, Tk: {"bias": numbers((B, H, Tq, Tk), seed=22)},
+    "bias of all heads": lambda B, H, Tq, Tk: {"bias": numbers((Tq, Tk), seed=22), "causal": True},
+    "bias of keys": lambda B, H, Tq, Tk: {"bias": numbers((B, 1, 1, Tk), seed=22)},
+    "bias of queries": lambda B, H, Tq, Tk: {"bias": numbers((1, H, Tq, 1), seed=22)},
+    "window": lambda B, H, Tq, Tk: {"window": (40, 3)},
+    "causal window": lambda B, H, Tq, Tk: {"window": 70, "causal": True},
+    "narrow window": lambda B, H, Tq, Tk: {"window": 0},
+    "one-sided window": lambda B, H, Tq, Tk: {"window": (-1, 2)},
+    "dropout": lambda B, H, Tq, Tk: {"dropout_p": 0.3, "seed": torch.tensor(-5)},
+    "everything": lambda B, H, Tq, Tk: {
+        "mask": block_mask(B, H, Tq, Tk), "bias": numbers((1, H, Tq, Tk), seed=22), "causal": "top_left",
+        "window": (100, -1), "dropout_p": 0.1, "seed": torch.tensor(2**40 + 3), "scale": 0.7,
+    },
+}  # fmt: skip
+
+
+def operands(B, Hq, Hk, Tq, Tk, D, Dv, dtype):
+    shapes = ((B, Hq, Tq, D), (B, Hk, Tk, D), (B, Hk, Tk, Dv))
+    return [numbers(shape, torch.float64, seed).to(dtype) for seed, shape in enumerate(shapes)]
+
+
+def run(given, options, dtype, do, dlse):
+    """o, lse and the gradients of q, k, v and the bias."""
+    leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in given]
+    options = dict(options)
+    if "bias" in options:
+        options["bias"] = options["bias"].to(dtype).requires_grad_()
+        leaves.append(options["bias"])
+    o, lse = fastlm.attention(*leaves[:3], **options, return_lse=True)
+    finite = lse.isfinite()  # a query that sees nothing has no lse to differentiate
+    loss = (o * do.to(o.dtype)).sum() + torch.where(finite, lse * dlse.to(lse.dtype), 0).sum()
+    return [o.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_exact_as_the_reference(name, dtype, backend, poisoned):  # noqa: F811
+    for sizes in SIZES:
+        B, Hq, _, Tq, Tk, *_ = sizes
+        options, given = OPTIONS[name](B, Hq, Tq, Tk), operands(*sizes, dtype)
+        if "bias" in options:
+            options["bias"] = options["bias"].to(dtype)
+        do, dlse = numbers((B, Hq, Tq, sizes[-1]), dtype, 7), numbers((B, Hq, Tq), seed=8)
+        ours = run(given, options, dtype, do, dlse)
+        with fastlm.use_backend("reference"):
+            exact, plain = (run(given, options, of, do, dlse) for of in (torch.float64, dtype))
+        names = ("o", "lse", "dq", "dk", "dv", "dbias")
+        for what, *values in zip(names, ours, exact, plain, strict=False):
+            if what == "lse":
+                torch.testing.assert_close(values[0].double(), values[1], atol=2e-5, rtol=1e-5)
+            else:
+                assert_as_exact_as_torch(*values, 3, f"{what} of {name} at {sizes}")
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_kernel_takes_it(name):
+    B, Hq, _, Tq, Tk, *_ = SIZES[0]
+    options = OPTIONS[name](B, Hq, Tq, Tk)
+    statuses = fastlm.backends(
+        "attention", **dict(zip("qkv", operands(*SIZES[0], torch.float32), strict=True)), **options
+    )
+    assert statuses[0] == ("native", True, "")
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
+@pytest.mark.parametrize("name", ["tiles", "bias", "bias of all heads", "causal window", "dropout", "everything"])
+def test_gradients_through_the_kernel(name):
+    options = OPTIONS[name](2, 4, 5, 7)
+    bias = [options.pop("bias").double().requires_grad_()] if "bias" in options else []
+    given = [t.requires_grad_() for t in operands(*SIZES[0], torch.float64)]
+
+    def attend(q, k, v, *bias):
+        return fastlm.attention(q, k, v, **options, **({"bias": bias[0]} if bias else {}))
+
+    with fastlm.use_backend("native"):
+        assert gradcheck(attend, (*given, *bias))
+
+
+@pytest.mark.parametrize("name", ["mask", "tiles", "window", "causal window", "everything"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_not_seen_does_not_leak(name, bad, backend):
+    """A key that no query sees, and one that some do not: those get what they get without it."""
+    sizes = (1, 2, 2, 70, 150, 8, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        options = OPTIONS[name](1, 2, 70, 150)
+        options.pop("dropout_p", None)
+        hidden = torch.zeros(70, 150, dtype=torch.bool)
+        hidden[:, 140], hidden[::2, 3] = True, True  # of key 3, by every other query
+        options["mask"] = options.get("mask", torch.ones(70, 150, dtype=torch.bool)) & ~hidden
+        q, k, v = operands(*sizes, dtype)
+        spoiled_k, spoiled_v = k.clone(), v.clone()
+        spoiled_k[:, :, 140], spoiled_v[:, :, 140], spoiled_v[:, :, 3] = bad, bad, bad
+        do, dlse = numbers((1, 2, 70, 8), dtype, 7), numbers((1, 2, 70), seed=8)
+        do[:, :, 1::2] = 0  # of those that may see key 3
+        clean, spoiled = (
+            run([q, k, v], options, dtype, do, dlse),
+            run([q, spoiled_k, spoiled_v], options, dtype, do, dlse),
+        )
+        assert torch.equal(clean[0][:, :, ::2], spoiled[0][:, :, ::2])
+        assert torch.equal(clean[2][:, :, ::2], spoiled[2][:, :, ::2])  # dq
+        for i in (3, 4):  # no gradient of key 140
+            assert not spoiled[i][:, :, 140].any()
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_bits_do_not_depend_on_threads(threads):
+    sizes, before = (1, 2, 1, 300, 600, 16, 16), torch.get_num_threads()
+    options, given = OPTIONS["everything"](1, 2, 300, 600), operands(*sizes, torch.float32)
+    do, dlse = numbers((1, 2, 300, 16), seed=7), numbers((1, 2, 300), seed=8)
+    try:
+        results = []
+        for n in (threads, 1):
+            torch.set_num_threads(n)
+            results.append(run(given, options, torch.float32, do, dlse))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
