@@ -77,6 +77,18 @@ inline Tile masked_tile(const Seen& seen, int64_t rows, int64_t cols) {
   return all ? Tile::kFull : Tile::kEmpty;
 }
 
+// The mask's tile as numbers, 0 where it hides.
+template <class S> inline void mask_to_numbers(const Seen& seen, int64_t rows, int64_t cols, S* dst, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* row = seen.mask + r * seen.row;
+    if (seen.col == 1) {
+      for (int64_t c = 0; c < cols; ++c) dst[r * ld + c] = row[c];
+    } else {
+      for (int64_t c = 0; c < cols; ++c) dst[r * ld + c] = row[c * seen.col];
+    }
+  }
+}
+
 // --- scores to words --------------------------------------------------------------------------------------------------
 // A vector from each of `terms` consecutive rows, to one vector of words that span the rows.
 template <class W> inline word_vec<W> span_rows(const sum_vec<W> (&rows)[1]) { return rows[0]; }
@@ -110,7 +122,7 @@ template <class T> struct ForwardTiles {
   int64_t q_words, k_ld, v_ld;
   W *q, *k, *v, *p;    // (panels, words of D, panel), (keys, words of D), (words of keys, Dv), (words of keys, panel)
   S *scores;           // (keys, panel)
-  S *bias;             // (keys, panel)
+  S *over, *numbers;   // bias or mask as it lies over the scores, (keys, panel); the mask before, (panel, keys)
   uint8_t* keep;       // (panel, keys): what dropout keeps
   S *o, *top, *total;  // (queries, Dv); largest score and sum of 2^(score - top) so far, (queries)
   S *shrink;           // what the panel's earlier sums are multiplied by, (panel)
@@ -130,7 +142,8 @@ template <class T> struct ForwardTiles {
     } else {
       p = arena.take<W>(kKeyTile / kTerms * kPanel);
     }
-    bias = arena.take<S>(round_up(kKeyTile, kL) * kPanel);
+    over = arena.take<S>(round_up(kKeyTile, kL) * kPanel);
+    numbers = arena.take<S>(kPanel * kKeyTile);
     keep = arena.take<uint8_t>(kPanel * kKeyTile);
     o = arena.take<S>(kPanels * kPanel * v_ld);
     top = arena.take<S>(kPanels * kPanel);
@@ -218,9 +231,9 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
       });
   if (h.bias != nullptr) {
     const sum_t<W>* bias = static_cast<const sum_t<W>*>(h.bias) + i * s.bias_row + j;
-    pack_transposed(bias, s.bias_row, rows, keys, t.bias, kPanel, kPanel);
+    pack_transposed(bias, s.bias_row, rows, keys, t.over, kPanel, kPanel);
     for (int64_t n = 0; n < keys * kPanel; n += kL) {
-      store(t.scores + n, fma(load(t.bias + n), splat<V>(kLog2E), load(t.scores + n)));
+      store(t.scores + n, fma(load(t.over + n), splat<V>(kLog2E), load(t.scores + n)));
     }
   }
   const bool partial = !band.whole(rows, keys) || masked == Tile::kMixed;
@@ -236,10 +249,10 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
     }
   }
   if (masked == Tile::kMixed) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t key = 0; key < keys; ++key) {
-        if (seen.mask[r * seen.row + key * seen.col] == 0) t.scores[key * kPanel + r] = -INFINITY;
-      }
+    mask_to_numbers(seen, rows, keys, t.numbers, kKeyTile);
+    pack_transposed(t.numbers, kKeyTile, rows, keys, t.over, kPanel, kPanel);
+    for (int64_t n = 0; n < keys * kPanel; n += kL) {
+      store(t.scores + n, load(t.over + n) != V{} ? load(t.scores + n) : splat<V>(-INFINITY));
     }
   }
   sum_t<W>* o = t.o + panel * kPanel * t.v_ld;
@@ -431,11 +444,7 @@ inline void backward_tile(const AttentionShape& s, const AttentionScores& h, con
   if (masked == Tile::kEmpty) return;
   // A padded query in a word with a real one counts: 0 times what its p became of a key that is not finite.
   const bool partial = keys < lanes || !band.whole(rows, keys) || rows % kTerms != 0 || masked == Tile::kMixed;
-  if (masked == Tile::kMixed) {
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < keys; ++c) t.seen[r * kKeyTile + c] = seen.mask[r * seen.row + c * seen.col];
-    }
-  }
+  if (masked == Tile::kMixed) mask_to_numbers(seen, rows, keys, t.seen, kKeyTile);
   if (s.drop_below != 0) {
     uint8_t keep[kKeyTile];
     for (int64_t r = 0; r < rows; ++r) {
