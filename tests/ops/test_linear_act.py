@@ -217,6 +217,7 @@ def test_products_of_onednn(monkeypatch):
     with fastlm.use_backend("native"):
         for act in ACTS:
             test_value_and_gradient(act, torch.float32, "native", None)
+        test_special_values("native")
 
 
 def test_small_layers_are_left_to_torch(monkeypatch):

@@ -69,7 +69,7 @@ if _native.cpu is not None:
         rows = max(_LEAST_ROWS, min(_MOST_ROWS, len(x) // _SHARE_OF_ROWS))
         for begin in range(0, len(x), rows):
             part, classes = x[begin : begin + rows], target[begin : begin + rows]
-            logits = linear(part, weight, bias)[0]
+            logits = linear(part, weight, bias)
             losses, lse = cross_entropy(logits, classes, None, ignore_index, label_smoothing, softcap)
             total += losses.sum(dtype=torch.float64)
             if z_loss:

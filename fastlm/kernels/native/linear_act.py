@@ -18,10 +18,10 @@ if _native.cpu is not None:
 
     @kernel("linear_act", backend="native", device="cpu", supports=unsupported_dtype)
     def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, keep: bool) -> tuple[Tensor, Tensor]:
-        u, done = linear(x, weight, bias, act)
+        u = linear(x, weight, bias)
         keep = keep and act not in SAVE_OUTPUT
         y = torch.empty_like(u) if keep else u
-        if not done:
+        if act != "none":
             _native.cpu.act_forward(u, y, ACTS[act], torch.get_num_threads())
         return y, u if keep else u.new_empty(0)
 

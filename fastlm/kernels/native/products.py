@@ -21,7 +21,7 @@ def _onednn() -> bool:
     """Whether this torch has the op that torch.compile uses for linear layers, and it works."""
     try:
         x, weight = torch.ones(2, 3), torch.ones(4, 3)
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "relu", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return bool((y == 3).all()) and y.shape == (2, 4)
     except (AttributeError, RuntimeError, NotImplementedError, TypeError):
         return False
@@ -40,14 +40,13 @@ def _wide(x: Tensor) -> bool:
     return x.dtype == torch.float32 and _native.cpu.active_isa().startswith("avx512")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, act: str = "none") -> tuple[Tensor, bool]:
-    """x (M, K), weight (N, K) -> x weight' + bias (M, N), and whether act has been applied to it."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (M, K), weight (N, K) -> x weight' + bias (M, N). No activation in the same pass: oneDNN's ReLU makes 0 of NaN."""
     if _by_onednn(x, weight):
-        done = act in ("none", "relu")
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, act if done else "none", [], ""), done
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if _few_rows(x, weight) and bias is None:
-        return add_product(x, weight.t(), x.new_empty(x.shape[0], weight.shape[0]), add=False), act == "none"
-    return F.linear(x, weight, bias), act == "none"
+        return add_product(x, weight.t(), x.new_empty(x.shape[0], weight.shape[0]), add=False)
+    return F.linear(x, weight, bias)
 
 
 def input_gradient(du: Tensor, weight: Tensor) -> Tensor:
