@@ -41,7 +41,7 @@ def _wide(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (M, K), weight (N, K) -> x weight' + bias (M, N). No activation in the same pass: oneDNN's ReLU makes 0 of NaN."""
+    """x (M, K), weight (N, K) -> x weight' + bias (M, N). Without an activation: oneDNN's ReLU makes 0 of NaN."""
     if _by_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if _few_rows(x, weight) and bias is None:
