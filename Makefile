@@ -33,6 +33,18 @@ PYTEST  = cd $(VENV) && bin/pytest --rootdir "$(CURDIR)" --config-file "$(CURDIR
 test: $(VENV)/test  ## Run the tests on the installed package; TESTS=tests/ops and ARGS="-k relu" choose some
 	$(PYTEST) $(TESTS:%="$(CURDIR)/%") $(ARGS)
 
+# torch's own memory is the sanitizer's too, so that what kernels read and write beyond their tensors is seen. Not what
+# compiles (the compiler's processes would inherit the sanitizer), nor the reference.
+SANITIZED = tests/ops tests/optim tests/kernels/test_attention_cpu.py
+.PHONY: sanitize
+sanitize: $(VENV)/test  ## Run the ops' tests on CPU kernels built with the address and undefined behaviour sanitizers
+	rm -rf build/sanitize
+	FASTLM_SANITIZE=ON FASTLM_CUDA=OFF $(PY) -m pip wheel -qq --no-deps --wheel-dir build/sanitize .
+	$(PY) -m pip install -qq --no-deps --target build/sanitize/package build/sanitize/*.whl
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)"; export LD_PRELOAD; \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$(CURDIR)/build/sanitize/package" $(PYTEST) -q -s $(SANITIZED:%="$(CURDIR)/%") \
+	  -k 'not compile and not opcheck and not reference and not transforms' $(ARGS)
+
 .PHONY: bench
 bench: $(VENV)/test  ## Measure the ops and the training step beside torch; ARGS="attention --quick" and the like
 	cd $(VENV) && bin/fastlm bench --out "$(CURDIR)/runs/bench" $(ARGS)

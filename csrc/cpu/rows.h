@@ -33,7 +33,7 @@ void sum_by_chunks(int64_t rows, int64_t cols, int64_t width, Sum* out, int thre
   parallel_for(rows * cols < kGrain ? 1 : threads, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       int64_t row = chunk * kRowChunk;
-      body(row, std::min(kRowChunk, rows - row), &partial[chunk * width]);
+      body(row, std::min(kRowChunk, rows - row), partial.data() + chunk * width);
     }
   });
   if (out == nullptr) return;
