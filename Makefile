@@ -41,9 +41,9 @@ sanitize: $(VENV)/test  ## Run the ops' tests on CPU kernels built with the addr
 	rm -rf build/sanitize
 	FASTLM_SANITIZE=ON FASTLM_CUDA=OFF $(PY) -m pip wheel -qq --no-deps --wheel-dir build/sanitize .
 	$(PY) -m pip install -qq --no-deps --target build/sanitize/package build/sanitize/*.whl
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)"; export LD_PRELOAD; \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$(CURDIR)/build/sanitize/package" $(PYTEST) -q -s $(SANITIZED:%="$(CURDIR)/%") \
-	  -k 'not compile and not opcheck and not reference and not transforms' $(ARGS)
+	export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$(CURDIR)/build/sanitize/package" \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)"; \
+	$(PYTEST) -q -s $(SANITIZED:%="$(CURDIR)/%") -k 'not compile and not opcheck and not reference and not transforms' $(ARGS)
 
 .PHONY: bench
 bench: $(VENV)/test  ## Measure the ops and the training step beside torch; ARGS="attention --quick" and the like
