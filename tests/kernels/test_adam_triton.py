@@ -76,7 +76,7 @@ def test_layouts_are_updated_in_place():
     lists[2][2] = randn(40, 24).t().copy_(lists[2][2])
     lists[1][2] = randn(40, 24).t()
     lists[1][3] = torch.tensor(0.5, device=DEVICE).expand(24, 40)
-    check(lists, 0.1, 0.9, 0.999, 1e-8, 0.1, True, False, False, None, False)
+    check(lists, 0.1, 0.9, 0.999, 1e-8, 0.1, True, False, False)
     assert torch.equal(memory[:, 1::2], untouched)
 
 
@@ -93,8 +93,6 @@ def test_misaligned():
         0.1,
         True,
         False,
-        False,
-        None,
         False,
     )
 
@@ -119,7 +117,7 @@ def test_what_it_refuses():
     assert kernels._unsupported(x, x, x, None, False) is None
     wide = [randn(3), randn(3).double()]
     assert kernels._unsupported(wide, wide, wide, None, False) == "does not take torch.float64"
-    assert kernels._unsupported(x, x, x, randn(()), False) == "does not scale gradients"
+    assert kernels._unsupported(x, x, x, randn(), False) == "does not scale gradients"
     assert "a state in another dtype" in kernels._unsupported(x, x, [x[0].bfloat16()], None, False)
 
 
