@@ -175,13 +175,13 @@ def _check(
 def _samples(device: str) -> list[tuple]:
     samples = []
     for dtype in (torch.float32, torch.bfloat16):
-        for decoupled, amsgrad in ((True, False), (False, True)):
+        for decoupled, amsgrad, scale in ((True, False, None), (False, True, None), (True, False, 0.5)):
             x = torch.linspace(-2, 2, 1001, device=device, dtype=dtype)
             params, grads, exp_avgs = ([x * scale, x[:7] * scale] for scale in (1, -0.5, 0.25))
             exp_avg_sqs, tops = ([x.square() * scale, x[:7].square() * scale] for scale in (0.5, 1))
             steps = [torch.tensor(3.0), torch.tensor(0.0)]
             lists = (params, grads, exp_avgs, exp_avg_sqs, tops if amsgrad else [], steps)
-            scale = torch.tensor(0.5, device=device) if decoupled else None
+            scale = None if scale is None else torch.tensor(scale, device=device)
             samples.append((*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, decoupled, amsgrad, False, scale, False))
     return samples
 

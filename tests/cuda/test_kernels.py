@@ -433,7 +433,9 @@ def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
 
 
 # --- the check at first use -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", [name for name, op in _library._ops.items() if op.family in FAMILIES])
+@pytest.mark.parametrize(
+    "name", [name for name, op in _library._ops.items() if op.family in FAMILIES and name != "grad_norm"]
+)
 def test_self_check_tells_a_kernel_from_a_broken_one(kernels, name):
     op, kernel = _library._ops[name], kernels.kernels[name]
     assert op.mismatch(kernel, kernels.device.type) is None
@@ -465,7 +467,7 @@ def test_bindings_refuse_what_they_cannot_do(kernels):
     with pytest.raises(ValueError, match="attention: lse must be contiguous float32"):
         module.attention_forward(q, q, q, q, lse.half(), 0, 0, 1.0, stream)
     steps = [torch.tensor(0.0)]
-    with pytest.raises(ValueError, match=r"grads\[0\] must have the dtype and sizes of params\[0\]"):
+    with pytest.raises(ValueError, match=r"grads\[0\] must have dtype float32 and the sizes of params\[0\]"):
         module.adam_step([x], [x[:2]], [x], [x], [], steps, 1, 0.9, 0.9, 1e-8, 0, True, False, False, stream)
     with pytest.raises(ValueError, match=r"params\[0\] is written, so no two of its elements"):
         e = x[:1].expand(4, 6)
