@@ -199,16 +199,16 @@ def test_the_interpreter_of_triton_is_not_chosen_by_itself():
 @needs_cpu_module
 def test_what_a_kernel_cannot_do_goes_to_the_next_visibly():
     q = torch.randn(1, 2, 5, 8)
-    mask = torch.ones(5, 5, dtype=torch.bool)
-    native, *_ = fastlm.backends("attention", q=q, k=q, v=q, mask=mask)
-    assert native == ("native", False, "does not take mask")
+    sinks = torch.zeros(2)
+    native, *_ = fastlm.backends("attention", q=q, k=q, v=q, sinks=sinks)
+    assert native == ("native", False, "does not take sinks")
     with fastlm.use_backend("reference"):
-        want = fastlm.attention(q, q, q, mask=mask)
+        want = fastlm.attention(q, q, q, sinks=sinks)
     with fastlm.use_backend("auto"):
-        torch.testing.assert_close(fastlm.attention(q, q, q, mask=mask), want)
+        torch.testing.assert_close(fastlm.attention(q, q, q, sinks=sinks), want)
     with fastlm.use_backend("native"), pytest.raises(NotImplementedError) as caught:
-        fastlm.attention(q, q, q, mask=mask)
-    assert str(caught.value) == "fastlm.attention on cpu: native does not take mask"
+        fastlm.attention(q, q, q, sinks=sinks)
+    assert str(caught.value) == "fastlm.attention on cpu: native does not take sinks"
 
 
 def test_a_missing_kernel_is_an_error_only_where_it_was_asked_for(monkeypatch):
