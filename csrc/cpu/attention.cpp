@@ -62,7 +62,8 @@ void attention_forward(DType dtype, const AttentionBatch& b, const void* q, cons
     // Heads one after the other, since their queries share keys; within a head the longest block first.
     int64_t block = blocks - 1 - task % blocks, head = task / blocks % b.q_heads, n = task / blocks / b.q_heads;
     int64_t k_head = head / group, begin = block * rows;
-    kernel.forward[type](s, scores_of(b, n, head, size_of_sum(dtype)), at(q, n * b.q.batch + head * b.q.head, size), at(k, n * b.k.batch + k_head * b.k.head, size),
+    kernel.forward[type](s, scores_of(b, n, head, size_of_sum(dtype)), at(q, n * b.q.batch + head * b.q.head, size),
+                         at(k, n * b.k.batch + k_head * b.k.head, size),
                          at(v, n * b.v.batch + k_head * b.v.head, size), at(o, n * b.o.batch + head * b.o.head, size),
                          at(lse, (n * b.q_heads + head) * s.q_len, size_of_sum(dtype)), begin,
                          std::min(s.q_len, begin + rows), work.piece(thread));

@@ -6,8 +6,8 @@ z-loss are plain torch on these. Saved: the logits by reference, and the log-sum
 their dtype, and the loss is float32 as torch's is.
 
 linear_cross_entropy(x, weight, target) = cross_entropy(x weight' + bias, target), reduced over the rows: x (R, D),
-weight (C, D), bias (C,). The op never holds all logits: it makes them for some rows at a time, and with them what the
-gradients of x, weight and bias would be if that of the loss were 1. Those are saved, and the arguments by reference.
+weight (C, D), bias (C,). With the loss it makes what the gradients of x, weight and bias would be if that of the loss
+were 1; those are saved, and the arguments by reference. So a kernel need not hold all logits, as the reference does.
 Under autocast x, weight and bias go to the lower precision.
 """
 
@@ -382,10 +382,10 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> Tensor:
-    """cross_entropy(x weight' + bias, target) without holding the logits: a language model's last layer and loss.
+    """cross_entropy(x weight' + bias, target) without holding all logits: a language model's last layer and loss.
 
     Their gradients are made together with the loss, some rows at a time, and only scaled in backward. With reduction
-    none, and in second derivatives, the logits are held.
+    none, in second derivatives and on a GPU, where the reference runs, all logits are held.
 
     Args:
         x: (..., D), floating point.

@@ -5,6 +5,7 @@ import importlib.util
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastlm
 from fastlm import _native
@@ -17,6 +18,17 @@ if torch.cuda.is_available():
     kinds = {"native": _native.cuda is not None, "triton": importlib.util.find_spec("triton"), "reference": True}
     BACKENDS += [f"cuda-{kind}" for kind, there in kinds.items() if there]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Written out again here: the ops' own table is what is tested.
+ACTS = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "relu_squared": lambda x: torch.relu(x).square(),
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
 
 
 def on_device(backend):

@@ -3,22 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_testing import BACKENDS, DTYPES, ISAS, LAYOUTS, assert_as_exact_as_torch, numbers, overload, poisoned  # noqa: F401
+from op_testing import ACTS, BACKENDS, DTYPES, ISAS, LAYOUTS, assert_as_exact_as_torch, numbers, overload, poisoned  # noqa: F401
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import fastlm
 
-ACTS = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "relu_squared": lambda x: torch.relu(x).square(),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
 OURS = {"gelu_tanh": lambda x: fastlm.gelu(x, "tanh")}
 OPS = {act: (OURS.get(act) or getattr(fastlm, act), theirs) for act, theirs in ACTS.items() if act != "none"}
 OPS |= {

@@ -465,7 +465,7 @@ def test_written_memory_that_elements_share_is_refused(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grad_norm(backend, dtype):
     lists = problem(dtype, sizes=[(0,), (), (63,), (17, 33), (300, 900)])[0]
-    lists += [lists[4].t(), lists[4][::2, ::3]]
+    lists += [lists[4].t(), lists[4][::2, ::3], lists[4].view(2, 2, 3, 5, 5, 1, 2, 9, 5, 10).permute(*range(9, -1, -1))]
     want = torch.stack([t.double().square().sum() for t in lists]).sum().sqrt()
     got = grad_norm(lists)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and got.shape == ()

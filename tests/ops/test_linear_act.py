@@ -3,23 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from op_testing import BACKENDS, DTYPES, ISAS, LAYOUTS, assert_as_exact_as_torch, numbers, overload, poisoned  # noqa: F401
+from op_testing import ACTS, BACKENDS, DTYPES, ISAS, LAYOUTS, assert_as_exact_as_torch, numbers, overload, poisoned  # noqa: F401
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jvp, vmap
 
 import fastlm
 from fastlm import _native
 
-ACTS = {
-    "none": lambda x: x,
-    "relu": torch.relu,
-    "relu_squared": lambda x: torch.relu(x).square(),
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
 FEW = ["none", "relu", "gelu"]  # of what takes seconds each: saves nothing, the output, the product
 # (M, K, N)
 SHAPES = [(1, 1, 1), (3, 5, 7), (63, 65, 64), (17, 1, 300), (260, 40, 33), (300, 200, 270)]

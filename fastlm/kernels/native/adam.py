@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels._common import FLOATS, unsupported_adam_on_gpu
+from fastlm.kernels._common import FLOATS, flat, unsupported_adam_on_gpu
 from fastlm.kernels.native._common import current_stream
 
 
@@ -35,7 +35,7 @@ if _native.cpu is not None:
 
     @kernel("grad_norm", backend="native", device="cpu", supports=_unsupported_norm)
     def grad_norm(grads: Sequence[Tensor]) -> Tensor:
-        dense = [g if torch.ops.aten.is_non_overlapping_and_dense(g) else g.contiguous() for g in grads]
+        dense = [flat(g if torch.ops.aten.is_non_overlapping_and_dense(g) else g.contiguous()) for g in grads]
         total = _native.cpu.sum_of_squares(dense, torch.get_num_threads()) ** 0.5
         wide = any(g.dtype == torch.float64 for g in grads)
         return torch.tensor(total, dtype=torch.float64 if wide else torch.float32, device="cpu")
