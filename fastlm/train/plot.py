@@ -24,10 +24,12 @@ def plot_losses(out: Path, final_bits: float | None, ngram_bits: float | None) -
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    smooth: list[float] = []
     if steps:
         x, y, lr = zip(*steps, strict=True)
         axes.plot(x, y, color=blue, alpha=0.18, linewidth=0.7)
-        axes.plot(x, _smooth(y, max(1, len(y) // 50)), color=blue, linewidth=1.6, label="training (smoothed)")
+        smooth = _smooth(y, max(1, len(y) // 50))
+        axes.plot(x, smooth, color=blue, linewidth=1.6, label="training (smoothed)")
         rate = axes.twinx()
         rate.fill_between(x, lr, color=grey, alpha=0.10, linewidth=0)
         rate.set_ylim(0, max(lr) * 1.02)
@@ -47,7 +49,8 @@ def plot_losses(out: Path, final_bits: float | None, ngram_bits: float | None) -
             vals[-1][0], final_bits, color=red, marker="D", markersize=7, linestyle="none",
             label=f"held out (all): {final_bits:.3f}",
         )  # fmt: skip
-    lowest = min([v for _, v in vals] + [b for b in (ngram_bits, final_bits) if b is not None], default=0.0)
+    marks = [v for _, v in vals] + [b for b in (ngram_bits, final_bits) if b is not None]
+    lowest = min(marks + smooth, default=0.0)
     # The first steps fall from log2(vocabulary); drawn in full they would flatten all that follows.
     highest = max([v for _, v in vals[:1]] + [lowest * 2.2])
     axes.set_ylim(max(0.0, lowest - 0.12 * (highest - lowest)), highest * 1.05)
