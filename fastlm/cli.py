@@ -214,6 +214,8 @@ def info(arguments: list[str]) -> int:
         missing = [isa for isa in _native.cpu.compiled_isas() if isa not in usable]
         runs = f"{active} in use; this machine runs {', '.join(usable)}"
         runs += f", not {', '.join(missing)}" if missing else ""
+        if "amx" in _native.cpu.compiled_isas():
+            runs += "; the kernels for amx have run in an emulation of its tiles, not yet on a machine that has them"
         if not _native.cpu.threaded:
             runs += "; on one thread, since it was built without GCC's OpenMP"
         rows.append(("_cpu", runs))

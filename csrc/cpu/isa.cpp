@@ -1,5 +1,13 @@
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -8,6 +16,7 @@
 
 namespace fastlm::cpu {
 
+namespace amx { extern const Kernels kTable; }
 namespace avx512bf16 { extern const Kernels kTable; }
 namespace avx512 { extern const Kernels kTable; }
 namespace avx2 { extern const Kernels kTable; }
@@ -27,22 +36,42 @@ constexpr bool kEmulated = false;
 #endif
 
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
+#if FASTLM_AVX512
+bool has_avx512() {
+  return kEmulated || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"));
+}
+#endif
+#if FASTLM_AVX512BF16
+bool has_avx512bf16() { return has_avx512() && (kEmulated || __builtin_cpu_supports("avx512bf16")); }
+#endif
+#if FASTLM_AMX
+bool has_amx() {
+#if FASTLM_EMULATE_AMX  // see tests/kernels/amx
+  return has_avx512bf16();
+#elif defined(__linux__)
+  unsigned a, b, c, features;
+  constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &features)) return false;
+  if ((features & kTiles) == 0 || (features & kBf16) == 0) return false;
+  // Linux gives a process the tiles' 8 KB of state when it asks: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
+  return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 const Isa kIsas[] = {
 // What this compiler knows; see CMakeLists.txt.
+#if FASTLM_AMX
+    {&amx::kTable, has_amx},
+#endif
 #if FASTLM_AVX512BF16
-    {&avx512bf16::kTable,
-     [] {
-       return kEmulated || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512bf16"));
-     }},
+    {&avx512bf16::kTable, has_avx512bf16},
 #endif
 #if FASTLM_AVX512
-    {&avx512::kTable,
-     [] {
-       return kEmulated || (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"));
-     }},
+    {&avx512::kTable, has_avx512},
 #endif
 #if FASTLM_AVX2
     // Every CPU with AVX2 has F16C; GCC before 11 cannot ask for it by name.

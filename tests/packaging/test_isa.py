@@ -74,7 +74,7 @@ def objects(tmp_path_factory):
         subprocess.run(command, check=True, capture_output=True)
         return target
 
-    isas = ("baseline", "avx2", "avx512", "avx512bf16")
+    isas = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(isas, pool.map(build, isas), strict=True))
 
@@ -84,8 +84,8 @@ def disassembled(path):
 
 
 def test_each_set_has_its_instructions_and_no_better_ones(objects):
-    marks = {"avx2": r"%ymm\d", "avx512": r"%zmm\d", "avx512bf16": r"\bvdpbf16ps\b"}  # in rising order
-    order = ["baseline", *marks]
+    marks = {"avx2": r"%ymm\d", "avx512": r"%zmm\d", "avx512bf16": r"\bvcvtne2ps2bf16\b", "amx": r"\btdpbf16ps\b"}
+    order = ["baseline", *marks]  # rising
     for isa, path in objects.items():
         code = disassembled(path)
         for mark, pattern in marks.items():
@@ -94,10 +94,11 @@ def test_each_set_has_its_instructions_and_no_better_ones(objects):
     assert re.search(r"\bvfmadd\w+ps\b", disassembled(objects["avx2"]))
 
 
-def test_the_bf16_kernels_multiply_in_bf16(objects):
+@pytest.mark.parametrize(("isa", "instruction"), [("avx512bf16", "vdpbf16ps"), ("amx", "tdpbf16ps")])
+def test_the_bf16_kernels_multiply_in_bf16(objects, isa, instruction):
     """More than the peak measurement's own loop holds the instruction."""
-    code = disassembled(objects["avx512bf16"])
-    functions = {name for name, body in re.findall(r"<([^>]+)>:\n((?:.+\n)+)", code) if "vdpbf16ps" in body}
+    code = disassembled(objects[isa])
+    functions = {name for name, body in re.findall(r"<([^>]+)>:\n((?:.+\n)+)", code) if instruction in body}
     assert [name for name in functions if "dot_bf16_rounds" not in name]
 
 

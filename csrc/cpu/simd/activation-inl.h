@@ -97,32 +97,36 @@ template <class T, Act kAct> struct ActivationOf {
   using A = Activation<kAct>;
   using V = vec_t<T>;
 
-  static void forward(const void* x, void* y, int64_t n) {
+  static void forward(const void* x, void* y, int64_t n, bool past_caches) {
+    const Output out(past_caches);
     const T* from = static_cast<const T*>(x);
     T* to = static_cast<T*>(y);
-    for_each_vector<V>(n, [&](int64_t i, int count) { store_count(to + i, A::value(load_count(from + i, count)), count); });
+    for_each_vector<V>(n, [&](int64_t i, int count) { out.store_count(to + i, A::value(load_count(from + i, count)), count); });
   }
 
-  static void backward(const void* dy_, const void* saved_, void* dx_, int64_t n) {
+  static void backward(const void* dy_, const void* saved_, void* dx_, int64_t n, bool past_caches) {
+    const Output out(past_caches);
     const T *dy = static_cast<const T*>(dy_), *saved = static_cast<const T*>(saved_);
     T* dx = static_cast<T*>(dx_);
     for_each_vector<V>(n, [&](int64_t i, int count) {
-      store_count(dx + i, A::gradient(load_count(dy + i, count), load_count(saved + i, count)), count);
+      out.store_count(dx + i, A::gradient(load_count(dy + i, count), load_count(saved + i, count)), count);
     });
   }
 
-  static void bias_forward(const void* x_, const void* bias_, void* y_, int64_t rows, int64_t cols) {
+  static void bias_forward(const void* x_, const void* bias_, void* y_, int64_t rows, int64_t cols, bool past_caches) {
+    const Output out(past_caches);
     const T *x = static_cast<const T*>(x_), *bias = static_cast<const T*>(bias_);
     T* y = static_cast<T*>(y_);
     for (int64_t r = 0; r < rows; ++r, x += cols, y += cols) {
       for_each_vector<V>(cols, [&](int64_t i, int count) {
-        store_count(y + i, A::value(load_count(x + i, count) + load_count(bias + i, count)), count);
+        out.store_count(y + i, A::value(load_count(x + i, count) + load_count(bias + i, count)), count);
       });
     }
   }
 
   static void bias_backward(const void* dy_, const void* saved_, const void* bias_, void* dx_, void* column_sums,
-                            int64_t rows, int64_t cols) {
+                            int64_t rows, int64_t cols, bool past_caches) {
+    const Output out(past_caches);
     const T *dy = static_cast<const T*>(dy_), *saved = static_cast<const T*>(saved_), *bias = static_cast<const T*>(bias_);
     T* dx = static_cast<T*>(dx_);
     compute_t<T>* sums = static_cast<compute_t<T>*>(column_sums);
@@ -132,32 +136,34 @@ template <class T, Act kAct> struct ActivationOf {
         V at = load_count(saved + i, count);
         if (!A::kSavesOutput && bias != nullptr) at += load_count(bias + i, count);
         V d = A::gradient(load_count(dy + i, count), at);
-        store_count(dx + i, d, count);
+        out.store_count(dx + i, d, count);
         store_count(sums + i, load_count(sums + i, count) + d, count);
       });
     }
   }
 
   static void glu_forward(const void* gate_, const void* up_, void* y_, int64_t rows, int64_t cols, int64_t gate_row,
-                          int64_t up_row) {
+                          int64_t up_row, bool past_caches) {
+    const Output out(past_caches);
     const T *gate = static_cast<const T*>(gate_), *up = static_cast<const T*>(up_);
     T* y = static_cast<T*>(y_);
     for (int64_t r = 0; r < rows; ++r, gate += gate_row, up += up_row, y += cols) {
       for_each_vector<V>(cols, [&](int64_t i, int count) {
-        store_count(y + i, A::value(load_count(gate + i, count)) * load_count(up + i, count), count);
+        out.store_count(y + i, A::value(load_count(gate + i, count)) * load_count(up + i, count), count);
       });
     }
   }
 
   static void glu_backward(const void* dy_, const void* gate_, const void* up_, void* dgate_, void* dup_, int64_t rows,
-                           int64_t cols, int64_t gate_row, int64_t up_row) {
+                           int64_t cols, int64_t gate_row, int64_t up_row, bool past_caches) {
+    const Output out(past_caches);
     const T *dy = static_cast<const T*>(dy_), *gate = static_cast<const T*>(gate_), *up = static_cast<const T*>(up_);
     T *dgate = static_cast<T*>(dgate_), *dup = static_cast<T*>(dup_);
     for (int64_t r = 0; r < rows; ++r, dy += cols, gate += gate_row, up += up_row, dgate += cols, dup += cols) {
       for_each_vector<V>(cols, [&](int64_t i, int count) {
         V d = load_count(dy + i, count), x = load_count(gate + i, count), value = A::value(x);
-        store_count(dgate + i, A::gradient(d * load_count(up + i, count), A::kSavesOutput ? value : x), count);
-        store_count(dup + i, d * value, count);
+        out.store_count(dgate + i, A::gradient(d * load_count(up + i, count), A::kSavesOutput ? value : x), count);
+        out.store_count(dup + i, d * value, count);
       });
     }
   }

@@ -225,7 +225,7 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
   const Tile masked = masked_tile(seen, rows, keys);
   if (masked == Tile::kEmpty) return;
   product<W, Left::kByRows, Into::kStore>(
-      round_up(keys, kBlockRows), lanes, t.k, t.k_ld, t.q + panel * t.q_words * kPanel, kPanel, t.scores, kPanel,
+      round_up(keys, kBlockRows<W>), lanes, t.k, t.k_ld, t.q + panel * t.q_words * kPanel, kPanel, t.scores, kPanel,
       static_cast<sum_t<W>>(s.scale * kLog2E), [&](int64_t key, int64_t, int64_t row, int64_t count) {
         return Depth{0, key <= row + count - 1 + shift ? s.dim : 0};
       });
@@ -268,7 +268,7 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
     product_of_some<W, Left::kByDepth>(rows, t.v_ld, keys, t.p, kPanel, t.v, t.v_ld, o, t.v_ld, seen);
   } else {
     product<W, Left::kByDepth, Into::kAdd>(
-        round_up(rows, kBlockRows), t.v_ld, t.p, kPanel, t.v, t.v_ld, o, t.v_ld, 1,
+        round_up(rows, kBlockRows<W>), t.v_ld, t.p, kPanel, t.v, t.v_ld, o, t.v_ld, 1,
         [&](int64_t row, int64_t count, int64_t, int64_t) { return Depth{0, smaller(keys, row + count + shift)}; });
   }
 }
@@ -282,6 +282,7 @@ void attention_forward_of(const AttentionShape& s, const AttentionScores& h, con
   constexpr int kTerms = Tiles::kTerms, kL = Tiles::kL;
   constexpr int64_t kPanel = Tiles::kPanel;
   const Tiles t(s, work);
+  [[maybe_unused]] const ProductScope<W> scope;
   const int64_t panels = (end - begin + kPanel - 1) / kPanel;
   for (int64_t panel = 0; panel < panels; ++panel) {
     int64_t i = begin + panel * kPanel;
@@ -298,7 +299,7 @@ void attention_forward_of(const AttentionShape& s, const AttentionScores& h, con
   const int64_t first = larger(0, begin + s.lower) / kKeyTile * kKeyTile;  // the tile of the first query's first
   for (int64_t j = first; j < visible; j += kKeyTile) {
     int64_t keys = smaller(kKeyTile, visible - j);
-    pack_rows(k + j * s.k_row, s.k_row, keys, s.dim, t.k, t.k_ld, round_up(keys, kBlockRows));
+    pack_rows(k + j * s.k_row, s.k_row, keys, s.dim, t.k, t.k_ld, round_up(keys, kBlockRows<W>));
     bool v_finite = pack_depth(v + j * s.v_row, s.v_row, keys, s.v_dim, t.v, t.v_ld, round_up(keys, kTerms));
     for (int64_t panel = 0; panel < panels; ++panel) {
       int64_t i = begin + panel * kPanel;
@@ -435,8 +436,8 @@ inline void backward_tile(const AttentionShape& s, const AttentionScores& h, con
                           const compute_t<T>* lse, const compute_t<T>* delta, compute_t<T>* dq) {
   using W = word_t<T>;
   constexpr int kTerms = terms_of<W>, kL = word_lanes<W>;
-  const int64_t padded = round_up(rows, kBlockRows), lanes = round_up(keys, kL * kTerms);
-  const int64_t key_rows = round_up(keys, kBlockRows);
+  const int64_t padded = round_up(rows, kBlockRows<W>), lanes = round_up(keys, kL * kTerms);
+  const int64_t key_rows = round_up(keys, kBlockRows<W>);
   const Band band = band_at(s, i, j);
   const int64_t shift = band.upper;
   const Seen seen = seen_at(s, h, i, j);
@@ -532,6 +533,7 @@ void attention_backward_of(const AttentionShape& s, const AttentionGroup& g, int
   using W = word_t<T>;
   using V = sum_vec<W>;
   const BackwardTiles<T> t(s, g.heads, work);
+  [[maybe_unused]] const ProductScope<W> scope;
   auto of_head = [](const auto* first, int64_t head, int64_t distance) { return first + head * distance; };
   const T *q = static_cast<const T*>(g.q), *dout = static_cast<const T*>(g.dout), *o = static_cast<const T*>(g.o);
   const T *k = static_cast<const T*>(g.k), *v = static_cast<const T*>(g.v);

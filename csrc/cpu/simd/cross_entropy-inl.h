@@ -61,12 +61,14 @@ void cross_entropy_forward_of(const T* x, const int64_t* target, compute_t<T>* l
 
 template <class T, bool kCapped>
 void cross_entropy_backward_of(const compute_t<T>* g, const compute_t<T>* dlse, const T* x, const int64_t* target,
-                               const compute_t<T>* lse, T* dx, int64_t rows, const CrossEntropyShape& s) {
+                               const compute_t<T>* lse, T* dx, int64_t rows, const CrossEntropyShape& s,
+                               bool past_caches) {
+  const Output output(past_caches);
   using V = vec_t<T>;
   const V cap = splat<V>(s.softcap), inverse_cap = splat<V>(kCapped ? 1 / s.softcap : 0), log2_e = splat<V>(M_LOG2E);
   for (int64_t r = 0; r < rows; ++r, x += s.classes, dx += s.classes) {
     if (target[r] == s.ignored) {
-      for_each_vector<V>(s.classes, [&](int64_t i, int count) { store_count(dx + i, V{}, count); });
+      for_each_vector<V>(s.classes, [&](int64_t i, int count) { output.store_count(dx + i, V{}, count); });
       continue;
     }
     const V base = splat<V>(lse[r]), of_loss = splat<V>(g[r]), of_lse = splat<V>(dlse != nullptr ? dlse[r] : 0);
@@ -78,7 +80,7 @@ void cross_entropy_backward_of(const compute_t<T>* g, const compute_t<T>* dlse, 
         V t = z * inverse_cap;
         d *= splat<V>(1) - t * t;
       }
-      store_count(dx + i, d, count);
+      output.store_count(dx + i, d, count);
     };
     const double even = s.smoothing > 0 ? g[r] * s.smoothing / s.classes : 0;
     const V spread = splat<V>(even);
@@ -96,11 +98,11 @@ void cross_entropy_forward(const void* x, const int64_t* target, void* loss, voi
 }
 template <class T>
 void cross_entropy_backward(const void* g, const void* dlse, const void* x, const int64_t* target, const void* lse,
-                            void* dx, int64_t rows, const CrossEntropyShape& s) {
+                            void* dx, int64_t rows, const CrossEntropyShape& s, bool past_caches) {
   using C = compute_t<T>;
   auto run = s.softcap > 0 ? cross_entropy_backward_of<T, true> : cross_entropy_backward_of<T, false>;
   run(static_cast<const C*>(g), static_cast<const C*>(dlse), static_cast<const T*>(x), target,
-      static_cast<const C*>(lse), static_cast<T*>(dx), rows, s);
+      static_cast<const C*>(lse), static_cast<T*>(dx), rows, s, past_caches);
 }
 
 template <class T> constexpr CrossEntropyKernels::OfDType cross_entropy_kernels = {cross_entropy_forward<T>,

@@ -19,7 +19,7 @@ struct CrossEntropyKernels {
     // lse = log sum exp(z), loss = (1 - smoothing) (lse - z[target]) + smoothing (lse - mean(z)), z the logits
     void (*forward)(const void* x, const int64_t* target, void* loss, void* lse, int64_t rows, const CrossEntropyShape& s);
     void (*backward)(const void* g, const void* dlse, const void* x, const int64_t* target, const void* lse, void* dx,
-                     int64_t rows, const CrossEntropyShape& s);
+                     int64_t rows, const CrossEntropyShape& s, bool past_caches);
   };
   OfDType of[kNumFloatDTypes];
 };

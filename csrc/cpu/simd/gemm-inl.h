@@ -9,11 +9,15 @@
 //   A by depth  word (m, k) at a[k * lda + m]          packed by pack_depth
 //   B           word (k, n) at b[k * ldb + n]          packed by pack_depth, or by pack_transposed
 //
-// Tiles are zero up to whole words, vectors and blocks of kBlockRows rows, so that no kernel has a tail.
+// Tiles are zero up to whole words, vectors and blocks of kBlockRows<W> rows, so that no kernel has a tail.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#if defined(__AMX_BF16__)
+#include "amx-inl.h"
+#endif
 #include "vec.h"
 
 namespace fastlm::cpu::FASTLM_ISA {
@@ -66,11 +70,17 @@ template <class W> constexpr int word_lanes = lanes_of<sum_vec<W>>;
 // Accumulators of a block: 8 x 2 vectors of 32 registers, 4 x 3 or 4 x 2 of 16. Eight or more are in flight, which
 // covers the latency of two multipliers, and a broadcast serves two or three multiplications.
 #if defined(__AVX512F__)
-constexpr int kBlockRows = 8, kBlockVectors = 2;
+template <class W> constexpr int kBlockRows = 8;
+constexpr int kBlockVectors = 2;
 #elif defined(__AVX2__)
-constexpr int kBlockRows = 4, kBlockVectors = 3;
+template <class W> constexpr int kBlockRows = 4;
+constexpr int kBlockVectors = 3;
 #else
-constexpr int kBlockRows = 4, kBlockVectors = 2;
+template <class W> constexpr int kBlockRows = 4;
+constexpr int kBlockVectors = 2;
+#endif
+#if defined(__AMX_BF16__)
+template <> constexpr int kBlockRows<bf16x2> = kTileRows;
 #endif
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -81,24 +91,38 @@ constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 enum class Left { kByRows, kByDepth };
 enum class Into { kStore, kAdd };  // C = scale A B, or C += A B
 
+// What a kernel holds while it takes products of words W: nothing, but for the tiles of amx-inl.h.
+template <class W> struct ProductScope {
+  ProductScope() {}
+};
+#if defined(__AMX_BF16__)
+template <> struct ProductScope<bf16x2> : TileScope {};
+#endif
+
 template <class W, Left kLeft, Into kInto, int kVectors>
 inline void product_block(int64_t depth, const W* a, int64_t lda, const W* b, int64_t ldb, sum_t<W>* c, int64_t ldc,
                           sum_t<W> scale) {
-  constexpr int kL = word_lanes<W>;
-  sum_vec<W> sums[kBlockRows][kVectors] = {};
+  constexpr int kL = word_lanes<W>, kRows = kBlockRows<W>;
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<W, bf16x2>) {
+    tile_block<kLeft == Left::kByDepth, kInto == Into::kAdd, kVectors>(depth, &a->bits, lda, &b->bits, ldb, c, ldc, scale);
+    return;
+  }
+#endif
+  sum_vec<W> sums[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     word_vec<W> right[kVectors];
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) right[n] = load_raw<word_vec<W>>(b + k * ldb + n * kL);
 #pragma GCC unroll 16
-    for (int m = 0; m < kBlockRows; ++m) {
+    for (int m = 0; m < kRows; ++m) {
       word_vec<W> left = WordOf<W>::broadcast(kLeft == Left::kByRows ? a + m * lda + k : a + k * lda + m);
 #pragma GCC unroll 4
       for (int n = 0; n < kVectors; ++n) sums[m][n] = WordOf<W>::dot(left, right[n], sums[m][n]);
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < kBlockRows; ++m) {
+  for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < kVectors; ++n) {
       sum_t<W>* at = c + m * ldc + n * kL;
@@ -110,15 +134,15 @@ inline void product_block(int64_t depth, const W* a, int64_t lda, const W* b, in
 struct Depth { int64_t begin, end; };  // in elements
 
 // C (rows x cols) = scale A B or += A B. depth_of(row, rows, col, cols) names the part of the sum that a block of C
-// needs; a block that needs none is left as it is. rows is a multiple of kBlockRows, cols of the lanes.
+// needs; a block that needs none is left as it is. rows is a multiple of kBlockRows<W>, cols of the lanes.
 template <class W, Left kLeft, Into kInto, class DepthOf>
 inline void product(int64_t rows, int64_t cols, const W* a, int64_t lda, const W* b, int64_t ldb, sum_t<W>* c,
                     int64_t ldc, sum_t<W> scale, const DepthOf& depth_of) {
   constexpr int kL = word_lanes<W>, kTerms = terms_of<W>;
   for (int64_t n = 0; n < cols;) {
     int64_t vectors = smaller(kBlockVectors, (cols - n) / kL);
-    for (int64_t m = 0; m < rows; m += kBlockRows) {
-      Depth d = depth_of(m, kBlockRows, n, vectors * kL);
+    for (int64_t m = 0; m < rows; m += kBlockRows<W>) {
+      Depth d = depth_of(m, kBlockRows<W>, n, vectors * kL);
       if (d.begin >= d.end) continue;
       int64_t k = d.begin / kTerms, depth = (d.end + kTerms - 1) / kTerms - k;
       const W* left = kLeft == Left::kByRows ? a + m * lda + k : a + k * lda + m;
@@ -227,36 +251,6 @@ inline bool pack_depth(const T* src, int64_t stride, int64_t rows, int64_t cols,
       }
     }
     return all_zero(check);
-  }
-}
-
-// Swaps the upper half of each block of 2 kStep lanes in a with the lower half in b.
-template <int kStep, class V> inline void exchange(V& a, V& b) {
-  constexpr int kL = lanes_of<V>;
-#if defined(__clang__)
-  V x = a, y = b;
-  for (int i = 0; i < kL; ++i) {
-    a[i] = i & kStep ? y[i - kStep] : x[i];
-    b[i] = i & kStep ? y[i] : x[i + kStep];
-  }
-#else
-  decltype(V{} < V{}) first, second;
-  for (int i = 0; i < kL; ++i) {
-    first[i] = i & kStep ? kL + i - kStep : i;
-    second[i] = i & kStep ? kL + i : i + kStep;
-  }
-  V x = a;
-  a = __builtin_shuffle(x, b, first);
-  b = __builtin_shuffle(x, b, second);
-#endif
-}
-template <int kStep, class V> inline void transpose_from(V* rows) {
-  if constexpr (kStep > 0) {
-#pragma GCC unroll 16
-    for (int r = 0; r < lanes_of<V>; ++r) {
-      if (!(r & kStep)) exchange<kStep>(rows[r], rows[r + kStep]);
-    }
-    transpose_from<kStep / 2>(rows);
   }
 }
 

@@ -1,6 +1,9 @@
 // The fastest that this instruction set goes: what the benchmarks compare every kernel with.
 #include <cstdint>
 
+#if defined(__AMX_BF16__)
+#include "amx-inl.h"
+#endif
 #include "limits.h"
 #include "vec.h"
 
@@ -23,7 +26,39 @@ inline float fma_rounds(int64_t rounds) {
   return reduce_add(total);
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+constexpr int64_t kDotFlops = 4 * 2 * 16 * 16 * 32;
+inline float dot_bf16_rounds(int64_t rounds) {
+  const TileScope scope;
+  uint32_t halves[256];  // 0.5
+  float sums[256];
+  for (uint32_t& word : halves) word = 0x3f003f00u;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  _tile_loadd(4, halves, 64);
+  _tile_loadd(5, halves, 64);
+  for (int64_t round = 0; round < rounds; ++round) {
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_dpbf16ps(1, 4, 5);
+    _tile_dpbf16ps(2, 4, 5);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  float total = 0;
+  auto add = [&] { total += sums[0] + sums[255]; };
+  _tile_stored(0, sums, 64);
+  add();
+  _tile_stored(1, sums, 64);
+  add();
+  _tile_stored(2, sums, 64);
+  add();
+  _tile_stored(3, sums, 64);
+  add();
+  return total;
+}
+#elif defined(__AVX512BF16__)
+constexpr int64_t kDotFlops = 4 * kLanes * kChains;
 inline float dot_bf16_rounds(int64_t rounds) {
   __m512 sums[kChains];
   for (int i = 0; i < kChains; ++i) sums[i] = _mm512_set1_ps(i);
@@ -58,7 +93,7 @@ inline void update_floats(float* a, const float* b, int64_t n) {
 constexpr LimitsKernels kLimitsKernels = {
     2 * kLanes * kChains, fma_rounds,
 #if defined(__AVX512BF16__)
-    4 * kLanes * kChains, dot_bf16_rounds,
+    kDotFlops, dot_bf16_rounds,
 #else
     0, nullptr,
 #endif

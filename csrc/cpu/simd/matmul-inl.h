@@ -12,9 +12,10 @@ template <class W> constexpr int64_t kPanelOf = kBlockVectors * word_lanes<W>;
 
 template <class T> struct MatmulTiles {
   using W = word_t<T>;
-  static constexpr int64_t kRows = 256, kCols = 256 / kPanelOf<W> * kPanelOf<W>;
+  // Wide tiles, since A is packed once for each: the part of C is streamed, not kept, and yet 4 % is won.
+  static constexpr int64_t kRows = 256, kCols = 1024 / kPanelOf<W> * kPanelOf<W>;
   static constexpr int64_t kBytes = ((kRows + kCols) * kDepthBlock + kRows * kCols) * sizeof(float);
-  static_assert(sizeof(W) == sizeof(float) && kRows % word_lanes<W> == 0 && kRows % kBlockRows == 0);
+  static_assert(sizeof(W) == sizeof(float) && kRows % word_lanes<W> == 0 && kRows % kBlockRows<W> == 0);
   W *a, *b;  // (rows, depth), or where A is turned panels of (depth, lanes); panels of (depth, kPanelOf)
   float* c;  // panels of (rows, kPanelOf)
 
@@ -26,7 +27,7 @@ template <class T> struct MatmulTiles {
 template <class W, Left kLeft, int kVectors>
 inline void matmul_panel(int64_t rows, int64_t words, const W* a, const W* b, float* c) {
   constexpr int64_t kL = word_lanes<W>, kPanel = kPanelOf<W>;
-  for (int64_t r = 0; r < rows; r += kBlockRows) {
+  for (int64_t r = 0; r < rows; r += kBlockRows<W>) {
     const W* left = kLeft == Left::kByRows ? a + r * kDepthBlock : a + r / kL * kDepthBlock * kL + r % kL;
     product_block<W, kLeft, Into::kAdd, kVectors>(words, left, kLeft == Left::kByRows ? kDepthBlock : kL, b, kPanel,
                                                   c + r * kPanel, kPanel, 1);
@@ -61,8 +62,9 @@ void matmul_tile(const Matmul& m, int64_t row, int64_t row_end, int64_t col, int
   using W = word_t<T>;
   constexpr int64_t kL = word_lanes<W>, kTerms = terms_of<W>, kPanel = kPanelOf<W>;
   const MatmulTiles<T> t(work);
+  [[maybe_unused]] const ProductScope<W> scope;
   const T *a = static_cast<const T*>(m.a), *b = static_cast<const T*>(m.b);
-  const int64_t rows = row_end - row, cols = col_end - col, padded = round_up(rows, kBlockRows);
+  const int64_t rows = row_end - row, cols = col_end - col, padded = round_up(rows, kBlockRows<W>);
   for (int64_t i = 0; i < round_up(cols, kPanel) * padded; i += kL) store(t.c + i, sum_vec<W>{});
 
   for (int64_t k = 0; k < m.depth; k += kDepthBlock * kTerms) {

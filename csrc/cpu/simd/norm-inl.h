@@ -19,7 +19,8 @@ template <class T> inline compute_t<T> inverse_deviation(double squares, int64_t
 
 template <class T>
 void norm_forward(const void* x_, const void* residual_, const void* weight_, const void* bias_, void* y_, void* sum_,
-                  int64_t rows, int64_t cols, double eps, bool centred) {
+                  int64_t rows, int64_t cols, double eps, bool centred, bool past_caches) {
+  const Output output(past_caches);
   using V = vec_t<T>;
   using C = compute_t<T>;
   const T *x = static_cast<const T*>(x_), *residual = static_cast<const T*>(residual_);
@@ -43,14 +44,15 @@ void norm_forward(const void* x_, const void* residual_, const void* weight_, co
       V v = (load_count(s + i, count) - mean) * inverse;
       if (weight != nullptr) v *= load_count(weight + i, count);
       if (bias != nullptr) v += load_count(bias + i, count);
-      store_count(y + i, v, count);
+      output.store_count(y + i, v, count);
     });
   }
 }
 
 template <class T>
 void norm_backward(const void* dy_, const void* dsum_, const void* s_, const void* weight_, void* dx_, void* dweight_,
-                   void* dbias_, int64_t rows, int64_t cols, double eps, bool centred) {
+                   void* dbias_, int64_t rows, int64_t cols, double eps, bool centred, bool past_caches) {
+  const Output output(past_caches);
   using V = vec_t<T>;
   using C = compute_t<T>;
   const T *dy = static_cast<const T*>(dy_), *dsum = static_cast<const T*>(dsum_), *s = static_cast<const T*>(s_);
@@ -80,7 +82,7 @@ void norm_backward(const void* dy_, const void* dsum_, const void* s_, const voi
       if (dbias != nullptr) store_count(dbias + i, load_count(dbias + i, count) + dy_i, count);
       V d = scale * (weighted(i, count) - level - u * along);
       if (dsum != nullptr) d += load_count(dsum + i, count);
-      store_count(dx + i, d, count);
+      output.store_count(dx + i, d, count);
     });
     if (dsum != nullptr) dsum += cols;
   }

@@ -76,8 +76,12 @@ inline u16h narrow_bits(u32v v) {  // below 2^16 each
 
 inline f32v widen_bf16(u16h h) { return (f32v)(widen_bits(h) << 16); }
 
-// Integer rounding, not vcvtneps2bf16: that instruction flushes denormals, torch does not.
+// vcvtneps2bf16 makes 0 of denormals, torch does not: where there is one, integers round.
 inline u16h narrow_bf16(f32v v) {
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+  constexpr int kDenormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kDenormal) == 0, 1)) return (u16h)_mm512_cvtneps_pbh((__m512)v);
+#endif
   u32v u = (u32v)v;
   u32v rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   u32v quiet_nan = (u >> 16) | 0x40u;
@@ -322,6 +326,36 @@ template <class V> inline auto reduce_add(V v) {
   return sum;
 }
 
+// Swaps the upper half of each block of 2 kStep lanes in a with the lower half in b.
+template <int kStep, class V> inline void exchange(V& a, V& b) {
+  constexpr int kL = lanes_of<V>;
+#if defined(__clang__)
+  V x = a, y = b;
+  for (int i = 0; i < kL; ++i) {
+    a[i] = i & kStep ? y[i - kStep] : x[i];
+    b[i] = i & kStep ? y[i] : x[i + kStep];
+  }
+#else
+  decltype(V{} < V{}) first, second;
+  for (int i = 0; i < kL; ++i) {
+    first[i] = i & kStep ? kL + i - kStep : i;
+    second[i] = i & kStep ? kL + i : i + kStep;
+  }
+  V x = a;
+  a = __builtin_shuffle(x, b, first);
+  b = __builtin_shuffle(x, b, second);
+#endif
+}
+template <int kStep, class V> inline void transpose_from(V* rows) {
+  if constexpr (kStep > 0) {
+#pragma GCC unroll 16
+    for (int r = 0; r < lanes_of<V>; ++r) {
+      if (!(r & kStep)) exchange<kStep>(rows[r], rows[r + kStep]);
+    }
+    transpose_from<kStep / 2>(rows);
+  }
+}
+
 // Calls step(offset, count) over [0, n): full vectors first, then one partial one.
 template <class V, class Step> inline void for_each_vector(int64_t n, const Step& step) {
   constexpr int kStep = lanes_of<V>;
@@ -336,6 +370,46 @@ template <class T> inline vec_t<T> load_count(const T* p, int count) {
 template <class T> inline void store_count(T* p, vec_t<T> v, int count) {
   count == lanes_of<vec_t<T>> ? store(p, v) : store_n(p, v, count);
 }
+
+// --- past the caches --------------------------------------------------------------------------------------------------
+#if defined(__AVX512F__)
+inline void stream(float* p, f32v v) { _mm512_stream_ps(p, (__m512)v); }
+inline void stream_bits(void* p, u16h h) { _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)h); }
+#elif defined(__AVX2__)
+inline void stream(float* p, f32v v) { _mm256_stream_ps(p, (__m256)v); }
+inline void stream_bits(void* p, u16h h) { _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)h); }
+#else
+inline void stream(float* p, f32v v) { store(p, v); }
+inline void stream_bits(void* p, u16h h) { std::memcpy(p, &h, sizeof h); }
+#endif
+inline void stream(double* p, f64v v) { store(p, v); }
+inline void stream(bf16* p, f32v v) { stream_bits(p, narrow_bf16(v)); }
+inline void stream(f16* p, f32v v) { stream_bits(p, narrow_f16(v)); }
+
+// Stores of an array that the caches would not keep: where `past_caches`, a line is written without having been read. In
+// scope until all are done, so that they are seen before what follows.
+class Output {
+ public:
+  explicit Output(bool past_caches) : past_caches_(past_caches) {}
+  ~Output() {
+#if defined(__AVX2__)
+    if (past_caches_) _mm_sfence();
+#endif
+  }
+  Output(const Output&) = delete;
+  Output& operator=(const Output&) = delete;
+  template <class T> void store_count(T* p, vec_t<T> v, int count) const {
+    constexpr int kL = lanes_of<vec_t<T>>;
+    if (past_caches_ && count == kL && reinterpret_cast<uintptr_t>(p) % (kL * sizeof(T)) == 0) {
+      stream(p, v);
+    } else {
+      FASTLM_ISA::store_count(p, v, count);
+    }
+  }
+
+ private:
+  const bool past_caches_;
+};
 
 // A row of a kernel table: one instance of the template `f` per DType. float64 is there to prove the formulas, on the
 // baseline alone.

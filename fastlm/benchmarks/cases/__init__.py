@@ -8,7 +8,7 @@ from fastlm.benchmarks.harness import Case
 
 GROUPS = (
     "import_time", "dispatch", "relu", "activation", "bias_act", "glu", "norm", "cross_entropy", "linear_act",
-    "linear_sweep", "attention", "adam", "train",
+    "linear_sweep", "attention", "attention_options", "adam", "train",
 )  # fmt: skip
 
 

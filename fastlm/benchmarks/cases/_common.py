@@ -65,6 +65,21 @@ def eager_compiled_ours(
     return Built(variants, in_float64(stock, inputs, dy), missing)
 
 
+def forward_alone(
+    stock: Callable[..., Tensor], ours: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor
+) -> Built:
+    """torch's function and fastlm's without a graph; the gate still sees the gradients."""
+
+    def variant(function: Callable[..., Tensor]) -> Variant:
+        def run() -> None:
+            with torch.no_grad():
+                function(*inputs)
+
+        return Variant(run, outputs_of(function, inputs, dy))
+
+    return Built({"torch": variant(stock), "fastlm": variant(ours)}, in_float64(stock, inputs, dy))
+
+
 def compiled(function: Callable) -> Callable:
     """For the shapes of this case alone: after other cases in this process it would allow for any shape, or give up."""
     torch._dynamo.reset()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -10,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, leaf, outputs_of
-from fastlm.benchmarks.harness import Built, Case, Variant
+from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, forward_alone, leaf
+from fastlm.benchmarks.harness import Built, Case
 
 LAYERS = [(768, 3072), (3072, 768), (384, 1536)]  # (K, N)
 # Rows of x in the sweep, and layers: those of small models, heads of few and many classes, sizes that fit no tile.
@@ -39,19 +38,9 @@ def weight_of(N: int, K: int, dtype: torch.dtype, device: str, seed: int) -> Ten
 def build(M: int, K: int, N: int, dtype: torch.dtype, device: str, quick: bool, forward: bool) -> Built:
     inputs = [leaf((M, K), dtype, device, 0), weight_of(N, K, dtype, device, 1), leaf((N,), dtype, device, 2)]
     dy = leaf((M, N), dtype, device, 3).detach()
-    built = eager_compiled_ours(stock_layer, fastlm.linear_act, inputs, dy, quick)
     if forward:
-        ours = {"torch": stock_layer, "fastlm": fastlm.linear_act}
-        built.variants = {name: forward_alone(f, inputs, dy) for name, f in ours.items()}
-    return built
-
-
-def forward_alone(function: Callable[..., Tensor], inputs: list[Tensor], dy: Tensor) -> Variant:
-    def run() -> None:
-        with torch.no_grad():
-            function(*inputs)
-
-    return Variant(run, outputs_of(function, inputs, dy))
+        return forward_alone(stock_layer, fastlm.linear_act, inputs, dy)
+    return eager_compiled_ours(stock_layer, fastlm.linear_act, inputs, dy, quick)
 
 
 def build_mlp(M: int, C: int, dtype: torch.dtype, device: str, quick: bool) -> Built:

@@ -58,6 +58,10 @@ FASTLM_EMULATED __m512i _mm512_maskz_loadu_epi16(__mmask32 m, const void* p) { r
 FASTLM_EMULATED void _mm512_mask_storeu_ps(void* p, __mmask16 m, __m512 v) { masked_store(p, m, v, 4); }
 FASTLM_EMULATED void _mm256_mask_storeu_epi16(void* p, __mmask16 m, __m256i v) { masked_store(p, m, v, 2); }
 
+FASTLM_EMULATED void _mm512_stream_ps(void* p, __m512 v) { std::memcpy(p, &v, sizeof v); }
+FASTLM_EMULATED void _mm256_stream_si256(__m256i* p, __m256i v) { std::memcpy(p, &v, sizeof v); }
+FASTLM_EMULATED void _mm_sfence() {}
+
 // --- conversions ------------------------------------------------------------------------------------------------------
 FASTLM_EMULATED __m512 _mm512_cvtph_ps(__m256i h) {
   _Float16 half[16];
@@ -85,6 +89,18 @@ FASTLM_EMULATED __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
   Words32 words;
   for (int i = 0; i < 16; ++i) words[i] = bf16_bits(low[i]), words[i + 16] = bf16_bits(high[i]);
   return (__m512bh)words;
+}
+
+FASTLM_EMULATED Words16 _mm512_cvtneps_pbh(__m512 v) {
+  Words16 words;
+  for (int i = 0; i < 16; ++i) words[i] = bf16_bits(v[i]);
+  return words;
+}
+// The lanes of the classes asked for, which are denormals here.
+FASTLM_EMULATED __mmask16 _mm512_fpclass_ps_mask(__m512 v, int) {
+  __mmask16 found = 0;
+  for (int i = 0; i < 16; ++i) found |= __mmask16((std::fpclassify(v[i]) == FP_SUBNORMAL) << i);
+  return found;
 }
 
 // --- arithmetic -------------------------------------------------------------------------------------------------------
