@@ -31,7 +31,7 @@ inline void* at(void* base, int64_t offset, DType dtype) {
 // number of threads, so neither does the result.
 template <class Sum, class Body>
 void sum_by_chunks(int64_t rows, int64_t cols, int64_t width, Sum* out, int threads, const Body& body) {
-  constexpr int64_t kRowChunk = 512;
+  constexpr int64_t kRowChunk = 128;
   int64_t chunks = (rows + kRowChunk - 1) / kRowChunk;
   std::vector<Sum> partial(chunks * width);
   parallel_for(rows * cols < kGrain ? 1 : threads, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -41,11 +41,11 @@ void sum_by_chunks(int64_t rows, int64_t cols, int64_t width, Sum* out, int thre
     }
   });
   if (out == nullptr) return;
-  for (int64_t c = 0; c < width; ++c) {
-    double sum = 0;
-    for (int64_t i = 0; i < chunks; ++i) sum += partial[i * width + c];
-    out[c] = static_cast<Sum>(sum);
+  std::vector<double> sums(width);
+  for (int64_t i = 0; i < chunks; ++i) {
+    for (int64_t c = 0; c < width; ++c) sums[c] += partial[i * width + c];
   }
+  for (int64_t c = 0; c < width; ++c) out[c] = static_cast<Sum>(sums[c]);
 }
 
 // The same with sums of the dtype: double for double, float for the others.

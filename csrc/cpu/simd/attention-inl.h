@@ -104,11 +104,6 @@ template <class W> inline u32v span_rows(const f32v (&rows)[2]) {
   return (u32v)_mm512_permutexvar_epi16(interleave, (__m512i)span_cols<W>(rows));
 }
 #endif
-inline float kept_terms(float word, uint8_t keep, uint8_t) { return keep != 0 ? word : 0; }
-inline double kept_terms(double word, uint8_t keep, uint8_t) { return keep != 0 ? word : 0; }
-inline bf16x2 kept_terms(bf16x2 word, uint8_t even, uint8_t odd) {
-  return {word.bits & ((even != 0 ? 0xffffu : 0u) | (odd != 0 ? 0xffff0000u : 0u))};
-}
 template <class W> inline void store_words(W* p, word_vec<W> v) { std::memcpy(p, &v, sizeof v); }
 
 // --- forward ----------------------------------------------------------------------------------------------------------
@@ -122,8 +117,7 @@ template <class T> struct ForwardTiles {
   int64_t q_words, k_ld, v_ld;
   W *q, *k, *v, *p;    // (panels, words of D, panel), (keys, words of D), (words of keys, Dv), (words of keys, panel)
   S *scores;           // (keys, panel)
-  S *over, *numbers;   // bias or mask as it lies over the scores, (keys, panel); the mask before, (panel, keys)
-  uint8_t* keep;       // (panel, keys): what dropout keeps
+  S *over, *numbers;   // bias, mask or dropout as it lies over the scores, (keys, panel); the latter before, (panel, keys)
   S *o, *top, *total;  // (queries, Dv); largest score and sum of 2^(score - top) so far, (queries)
   S *shrink;           // what the panel's earlier sums are multiplied by, (panel)
   size_t bytes;
@@ -144,7 +138,6 @@ template <class T> struct ForwardTiles {
     }
     over = arena.take<S>(round_up(kKeyTile, kL) * kPanel);
     numbers = arena.take<S>(kPanel * kKeyTile);
-    keep = arena.take<uint8_t>(kPanel * kKeyTile);
     o = arena.take<S>(kPanels * kPanel * v_ld);
     top = arena.take<S>(kPanels * kPanel);
     total = arena.take<S>(kPanels * kPanel);
@@ -153,10 +146,11 @@ template <class T> struct ForwardTiles {
   }
 };
 
-// Scores (keys, panel) to probabilities relative to the running maximum, which moves; returns whether any moved.
+// Scores (keys, panel) to probabilities relative to the running maximum, which moves; returns whether any moved. Those
+// where `kept`, which may be null, is 0 count in the sum alone; dropout's scale is left to the end.
 template <class W>
-inline bool softmax_step(int64_t keys, int64_t lanes, int64_t ld, const sum_t<W>* scores, W* p, sum_t<W>* top,
-                         sum_t<W>* total, sum_t<W>* shrink) {
+inline bool softmax_step(int64_t keys, int64_t lanes, int64_t ld, const sum_t<W>* scores, const sum_t<W>* kept, W* p,
+                         sum_t<W>* top, sum_t<W>* total, sum_t<W>* shrink) {
   using V = sum_vec<W>;
   constexpr int kTerms = terms_of<W>;
   constexpr int kChains = 4;  // maxima taken side by side, to hide the latency of one
@@ -180,6 +174,7 @@ inline bool softmax_step(int64_t keys, int64_t lanes, int64_t ld, const sum_t<W>
       for (int t = 0; t < kTerms; ++t) {
         rows[t] = j + t < keys ? exp2(load(scores + (j + t) * ld + n) - base) : V{};
         sum += rows[t];
+        if (kept != nullptr && j + t < keys) rows[t] = load(kept + (j + t) * ld + n) != V{} ? rows[t] : V{};
       }
       store_words(p + j / kTerms * ld + n, span_rows<W>(rows));
     }
@@ -189,24 +184,6 @@ inline bool softmax_step(int64_t keys, int64_t lanes, int64_t ld, const sum_t<W>
     moved = moved || any(factor != splat<V>(1));
   }
   return moved;
-}
-
-// Sets the words of probabilities (keys, panel) that dropout takes to 0; what it keeps is scaled at the end.
-template <class T>
-inline void drop(const AttentionShape& s, const ForwardTiles<T>& t, uint64_t first, int64_t rows, int64_t keys) {
-  using W = word_t<T>;
-  constexpr int kTerms = terms_of<W>;
-  constexpr int64_t kPanel = ForwardTiles<T>::kPanel;
-  for (int64_t i = 0; i < rows; ++i) {
-    keep_of(first + i * s.k_len, keys, s.seed, s.drop_below, t.keep + i * kKeyTile);
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    const uint8_t* keep = t.keep + i * kKeyTile;
-    for (int64_t k = 0; k * kTerms < keys; ++k) {
-      W& word = t.p[k * kPanel + i];
-      word = kept_terms(word, keep[k * kTerms], k * kTerms + kTerms - 1 < keys ? keep[k * kTerms + kTerms - 1] : 0);
-    }
-  }
 }
 
 // Panels of queries, the first at i, against one packed tile of keys, the first at j.
@@ -255,15 +232,24 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
       store(t.scores + n, load(t.over + n) != V{} ? load(t.scores + n) : splat<V>(-INFINITY));
     }
   }
+  const sum_t<W>* kept = nullptr;
+  if (s.drop_below != 0) {
+    for (int64_t r = 0; r < rows; ++r) {
+      uint8_t keep[kKeyTile];
+      keep_of(h.first_element + (i + r) * s.k_len + j, keys, s.seed, s.drop_below, keep);
+      for (int64_t c = 0; c < keys; ++c) t.numbers[r * kKeyTile + c] = keep[c];
+    }
+    pack_transposed(t.numbers, kKeyTile, rows, keys, t.over, kPanel, kPanel);
+    kept = t.over;
+  }
   sum_t<W>* o = t.o + panel * kPanel * t.v_ld;
-  if (softmax_step<W>(keys, lanes, kPanel, t.scores, t.p, t.top + panel * kPanel, t.total + panel * kPanel, t.shrink)) {
+  if (softmax_step<W>(keys, lanes, kPanel, t.scores, kept, t.p, t.top + panel * kPanel, t.total + panel * kPanel, t.shrink)) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t d = 0; d < t.v_ld; d += kL) {
         store(o + i * t.v_ld + d, load(o + i * t.v_ld + d) * splat<V>(t.shrink[i]));
       }
     }
   }
-  if (s.drop_below != 0) drop(s, t, h.first_element + i * s.k_len + j, rows, keys);
   if (partial && !v_finite) {
     product_of_some<W, Left::kByDepth>(rows, t.v_ld, keys, t.p, kPanel, t.v, t.v_ld, o, t.v_ld, seen);
   } else {
@@ -448,9 +434,10 @@ inline void backward_tile(const AttentionShape& s, const AttentionScores& h, con
   if (masked == Tile::kMixed) mask_to_numbers(seen, rows, keys, t.seen, kKeyTile);
   if (s.drop_below != 0) {
     uint8_t keep[kKeyTile];
+    const auto keep_scale = static_cast<sum_t<W>>(s.keep_scale);
     for (int64_t r = 0; r < rows; ++r) {
       keep_of(h.first_element + (i + r) * s.k_len + j, keys, s.seed, s.drop_below, keep);
-      for (int64_t c = 0; c < keys; ++c) t.kept[r * kKeyTile + c] = keep[c] ? static_cast<sum_t<W>>(s.keep_scale) : 0;
+      for (int64_t c = 0; c < keys; ++c) t.kept[r * kKeyTile + c] = static_cast<sum_t<W>>(keep[c]) * keep_scale;
     }
   }
 

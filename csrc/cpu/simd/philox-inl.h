@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "vec.h"
 
@@ -13,7 +14,10 @@ typedef uint64_t u64v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 // The high and low words of x * b.
 inline void multiply(u32v x, uint32_t b, u32v& high, u32v& low) {
   const u64v factor = u64v{} + b, words = u64v{} + 0xffffffffu;
-#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC 12 does not see that the upper words are 0
+#if defined(__AVX512F__)  // GCC 12 does not see that the upper words are 0
+  u64v even = (u64v)_mm512_mul_epu32((__m512i)x, (__m512i)factor);
+  u64v odd = (u64v)_mm512_mul_epu32((__m512i)((u64v)x >> 32), (__m512i)factor);
+#elif defined(__AVX2__)
   u64v even = (u64v)_mm256_mul_epu32((__m256i)x, (__m256i)factor);
   u64v odd = (u64v)_mm256_mul_epu32((__m256i)((u64v)x >> 32), (__m256i)factor);
 #else
@@ -26,7 +30,7 @@ inline void multiply(u32v x, uint32_t b, u32v& high, u32v& low) {
 // keep[i] = whether element first + i is kept, as 1 or 0, for i < n.
 inline void keep_of(uint64_t first, int64_t n, uint64_t seed, uint32_t threshold, uint8_t* keep) {
   constexpr int64_t kBlocks = kLanes;
-  uint8_t block[4 * kBlocks];
+  const u32v least = u32v{} + threshold;
   const int64_t phase = static_cast<int64_t>(first % 4);
   for (int64_t done = -phase; done < n; done += 4 * kBlocks) {
     const uint64_t counter = (first + done) / 4;
@@ -44,9 +48,14 @@ inline void keep_of(uint64_t first, int64_t n, uint64_t seed, uint32_t threshold
       words[3] = low0;
       key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
     }
-    for (int w = 0; w < 4; ++w) {
-      for (int64_t lane = 0; lane < kBlocks; ++lane) block[4 * lane + w] = words[w][lane] >= threshold;
+    u32v bytes{};  // of a lane's four elements
+    for (int w = 0; w < 4; ++w) bytes |= (u32v)(words[w] >= least) & (u32v{} + (1u << (8 * w)));
+    if (done >= 0 && n - done >= 4 * kBlocks) {
+      std::memcpy(keep + done, &bytes, sizeof bytes);
+      continue;
     }
+    uint8_t block[4 * kBlocks];
+    std::memcpy(block, &bytes, sizeof bytes);
     const int64_t from = done < 0 ? -done : 0, to = n - done < 4 * kBlocks ? n - done : 4 * kBlocks;
     for (int64_t i = from; i < to; ++i) keep[done + i] = block[i];
   }

@@ -131,6 +131,11 @@ FASTLM_EMULATED __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
   for (int i = 0; i < 16; ++i) a[i] = scaled(a[i], b[i]);
   return a;
 }
+// The products of the lower words of each 64 bits.
+FASTLM_EMULATED __m512i _mm512_mul_epu32(__m512i a, __m512i b) {
+  for (int i = 0; i < 8; ++i) a[i] = (long long)((uint64_t)(uint32_t)a[i] * (uint32_t)b[i]);
+  return a;
+}
 // c + the products of each pair, the odd one first; denormals count as 0 and become 0.
 FASTLM_EMULATED __m512 _mm512_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
   Words32 x = (Words32)a, y = (Words32)b;
