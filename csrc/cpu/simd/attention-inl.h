@@ -24,6 +24,7 @@ namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
 constexpr int64_t kQueryTile = 64;  // queries in the cache at a time, in the backward
+constexpr int64_t kFewQueries = 4;  // that are taken one by one, in the forward
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 // Cuts memory into arrays on cache lines; starting from null it measures.
@@ -259,14 +260,110 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
   }
 }
 
+// A row of o and its lse from the sums; one that sees nothing has o = 0 and lse = -inf.
+template <class T>
+inline void finish_row(const AttentionShape& s, const compute_t<T>* sums, compute_t<T> top, compute_t<T> total, T* o,
+                       compute_t<T>* lse) {
+  using V = vec_t<T>;
+  const V inverse = splat<V>(total == 0 ? 0 : static_cast<compute_t<T>>(s.keep_scale) / total);
+  for_each_vector<V>(s.v_dim, [&](int64_t d, int count) { store_count(o + d, load(sums + d) * inverse, count); });
+  *lse = total == 0 ? -INFINITY
+                    : static_cast<compute_t<T>>((static_cast<double>(top) + std::log2(static_cast<double>(total))) * kLn2);
+}
+
+// sums = factor sums + p v over the keys that count: what others hold may not be finite. kVectors of v, the last of `count`.
+template <int kVectors, class T, class Counts>
+inline void add_values(const T* v, int64_t row, int64_t keys, int64_t count, const compute_t<T>* p, vec_t<T> factor,
+                       compute_t<T>* sums, const Counts& counts) {
+  using V = vec_t<T>;
+  constexpr int kL = lanes_of<V>;
+  V even[kVectors], odd[kVectors] = {};
+  for (int n = 0; n < kVectors; ++n) even[n] = load(sums + n * kL) * factor;
+  auto add = [&](int64_t key, V(&into)[kVectors]) {
+    if (!counts(key)) return;
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) {
+      into[n] = fma(splat<V>(p[key]), load_count(v + key * row + n * kL, kVectors > 1 ? kL : static_cast<int>(count)), into[n]);
+    }
+  };
+  int64_t key = 0;
+  for (; key + 2 <= keys; key += 2) add(key, even), add(key + 1, odd);
+  if (key < keys) add(key, even);
+  for (int n = 0; n < kVectors; ++n) store(sums + n * kL, even[n] + odd[n]);
+}
+
+// One query, the i-th, against all keys, read where they lie: where there are few queries, packing keys for whole blocks
+// of them costs a multiple of reading them. No dropout.
+template <class T>
+void attend_row(const AttentionShape& s, const AttentionScores& h, const T* q, const T* k, const T* v, T* o,
+                compute_t<T>* lse, int64_t i) {
+  using S = compute_t<T>;
+  using V = vec_t<T>;
+  constexpr int64_t kL = lanes_of<V>, kMostDim = 256;
+  S query[kMostDim] = {}, sums[kMostDim] = {}, scores[kKeyTile];
+  const V scale = splat<V>(s.scale * kLog2E);
+  for_each_vector<V>(s.dim, [&](int64_t d, int count) { store(query + d, load_count(q + d, count) * scale); });
+  const Seen seen = seen_at(s, h, i, 0);
+  S top = -INFINITY, total = 0;
+  const int64_t end = smaller(s.k_len, i + s.diagonal + 1);
+  for (int64_t j = larger(0, i + s.lower); j < end; j += kKeyTile) {
+    const int64_t keys = smaller(kKeyTile, end - j);
+    V tops = splat<V>(-INFINITY);
+    for (int64_t n = 0; n < keys; n += kL) {
+      const int lanes = static_cast<int>(smaller(kL, keys - n));
+      V products[kL] = {};
+      for (int key = 0; key < lanes; ++key) {
+        const T* row = k + (j + n + key) * s.k_row;
+        for_each_vector<V>(s.dim, [&](int64_t d, int count) {
+          products[key] = fma(load_count(row + d, count), load(query + d), products[key]);
+        });
+      }
+      transpose_from<kL / 2>(products);
+      V score{};
+      for (int64_t d = 0; d < kL; ++d) score += products[d];
+      if (h.bias != nullptr) {
+        const S* bias = static_cast<const S*>(h.bias) + i * s.bias_row + j + n;
+        score = fma(load_count(bias, lanes), splat<V>(kLog2E), score);
+      }
+      score = first_of(score, lanes, splat<V>(-INFINITY));
+      if (seen.mask != nullptr) {
+        for (int key = 0; key < lanes; ++key) score[key] = seen(0, j + n + key) ? score[key] : -INFINITY;
+      }
+      store(scores + n, score);
+      tops = max(score, tops);
+    }
+    S before = top;
+    for (int lane = 0; lane < kL; ++lane) top = tops[lane] > top ? tops[lane] : top;
+    if (top == -INFINITY) continue;
+    const V base = splat<V>(top), factor = exp2(splat<V>(before) - base);
+    V added{};
+    for (int64_t n = 0; n < keys; n += kL) {
+      V p = exp2(load(scores + n) - base);
+      store(scores + n, p);
+      added += p;
+    }
+    total = total * factor[0] + reduce_add(added);
+    const auto counts = [&](int64_t key) { return seen.mask == nullptr || seen(0, j + key); };
+    int64_t d = 0;
+    for (; d + 4 * kL <= s.v_dim; d += 4 * kL) add_values<4>(v + j * s.v_row + d, s.v_row, keys, kL, scores, factor, sums + d, counts);
+    for (; d < s.v_dim; d += kL) {
+      add_values<1>(v + j * s.v_row + d, s.v_row, keys, smaller(kL, s.v_dim - d), scores, factor, sums + d, counts);
+    }
+  }
+  finish_row<T>(s, sums, top, total, o, lse);
+}
+
 template <class T>
 void attention_forward_of(const AttentionShape& s, const AttentionScores& h, const T* q, const T* k, const T* v, T* o, compute_t<T>* lse,
                           int64_t begin, int64_t end, char* work) {
   using W = word_t<T>;
-  using V = sum_vec<W>;
   using Tiles = ForwardTiles<T>;
-  constexpr int kTerms = Tiles::kTerms, kL = Tiles::kL;
+  constexpr int kTerms = Tiles::kTerms;
   constexpr int64_t kPanel = Tiles::kPanel;
+  if (s.q_len <= kFewQueries && s.drop_below == 0) {
+    for (int64_t i = begin; i < end; ++i) attend_row(s, h, q + i * s.q_row, k, v, o + i * s.o_row, lse + i, i);
+    return;
+  }
   const Tiles t(s, work);
   [[maybe_unused]] const ProductScope<W> scope;
   const int64_t panels = (end - begin + kPanel - 1) / kPanel;
@@ -294,15 +391,7 @@ void attention_forward_of(const AttentionShape& s, const AttentionScores& h, con
   }
 
   for (int64_t i = 0; i < end - begin; ++i) {
-    compute_t<T> total = t.total[i];
-    V inverse = splat<V>(total == 0 ? 0 : static_cast<compute_t<T>>(s.keep_scale) / total);  // a query that sees nothing has o = 0 and lse = -inf
-    T* row = o + (begin + i) * s.o_row;
-    for (int64_t d = 0; d < s.v_dim; d += kL) {
-      store_count(row + d, load(t.o + i * t.v_ld + d) * inverse, static_cast<int>(smaller(kL, s.v_dim - d)));
-    }
-    lse[begin + i] = total == 0 ? -INFINITY
-                                : static_cast<compute_t<T>>((static_cast<double>(t.top[i]) +
-                                                             std::log2(static_cast<double>(total))) * kLn2);
+    finish_row<T>(s, t.o + i * t.v_ld, t.top[i], t.total[i], o + (begin + i) * s.o_row, lse + begin + i);
   }
 }
 
