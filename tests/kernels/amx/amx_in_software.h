@@ -9,7 +9,7 @@
 #include <cstring>
 
 namespace {
-namespace amx {
+namespace software_tiles {
 
 struct Tile { uint32_t words[16][16]; };
 struct Config {
@@ -78,16 +78,16 @@ static inline float as_float(uint32_t bits) {
   }
 }
 
-}  // namespace amx
+}  // namespace software_tiles
 }  // namespace
 
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
-#define _tile_storeconfig(p) amx::store_config(p)
-#define _tile_loadconfig(p) amx::load_config(p)
-#define _tile_zero(tile) amx::zero(tile)
-#define _tile_loadd(tile, p, stride) amx::load(tile, p, stride)
-#define _tile_stored(tile, p, stride) amx::store(tile, p, stride)
-#define _tile_dpbf16ps(into, left, right) amx::dot(into, left, right)
+#define _tile_storeconfig(p) software_tiles::store_config(p)
+#define _tile_loadconfig(p) software_tiles::load_config(p)
+#define _tile_zero(tile) software_tiles::zero(tile)
+#define _tile_loadd(tile, p, stride) software_tiles::load(tile, p, stride)
+#define _tile_stored(tile, p, stride) software_tiles::store(tile, p, stride)
+#define _tile_dpbf16ps(into, left, right) software_tiles::dot(into, left, right)
