@@ -11,6 +11,7 @@
 #include "cpu/limits.h"
 #include "cpu/matmul.h"
 #include "cpu/norm.h"
+#include "cpu/rope.h"
 #include "cpu/parallel.h"
 
 namespace fastlm {
@@ -131,6 +132,20 @@ void norm_backward(const TensorView& dy, const OptionalTensor& dsum, const Tenso
   });
 }
 
+void rope(const TensorView& x, const TensorView& cos, const TensorView& sin, const TensorView& y, int64_t heads,
+          int threads) {
+  const char* op = "rope";
+  border.check_same_dense(op, x, {&y});
+  border.check_matrix(op, "x", x, x, true);
+  FASTLM_CHECK(cos.ndim == 2 && cos.shape[0] > 0, op, ": cos must be (positions, R/2), got ", cos.describe());
+  const cpu::RopeShape shape{heads, x.shape[1], cos.shape[1], cos.shape[0]};
+  border.check_sums(op, "cos", x, cos, shape.table_rows * shape.half);
+  border.check_sums(op, "sin", x, sin, shape.table_rows * shape.half);
+  FASTLM_CHECK(heads > 0 && x.shape[0] % heads == 0 && 2 * shape.half <= shape.dim, op, ": x must be rows of ", heads,
+               " heads with at least ", 2 * shape.half, " elements, got ", x.describe());
+  run_kernel(x.numel(), [&] { cpu::rope(x.dtype, shape, x.data, cos.data, sin.data, y.data, x.shape[0] / heads, threads); });
+}
+
 void adam_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const TensorList& steps, double lr,
                double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
@@ -232,7 +247,10 @@ void attention_backward(const TensorView& dout, const OptionalTensor& dlse, cons
   cpu::AttentionBatch b =
       check_attention(op, sizes, q, k, v, o, lse, {mask, bias, lower, diagonal, scale, dropout_p, seed});
   if (dbias) {
-    check_scores(op, "dbias", b, q, *dbias, sum_dtype(q.dtype), false);
+    cpu::AttentionBatch shape = b;
+    b.dbias_of_all = b.batch > 1 && dbias->ndim == 4 && dbias->shape[0] == 1;
+    if (b.dbias_of_all) shape.batch = 1;
+    check_scores(op, "dbias", shape, q, *dbias, sum_dtype(q.dtype), false);
     FASTLM_CHECK(dbias->contiguous(), op, ": dbias must be contiguous, got ", dbias->describe());
     b.scores.dbias = dbias->data;
   }
@@ -372,6 +390,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("sum_of_squares", &fastlm::sum_of_squares, "Over all elements of dense tensors.");
 
   // lower, diagonal: query i sees key j iff i + lower <= j <= i + diagonal. dbias is written where a query sees a key.
+  m.def("rope", &fastlm::rope);
   m.def("attention_forward", &fastlm::attention_forward);
   m.def("attention_backward", &fastlm::attention_backward);
 

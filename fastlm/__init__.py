@@ -13,6 +13,7 @@ from fastlm.ops.glu import glu
 from fastlm.ops.linear_act import linear_act
 from fastlm.ops.norm import layer_norm, rms_norm
 from fastlm.ops.relu import relu, relu_squared
+from fastlm.ops.rope import rope
 
 
 def _load_kernels(backend: str, family: str, device: str) -> None:
@@ -42,6 +43,7 @@ __all__ = [
     "relu",
     "relu_squared",
     "rms_norm",
+    "rope",
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",

@@ -24,7 +24,11 @@ AttentionScores scores_of(const AttentionBatch& b, int64_t n, int64_t head, int6
   AttentionScores scores = b.scores;
   if (scores.mask != nullptr) scores.mask += n * b.mask.batch + head * b.mask.head;
   if (scores.bias != nullptr) scores.bias = at(scores.bias, n * b.bias.batch + head * b.bias.head, sum_size);
-  if (scores.dbias != nullptr) scores.dbias = at(scores.dbias, elements, sum_size);
+  if (scores.dbias != nullptr) {
+    const int64_t of_batch = b.dbias_of_all ? n * b.q_heads * b.shape.q_len * b.shape.k_len : 0;
+    scores.dbias = at(scores.dbias, elements - of_batch, sum_size);
+    scores.add_dbias = b.dbias_of_all && n > 0;
+  }
   scores.first_element = elements;
   return scores;
 }
@@ -79,12 +83,14 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
   const int64_t size = size_of(dtype), sum_size = size_of_sum(dtype);
   const int64_t groups = b.batch * b.k_heads;
   if (groups == 0) return;
+  // One task goes through the batch, head after head, where all of it adds to one gradient.
+  const int64_t in_turn = b.dbias_of_all ? b.batch : 1, turns = groups / in_turn;
   const int64_t heads = b.q_heads / b.k_heads;
   const int64_t gradients = size * (heads * s.q_len * s.dim + s.k_len * (s.dim + s.v_dim));
   const int64_t affordable = kMaxSums * gradients / std::max<int64_t>(1, sum_size * heads * s.q_len * s.dim);
-  const int64_t wanted = std::min({(kEnoughTasks + groups - 1) / groups, kMaxParts, affordable});
+  const int64_t wanted = std::min({(kEnoughTasks + turns - 1) / turns, kMaxParts, affordable});
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, s.k_len / kLeastKeys));
-  const int64_t tasks = groups * parts, team = min_threads(threads, tasks);
+  const int64_t tasks = turns * parts, team = min_threads(threads, tasks);
   const size_t sums_bytes = kernel.dq_sums_count[type](s, heads) * sum_size;
 
   auto group_of = [&](int64_t index) {
@@ -111,12 +117,14 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
   // One part: a thread's sums are finished before it takes the next group. More: all are kept until the end.
   Workspace sums(parts == 1 ? team : groups, parts * sums_bytes);
   parallel_tasks(threads, tasks, [&](int64_t task, int thread) {
-    int64_t index = task / parts, part = task % parts;
-    AttentionGroup g = group_of(index);
-    void* dq_sums = at(sums.piece(parts == 1 ? thread : index), part, sums_bytes);
-    kernel.backward[type](s, g, part_begin(s, part, parts), part_begin(s, part + 1, parts), dq_sums,
-                          work.piece(thread));
-    if (parts == 1) kernel.finish_dq[type](s, g, dq_sums, 1);
+    const int64_t part = task % parts;
+    for (int64_t index = task / parts; index < groups; index += turns) {
+      AttentionGroup g = group_of(index);
+      void* dq_sums = at(sums.piece(parts == 1 ? thread : index), part, sums_bytes);
+      kernel.backward[type](s, g, part_begin(s, part, parts), part_begin(s, part + 1, parts), dq_sums,
+                            work.piece(thread));
+      if (parts == 1) kernel.finish_dq[type](s, g, dq_sums, 1);
+    }
   });
   if (parts > 1) {
     parallel_tasks(threads, groups, [&](int64_t index, int) { kernel.finish_dq[type](s, group_of(index), sums.piece(index), parts); });

@@ -16,7 +16,8 @@ struct AttentionBatch {
     int64_t batch, head;
   };
   Distance q, k, v, o, dout, dq, dk, dv, mask, bias;
-  AttentionScores scores;  // of the first head of the first batch; dbias is dense (B, q_heads, Tq, Tk)
+  AttentionScores scores;  // of the first head of the first batch
+  bool dbias_of_all;       // dbias is dense (1, q_heads, Tq, Tk), a sum over the batch, else (B, q_heads, Tq, Tk)
 };
 
 void attention_forward(DType dtype, const AttentionBatch& batch, const void* q, const void* k, const void* v, void* o,

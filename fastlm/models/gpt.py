@@ -23,6 +23,7 @@ from fastlm.nn import LayerNorm, apply_linear, is_plain
 from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from fastlm.ops.norm import rms_norm
+from fastlm.ops.rope import rope
 
 ACTIVATIONS = ("relu_squared", "relu", "gelu")
 # From here on the loss does without holding them: memory for some 2 % of the head's time (bench/LOG.md).
@@ -97,12 +98,6 @@ class Cache:
         return kv[0, :, :end], kv[1, :, :end]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + D/2}) of x (..., T, H, D) by its position's angle; cos, sin (T, 1, D/2)."""
-    a, b = x.chunk(2, dim=-1)  # (..., T, H, D/2)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -116,8 +111,8 @@ class Attention(nn.Module):
         qkv = apply_linear(self.qkv, x).view(B, T, 3, self.n_head, self.head_dim)
         qk, v = qkv.split((2, 1), dim=2)  # (B, T, 2, H, D), (B, T, 1, H, D)
         # Of unit root-mean-square, so that no logit exceeds sqrt(D) and a large learning rate stays stable.
-        qk = rotate(rms_norm(qk, self.head_dim), cos, sin).to(v.dtype)
-        (q, k), v = qk.unbind(2), v.squeeze(2)  # (B, T, H, D) each
+        qk = rope(rms_norm(qk, self.head_dim).view(B, T, 2 * self.n_head, self.head_dim), cos, sin).to(v.dtype)
+        (q, k), v = qk.chunk(2, dim=2), v.squeeze(2)  # (B, T, H, D) each
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, S, H, D), S = tokens in the cache + T
         # Bottom-right causal: the T queries are the last T of the S keys.
@@ -223,8 +218,7 @@ class GPT(nn.Module):
         if cache is not None and cache.batch_size != B:
             raise ValueError(f"GPT: idx must have the cache's {cache.batch_size} rows, got {B}")
 
-        cos = self.rope_cos[start : start + T, None, None]  # (T, 1, 1, D/2)
-        sin = self.rope_sin[start : start + T, None, None]
+        cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]  # (T, D/2)
         x = self.drop(self.embed(idx))  # (B, T, C)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, layer, cache)  # (B, T, C)

@@ -99,5 +99,21 @@ inline void tile_block(int64_t depth, const uint32_t* a, int64_t lda, const uint
   }
 }
 
+// One row and vector of C + A B, in the order in which tile_block sums: left(k) is a vector of word k of A's row.
+template <class Left, class Right> inline void add_row_by_tiles(int64_t words, const Left& left, const Right& right, float* c) {
+  alignas(64) uint32_t a[kTileRows * 16] = {}, b[16 * 16];
+  alignas(64) float sums[kTileRows * kLanes] = {};
+  store(sums, load(c));
+  for (int64_t k = 0; k < words; k += 16) {
+    for (int64_t i = 0; i < 16; ++i) {
+      const u32v l = k + i < words ? left(k + i) : u32v{}, r = k + i < words ? right(k + i) : u32v{};
+      a[i] = l[0];
+      std::memcpy(b + i * 16, &r, sizeof r);
+    }
+    tile_block<false, true, 1>(16, a, 16, b, 16, sums, kLanes, 1);
+  }
+  store(c, load(sums));
+}
+
 }  // namespace
 }  // namespace fastlm::cpu::FASTLM_ISA

@@ -453,7 +453,8 @@ template <class T> struct BackwardTiles {
 template <class T>
 inline void score_gradients(const AttentionShape& s, const BackwardTiles<T>& t, int64_t rows, int64_t padded,
                             int64_t lanes, const compute_t<T>* lse, const compute_t<T>* delta, bool partial,
-                            const Band& band, bool masked, int64_t keys, const compute_t<T>* bias, compute_t<T>* dbias) {
+                            const Band& band, bool masked, int64_t keys, const compute_t<T>* bias, compute_t<T>* dbias,
+                            bool add_dbias) {
   using W = word_t<T>;
   using V = sum_vec<W>;
   constexpr int kTerms = terms_of<W>, kL = word_lanes<W>;
@@ -485,7 +486,10 @@ inline void score_gradients(const AttentionShape& s, const BackwardTiles<T>& t, 
             ds = visible ? ds : V{};
           }
           p = dropped;
-          if (dbias != nullptr && count > 0) store_count(dbias + (i + r) * s.k_len + j, ds, count);
+          if (dbias != nullptr && count > 0) {
+            auto* at = dbias + (i + r) * s.k_len + j;
+            store_count(at, add_dbias ? load_count(at, count) + ds : ds, count);
+          }
           p_of[c][r] = p;
           ds_of[c][r] = ds_row[r][c] = ds;
         }
@@ -551,7 +555,7 @@ inline void backward_tile(const AttentionShape& s, const AttentionScores& h, con
   auto* dbias = static_cast<sum_t<W>*>(h.dbias);
   score_gradients(s, t, rows, padded, lanes, lse, delta, partial, band, masked == Tile::kMixed, keys,
                   bias == nullptr ? nullptr : bias + i * s.bias_row + j,
-                  dbias == nullptr ? nullptr : dbias + i * s.k_len + j);
+                  dbias == nullptr ? nullptr : dbias + i * s.k_len + j, h.add_dbias);
 
   // (keys, D) and (keys, Dv), sums over the queries that see the key
   auto by_key = [&](const W* left, const W* right, int64_t ld, sum_t<W>* into, bool finite) {

@@ -26,6 +26,7 @@ struct AttentionScores {
   const uint8_t* mask;     // 0: query i does not see key j, which is true of hidden keys anyway
   const void *bias;        // (Tq, Tk), of the type of sums, added to the scaled scores
   void* dbias;             // (Tq, Tk) dense, its gradient
+  bool add_dbias;          // to what stands there
   uint64_t first_element;  // number of element (0, 0), for dropout
 };
 

@@ -79,8 +79,10 @@ constexpr int kBlockVectors = 3;
 template <class W> constexpr int kBlockRows = 4;
 constexpr int kBlockVectors = 2;
 #endif
+template <class W> constexpr int64_t kDepthStep = 1;
 #if defined(__AMX_BF16__)
 template <> constexpr int kBlockRows<bf16x2> = kTileRows;
+template <> constexpr int64_t kDepthStep<bf16x2> = 16;
 #endif
 
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -144,7 +146,8 @@ inline void product(int64_t rows, int64_t cols, const W* a, int64_t lda, const W
     for (int64_t m = 0; m < rows; m += kBlockRows<W>) {
       Depth d = depth_of(m, kBlockRows<W>, n, vectors * kL);
       if (d.begin >= d.end) continue;
-      int64_t k = d.begin / kTerms, depth = (d.end + kTerms - 1) / kTerms - k;
+      // On tiles, which sum 16 words apart, at a whole one: so no sum depends on what of it is left out.
+      int64_t k = d.begin / kTerms / kDepthStep<W> * kDepthStep<W>, depth = (d.end + kTerms - 1) / kTerms - k;
       const W* left = kLeft == Left::kByRows ? a + m * lda + k : a + k * lda + m;
       auto run = vectors == 1   ? product_block<W, kLeft, kInto, 1>
                  : vectors == 2 ? product_block<W, kLeft, kInto, 2>
@@ -173,13 +176,20 @@ __attribute__((noinline)) void product_of_some(int64_t rows, int64_t cols, int64
   const int64_t words = (depth + terms_of<W> - 1) / terms_of<W>;
   for (int64_t m = 0; m < rows; ++m) {
     for (int64_t n = 0; n < cols; n += word_lanes<W>) {
-      sum_vec<W> sum{};
-      for (int64_t k = 0; k < words; ++k) {
-        auto row_counts = [&](int64_t element) { return element < depth && counts(m, element); };
-        word_vec<W> left = WordOf<W>::broadcast(kLeft == Left::kByRows ? a + m * lda + k : a + k * lda + m);
-        word_vec<W> right = load_raw<word_vec<W>>(b + k * ldb + n);
-        sum = WordOf<W>::dot(counted_terms<W>(left, k, row_counts), counted_terms<W>(right, k, row_counts), sum);
+      auto row_counts = [&](int64_t element) { return element < depth && counts(m, element); };
+      auto left_at = [&](int64_t k) {
+        const W* at = kLeft == Left::kByRows ? a + m * lda + k : a + k * lda + m;
+        return counted_terms<W>(WordOf<W>::broadcast(at), k, row_counts);
+      };
+      auto right_at = [&](int64_t k) { return counted_terms<W>(load_raw<word_vec<W>>(b + k * ldb + n), k, row_counts); };
+#if defined(__AMX_BF16__)
+      if constexpr (std::is_same_v<W, bf16x2>) {
+        add_row_by_tiles(words, left_at, right_at, c + m * ldc + n);
+        continue;
       }
+#endif
+      sum_vec<W> sum{};
+      for (int64_t k = 0; k < words; ++k) sum = WordOf<W>::dot(left_at(k), right_at(k), sum);
       store(c + m * ldc + n, load(c + m * ldc + n) + sum);
     }
   }

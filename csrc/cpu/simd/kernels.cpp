@@ -8,6 +8,7 @@
 #include "limits-inl.h"
 #include "matmul-inl.h"
 #include "norm-inl.h"
+#include "rope-inl.h"
 
 #define FASTLM_STRING_(x) #x
 #define FASTLM_STRING(x) FASTLM_STRING_(x)
@@ -16,6 +17,7 @@ namespace fastlm::cpu::FASTLM_ISA {
 
 extern const Kernels kTable;
 const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels,   kAttentionKernels,
-                        kCrossEntropyKernels,      kLimitsKernels,     kMatmulKernels, kNormKernels};
+                        kCrossEntropyKernels,      kLimitsKernels,     kMatmulKernels, kNormKernels,
+                        kRopeKernels};
 
 }  // namespace fastlm::cpu::FASTLM_ISA

@@ -11,6 +11,7 @@
 #include "limits.h"
 #include "matmul.h"
 #include "norm.h"
+#include "rope.h"
 
 namespace fastlm::cpu {
 
@@ -23,6 +24,7 @@ struct Kernels {
   LimitsKernels limits;
   MatmulKernels matmul;
   NormKernels norm;
+  RopeKernels rope;
 };
 
 }  // namespace fastlm::cpu

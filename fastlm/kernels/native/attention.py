@@ -114,7 +114,10 @@ if _native.cpu is not None:
         read = [with_rows(do), None if dlse is None else dlse.contiguous(), *map(with_rows, (q, k, v, o))]
         read.append(lse.contiguous())
         bias = options[1]
-        dbias = lse.new_zeros(*q.shape[:3], k.shape[2]) if bias is not None and wanted[3] else None
+        dbias = None
+        if bias is not None and wanted[3]:  # summed over the batch where it is the same for all
+            of_all = bias.dim() < 4 or bias.shape[0] == 1
+            dbias = lse.new_zeros(1 if of_all else q.shape[0], *q.shape[1:3], k.shape[2])
         taken = _options(q, k, options)
         _writing(lambda *written: _backward(*read, *written, dbias, *taken), *outputs)
         # The three come from one pass.
