@@ -28,7 +28,7 @@ def _fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def _backward(ops, saved, wanted, dy):
-    x, cos, sin, interleaved = saved
+    _, cos, sin, interleaved = saved
     if wanted[1] or wanted[2]:
         return None
     return (ops.rope(dy, cos, -sin, interleaved), None, None, None)

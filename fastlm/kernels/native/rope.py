@@ -21,5 +21,6 @@ if _native.cpu is not None:
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = (matrix(t.to(wide).contiguous()) for t in (cos, sin))
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _native.cpu.rope(matrix(x.contiguous()), cos, sin, matrix(y), x.shape[-2], torch.get_num_threads())
+        if x.numel():
+            _native.cpu.rope(matrix(x.contiguous()), cos, sin, matrix(y), x.shape[-2], torch.get_num_threads())
         return y
