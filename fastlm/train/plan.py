@@ -28,11 +28,11 @@ _SAMPLE_TOKENS_PER_SECOND = 60
 _EVALUATIONS_SHARE = 0.15  # of the time that steps and evaluations have together, at most
 _RESERVE = 0.08  # of the time for steps: a machine slows down as it warms up and shares its clock
 # What glibc's heap holds at the peak for each byte in use: tensors of many sizes come and go, and leave gaps that the
-# next ones do not fit. Measured on models of 2 M and 11 M parameters, 8 to 32 rows, torch 2.11 and 2.13: 1.54 to 1.71
-# in bf16, 1.55 to 2.03 where the hardware has none, and 1.40 to 1.60 in fp32. The same without keep_memory, for glibc
-# by itself comes to take blocks of up to 32 MiB from the heap (mallopt(3)). With every tensor in pages of its own, as
-# other C libraries keep large blocks, the two are 1.02 and 1.01.
-_HEAP_PER_BYTE = {"bf16": 1.75, "fp32": 1.5}
+# next ones do not fit. Measured on models of 2 M and 11 M parameters, 8 to 32 rows, with and without hardware for
+# bf16: 1.35 to 1.50 in bf16, 1.30 to 1.52 in fp32. The same without keep_memory, for glibc by itself comes to take
+# blocks of up to 32 MiB from the heap (mallopt(3)). With every tensor in pages of its own, as other C libraries keep
+# large blocks, the two are 1.02 and 1.01.
+_HEAP_PER_BYTE = {"bf16": 1.45, "fp32": 1.42}
 _PAGES_PER_BYTE = 1.02
 
 
