@@ -6,20 +6,43 @@
 
 namespace fastlm::cpu {
 
+namespace {
+
+int64_t blocks(int64_t n, int64_t of) { return (n + of - 1) / of; }
+// Whole blocks of at most `tile`, of about one size.
+int64_t even(int64_t n, int64_t tile, int64_t multiple) {
+  const int64_t each = blocks(n, std::max<int64_t>(1, blocks(n, tile)));
+  return std::min(tile, blocks(each, multiple) * multiple);
+}
+
+}  // namespace
+
 void matmul(DType dtype, const Matmul& m, int threads) {
   const MatmulKernels& kernel = kernels_for(dtype).matmul;
   auto run = kernel.tile[static_cast<int>(dtype)];
-  constexpr int64_t kLeastRows = 64;  // of a tile: below, packing B costs more than sharing out brings
-  int64_t tile_rows = kernel.tile_rows;
-  auto blocks = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
-  const int64_t col_blocks = blocks(m.cols, kernel.tile_cols);
-  while (threads > 1 && tile_rows > kLeastRows && blocks(m.rows, tile_rows) * col_blocks < 4 * int64_t{threads}) tile_rows /= 2;
-  const int64_t tasks = blocks(m.rows, tile_rows) * col_blocks;
+  // Below the least, packing one factor costs more than sharing out brings. Columns in whole panels of any instruction set.
+  constexpr int64_t kLeastRows = 64, kLeastCols = 96, kPanels = 96;
+  int64_t rows = kernel.tile_rows, cols = kernel.tile_cols;
+  auto shared_out = [&] {  // many tasks, or as many for each thread
+    const int64_t tasks = blocks(m.rows, rows) * blocks(m.cols, cols);
+    return tasks >= 8 * int64_t{threads} || (tasks >= 2 * int64_t{threads} && tasks % threads == 0);
+  };
+  while (threads > 1 && !shared_out()) {
+    if (cols > kLeastCols && std::min(m.cols, cols) > std::min(m.rows, rows)) {
+      cols = std::max(kLeastCols, cols / 2);
+    } else if (rows > kLeastRows) {
+      rows /= 2;
+    } else {
+      break;
+    }
+  }
+  rows = even(m.rows, rows, 16), cols = even(m.cols, cols, kPanels);
+  const int64_t col_blocks = blocks(m.cols, cols), tasks = blocks(m.rows, rows) * col_blocks;
   if (tasks == 0) return;
   Workspace work(min_threads(threads, tasks), kernel.work_bytes);
   parallel_tasks(threads, tasks, [&](int64_t task, int thread) {
-    int64_t row = task / col_blocks * tile_rows, col = task % col_blocks * kernel.tile_cols;
-    run(m, row, std::min(m.rows, row + tile_rows), col, std::min(m.cols, col + kernel.tile_cols), work.piece(thread));
+    int64_t row = task / col_blocks * rows, col = task % col_blocks * cols;
+    run(m, row, std::min(m.rows, row + rows), col, std::min(m.cols, col + cols), work.piece(thread));
   });
 }
 

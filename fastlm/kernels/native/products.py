@@ -1,7 +1,8 @@
 """The products of a linear layer on the CPU, each by whatever does it fastest. Measured figures: bench/LOG.md.
 
-float32 on AVX-512: torch calls MKL, which on AMD leaves the wide registers unused. The oneDNN inside torch does not,
-and only its weight gradient is slower than csrc/cpu/matmul.cpp. On AVX2 MKL is at the machine's limit, but for some
+float32 on AVX-512: torch calls MKL, which on AMD leaves the wide registers unused. The oneDNN inside torch does not;
+csrc/cpu/matmul.cpp is faster where it has to turn a factor: for weight gradients, and for the input gradients of layers
+with many outputs. On AVX2 MKL is at the machine's limit, but for some
 hundred rows times a large weight; in bfloat16 torch's product is, on any machine.
 """
 
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import _native
+
+
+_DEEP = 3072  # outputs of a layer, from which on our own product takes the input gradient
 
 
 @functools.cache
@@ -51,6 +55,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def input_gradient(du: Tensor, weight: Tensor) -> Tensor:
     """du (M, N), weight (N, K) -> du weight (M, K)."""
+    if _wide(du) and du.shape[1] >= _DEEP:
+        return add_product(du, weight, du.new_empty(du.shape[0], weight.shape[1]), add=False)
     if _by_onednn(du, weight):
         return torch.ops.mkldnn._linear_pointwise(du, weight.t(), None, "none", [], "")
     return du @ weight
