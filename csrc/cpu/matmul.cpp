@@ -11,13 +11,14 @@ namespace {
 int64_t blocks(int64_t n, int64_t of) { return (n + of - 1) / of; }
 // Whole blocks of at most `tile`, of about one size.
 int64_t even(int64_t n, int64_t tile, int64_t multiple) {
-  const int64_t each = blocks(n, std::max<int64_t>(1, blocks(n, tile)));
+  const int64_t each = blocks(n, blocks(n, tile));
   return std::min(tile, blocks(each, multiple) * multiple);
 }
 
 }  // namespace
 
 void matmul(DType dtype, const Matmul& m, int threads) {
+  if (m.rows == 0 || m.cols == 0) return;
   const MatmulKernels& kernel = kernels_for(dtype).matmul;
   auto run = kernel.tile[static_cast<int>(dtype)];
   // Below the least, packing one factor costs more than sharing out brings. Columns in whole panels of any instruction set.
@@ -38,7 +39,6 @@ void matmul(DType dtype, const Matmul& m, int threads) {
   }
   rows = even(m.rows, rows, 16), cols = even(m.cols, cols, kPanels);
   const int64_t col_blocks = blocks(m.cols, cols), tasks = blocks(m.rows, rows) * col_blocks;
-  if (tasks == 0) return;
   Workspace work(min_threads(threads, tasks), kernel.work_bytes);
   parallel_tasks(threads, tasks, [&](int64_t task, int thread) {
     int64_t row = task / col_blocks * rows, col = task % col_blocks * cols;

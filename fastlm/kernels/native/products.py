@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fastlm import _native
 
-
 _DEEP = 3072  # outputs of a layer, from which on our own product takes the input gradient
 
 
