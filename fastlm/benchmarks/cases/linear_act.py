@@ -37,7 +37,7 @@ def away_from_kinks(x: Tensor, weight: Tensor, bias: Tensor | float = 0.0) -> Te
     with torch.no_grad():
         u = x.double() @ weight.double().t() + bias
         near = (u.abs() < 1e-5).any(dim=1)
-        x[near] = x[int((~near).nonzero()[0])]
+        x[near] = x[int((~near).nonzero()[0])].clone()
     return x
 
 
