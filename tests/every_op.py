@@ -1,0 +1,48 @@
+"""Every op that has CPU kernels, called once, for tests of threads and processes."""
+
+import torch
+
+import fastlm
+
+# Whose products are torch's in part, and need not have the same bits on another number of threads.
+PRODUCTS = {"linear_act", "linear_cross_entropy"}
+
+
+def _numbers(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def every_op_once():
+    """Name -> value and gradients of each op that has CPU kernels, on inputs that several threads share."""
+    x, up, dy = (_numbers((600, 512), seed=seed) for seed in range(3))
+    weight, target = _numbers((512,), seed=3), torch.arange(600) % 512
+    q, k, v = (_numbers((2, 4, 200, 32), seed=seed) for seed in range(3))
+    cos, sin = _numbers((200, 16), seed=5), _numbers((200, 16), seed=6)
+    calls = {
+        "relu": (fastlm.relu, [x]),
+        "gelu": (fastlm.gelu, [x]),
+        "bias_act": (lambda x, w: fastlm.bias_act(x, w, "silu"), [x, weight]),
+        "glu": (fastlm.glu, [x, up]),
+        "layer_norm": (lambda x, w: fastlm.layer_norm(x, (512,), w), [x, weight]),
+        "rms_norm": (lambda x, w: fastlm.rms_norm(x, (512,), w), [x, weight]),
+        "rope": (lambda q: fastlm.rope(q.transpose(1, 2), cos, sin), [q]),
+        "attention": (lambda q, k, v: fastlm.attention(q, k, v, causal=True), [q, k, v]),
+        "cross_entropy": (lambda x: fastlm.cross_entropy(x, target), [x]),
+        "linear_act": (lambda x, u: fastlm.linear_act(x, u, act="gelu"), [x, up]),
+        "linear_cross_entropy": (lambda x, u: fastlm.linear_cross_entropy(x, u, target), [x, up]),
+    }
+    found = {}
+    for name, (call, inputs) in calls.items():
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        y = call(*leaves)
+        found[name] = (y.detach(), *torch.autograd.grad(y, leaves, _numbers(y.shape, seed=7)))
+    parameter = torch.nn.Parameter(x.clone())
+    parameter.grad = dy
+    fastlm.optim.AdamW([parameter], max_norm=1.0).step()
+    found["AdamW"] = (parameter.detach(),)
+    return found
+
+
+def differing(a, b):
+    """The ops whose results are not equal bit for bit."""
+    return [name for name in a if not all(torch.equal(s, t) for s, t in zip(a[name], b[name], strict=True))]
