@@ -7,9 +7,9 @@
 namespace fastlm::cpu {
 namespace {
 
-// With fewer groups of heads than this, the backward splits the keys of each into parts that sum their own dq. The
-// number depends on the shape alone, so that the result does not depend on the number of threads. Those sums, in float,
-// may take kMaxSums times the memory of the gradients.
+// With fewer groups of heads than this, the backward splits them into tasks that sum their own gradients. The number
+// depends on the shape alone, so that the result does not depend on the number of threads. The sums of dq, in float, may
+// take kMaxSums times the memory of the gradients.
 constexpr int64_t kEnoughTasks = 8, kMaxParts = 4, kMaxSums = 2;
 constexpr int64_t kLeastKeys = 256;  // of a part
 
@@ -86,17 +86,22 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
   // One task goes through the batch, head after head, where all of it adds to one gradient.
   const int64_t in_turn = b.dbias_of_all ? b.batch : 1, turns = groups / in_turn;
   const int64_t heads = b.q_heads / b.k_heads;
+  // Too few tasks: the query heads of a key head are taken in chunks, which sum their own dk and dv; then the keys in parts.
+  auto missing = [](int64_t tasks) { return (kEnoughTasks + tasks - 1) / tasks; };
+  const int64_t chunks = std::min(heads, missing(turns));
   const int64_t gradients = size * (heads * s.q_len * s.dim + s.k_len * (s.dim + s.v_dim));
   const int64_t affordable = kMaxSums * gradients / std::max<int64_t>(1, sum_size * heads * s.q_len * s.dim);
-  const int64_t wanted = std::min({(kEnoughTasks + turns - 1) / turns, kMaxParts, affordable});
+  const int64_t wanted = std::min({missing(turns * chunks), kMaxParts, affordable});
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, s.k_len / kLeastKeys));
-  const int64_t tasks = turns * parts, team = min_threads(threads, tasks);
-  const size_t sums_bytes = kernel.dq_sums_count[type](s, heads) * sum_size;
+  const int64_t tasks = turns * chunks * parts, team = min_threads(threads, tasks);
+  const int64_t most_heads = (heads + chunks - 1) / chunks;
+  auto dq_sums_bytes = [&](int64_t heads) { return kernel.dq_sums_count[type](s, heads) * sum_size; };
+  const int64_t dk_count = kernel.dk_sums_count[type](s), dv_count = kernel.dv_sums_count[type](s);
 
-  auto group_of = [&](int64_t index) {
-    int64_t n = index / b.k_heads, k_head = index % b.k_heads, head = k_head * heads;
+  auto group_of = [&](int64_t index, int64_t chunk) {
+    int64_t n = index / b.k_heads, k_head = index % b.k_heads, head = k_head * heads + heads * chunk / chunks;
     AttentionGroup g{};
-    g.heads = heads;
+    g.heads = heads * (chunk + 1) / chunks - heads * chunk / chunks;
     g.q = at(q, n * b.q.batch + head * b.q.head, size);
     g.k = at(k, n * b.k.batch + k_head * b.k.head, size);
     g.v = at(v, n * b.v.batch + k_head * b.v.head, size);
@@ -113,21 +118,34 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
     return g;
   };
 
-  Workspace work(team, kernel.backward_bytes[type](s, heads));
+  Workspace work(team, kernel.backward_bytes[type](s, most_heads));
   // One part: a thread's sums are finished before it takes the next group. More: all are kept until the end.
-  Workspace sums(parts == 1 ? team : groups, parts * sums_bytes);
+  Workspace sums(parts == 1 ? team : groups * chunks, parts * dq_sums_bytes(most_heads));
+  Workspace dk_sums(chunks == 1 ? 0 : groups, chunks * dk_count * sum_size);
+  Workspace dv_sums(chunks == 1 ? 0 : groups, chunks * dv_count * sum_size);
   parallel_tasks(threads, tasks, [&](int64_t task, int thread) {
-    const int64_t part = task % parts;
-    for (int64_t index = task / parts; index < groups; index += turns) {
-      AttentionGroup g = group_of(index);
-      void* dq_sums = at(sums.piece(parts == 1 ? thread : index), part, sums_bytes);
+    const int64_t part = task % parts, chunk = task / parts % chunks;
+    for (int64_t index = task / parts / chunks; index < groups; index += turns) {
+      AttentionGroup g = group_of(index, chunk);
+      if (chunks > 1) {
+        g.dk_sums = at(dk_sums.piece(index), chunk * dk_count, sum_size);
+        g.dv_sums = at(dv_sums.piece(index), chunk * dv_count, sum_size);
+      }
+      void* dq_sums = at(sums.piece(parts == 1 ? thread : index * chunks + chunk), part, dq_sums_bytes(g.heads));
       kernel.backward[type](s, g, part_begin(s, part, parts), part_begin(s, part + 1, parts), dq_sums,
                             work.piece(thread));
       if (parts == 1) kernel.finish_dq[type](s, g, dq_sums, 1);
     }
   });
   if (parts > 1) {
-    parallel_tasks(threads, groups, [&](int64_t index, int) { kernel.finish_dq[type](s, group_of(index), sums.piece(index), parts); });
+    parallel_tasks(threads, groups * chunks, [&](int64_t i, int) {
+      kernel.finish_dq[type](s, group_of(i / chunks, i % chunks), sums.piece(i), parts);
+    });
+  }
+  if (chunks > 1) {
+    parallel_tasks(threads, groups, [&](int64_t index, int) {
+      kernel.finish_dk[type](s, group_of(index, 0), dk_sums.piece(index), dv_sums.piece(index), chunks);
+    });
   }
 }
 

@@ -646,27 +646,38 @@ void attention_backward_of(const AttentionShape& s, const AttentionGroup& g, int
                          dq_sums + row * t.d_ld);
       }
     }
+    if (g.dk_sums != nullptr) {
+      using S = compute_t<T>;
+      std::memcpy(static_cast<S*>(g.dk_sums) + j * t.d_ld, t.dk, keys * t.d_ld * sizeof(S));
+      std::memcpy(static_cast<S*>(g.dv_sums) + j * t.v_ld, t.dv, keys * t.v_ld * sizeof(S));
+      continue;
+    }
     store_scaled(t.dk, t.d_ld, keys, s.dim, static_cast<T*>(g.dk) + j * s.dk_row, s.dk_row,
                  splat<V>(s.scale));
     store_scaled(t.dv, t.v_ld, keys, s.v_dim, static_cast<T*>(g.dv) + j * s.dv_row, s.dv_row, splat<V>(1));
   }
 }
 
+// Rows of the sum over `parts` arrays, `part` apart, in order, scaled.
+template <class T>
+inline void store_sum_of_parts(const compute_t<T>* sums, int64_t ld, int64_t rows, int64_t cols, int64_t part,
+                               int64_t parts, T* dst, int64_t stride, vec_t<T> scale) {
+  for (int64_t i = 0; i < rows; ++i, sums += ld, dst += stride) {
+    for_each_vector<vec_t<T>>(cols, [&](int64_t d, int n) {
+      vec_t<T> sum = load(sums + d);
+      for (int64_t p = 1; p < parts; ++p) sum += load(sums + p * part + d);
+      store_count(dst + d, sum * scale, n);
+    });
+  }
+}
+
 template <class T>
 void finish_dq_of(const AttentionShape& s, const AttentionGroup& g, const compute_t<T>* sums, int64_t parts) {
-  using V = vec_t<T>;
   const BackwardTiles<T> t(s, g.heads, nullptr);
-  const int64_t part = g.heads * t.rows_padded * t.d_ld;
+  const int64_t head = t.rows_padded * t.d_ld;
   for (int64_t h = 0; h < g.heads; ++h) {
-    for (int64_t i = 0; i < s.q_len; ++i) {
-      const compute_t<T>* row = sums + (h * t.rows_padded + i) * t.d_ld;
-      T* dq = static_cast<T*>(g.dq) + h * g.dq_head + i * s.dq_row;
-      for_each_vector<V>(s.dim, [&](int64_t d, int n) {
-        V sum = load(row + d);
-        for (int64_t p = 1; p < parts; ++p) sum += load(row + p * part + d);
-        store_count(dq + d, sum * splat<V>(s.scale), n);
-      });
-    }
+    store_sum_of_parts(sums + h * head, t.d_ld, s.q_len, s.dim, g.heads * head, parts,
+                       static_cast<T*>(g.dq) + h * g.dq_head, s.dq_row, splat<vec_t<T>>(s.scale));
   }
 }
 
@@ -691,6 +702,21 @@ template <class T> int64_t attention_dq_sums_count(const AttentionShape& s, int6
   const BackwardTiles<T> t(s, heads, nullptr);
   return heads * t.rows_padded * t.d_ld;
 }
+template <class T> int64_t attention_dk_sums_count(const AttentionShape& s) {
+  return s.k_len * BackwardTiles<T>(s, 1, nullptr).d_ld;
+}
+template <class T> int64_t attention_dv_sums_count(const AttentionShape& s) {
+  return s.k_len * BackwardTiles<T>(s, 1, nullptr).v_ld;
+}
+template <class T>
+void attention_finish_dk(const AttentionShape& s, const AttentionGroup& g, const void* dk, const void* dv, int64_t parts) {
+  using S = compute_t<T>;
+  const BackwardTiles<T> t(s, 1, nullptr);
+  store_sum_of_parts(static_cast<const S*>(dk), t.d_ld, s.k_len, s.dim, s.k_len * t.d_ld, parts, static_cast<T*>(g.dk), s.dk_row,
+                     splat<vec_t<T>>(s.scale));
+  store_sum_of_parts(static_cast<const S*>(dv), t.v_ld, s.k_len, s.v_dim, s.k_len * t.v_ld, parts, static_cast<T*>(g.dv), s.dv_row,
+                     splat<vec_t<T>>(1));
+}
 template <class T>
 void attention_finish_dq(const AttentionShape& s, const AttentionGroup& group, const void* dq_sums, int64_t parts) {
   finish_dq_of<T>(s, group, static_cast<const compute_t<T>*>(dq_sums), parts);
@@ -699,7 +725,9 @@ void attention_finish_dq(const AttentionShape& s, const AttentionGroup& group, c
 constexpr AttentionKernels kAttentionKernels = {
     FASTLM_FOR_FLOATS(attention_forward),       FASTLM_FOR_FLOATS(attention_forward_bytes),
     FASTLM_FOR_FLOATS(attention_backward),      FASTLM_FOR_FLOATS(attention_backward_bytes),
-    FASTLM_FOR_FLOATS(attention_dq_sums_count), FASTLM_FOR_FLOATS(attention_finish_dq),
+    FASTLM_FOR_FLOATS(attention_dq_sums_count), FASTLM_FOR_FLOATS(attention_dk_sums_count),
+    FASTLM_FOR_FLOATS(attention_dv_sums_count), FASTLM_FOR_FLOATS(attention_finish_dk),
+    FASTLM_FOR_FLOATS(attention_finish_dq),
 };
 
 }  // namespace

@@ -36,6 +36,7 @@ struct AttentionGroup {
   const void *q, *k, *v, *o, *dout;
   const void *lse, *dlse;  // (heads, q_len), `lse_head` apart; dlse may be null
   void *dq, *dk, *dv;
+  void *dk_sums, *dv_sums;  // where not null, dk and dv go there instead, as finish_dk takes them
   int64_t q_head, o_head, do_head, dq_head, lse_head;
   AttentionScores scores;  // of the first head
   int64_t mask_head, bias_head;
@@ -61,6 +62,13 @@ struct AttentionKernels {
                                     void* dq_sums, void* work);
   size_t (*backward_bytes[kNumFloatDTypes])(const AttentionShape& shape, int64_t heads);
   int64_t (*dq_sums_count[kNumFloatDTypes])(const AttentionShape& shape, int64_t heads);
+
+  // Elements of dk_sums, and of dv_sums
+  int64_t (*dk_sums_count[kNumFloatDTypes])(const AttentionShape& shape);
+  int64_t (*dv_sums_count[kNumFloatDTypes])(const AttentionShape& shape);
+  // dk = scale * the sum over `parts` arrays of dk_sums, one behind the other, in order; dv likewise, without the scale
+  void (*finish_dk[kNumFloatDTypes])(const AttentionShape& shape, const AttentionGroup& group, const void* dk_sums,
+                                     const void* dv_sums, int64_t parts);
 
   // dq = scale * the sum over `parts` arrays of dq_sums, in order
   void (*finish_dq[kNumFloatDTypes])(const AttentionShape& shape, const AttentionGroup& group, const void* dq_sums,
