@@ -7,7 +7,7 @@ import importlib
 from fastlm.benchmarks.harness import Case
 
 GROUPS = (
-    "import_time", "dispatch", "relu", "activation", "bias_act", "glu", "norm", "cross_entropy", "linear_act",
+    "import_time", "dispatch", "relu", "activation", "bias_act", "glu", "norm", "rope", "cross_entropy", "linear_act",
     "linear_sweep", "attention", "attention_options", "adam", "train",
 )  # fmt: skip
 
