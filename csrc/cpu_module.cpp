@@ -248,7 +248,7 @@ void attention_backward(const TensorView& dout, const OptionalTensor& dlse, cons
       check_attention(op, sizes, q, k, v, o, lse, {mask, bias, lower, diagonal, scale, dropout_p, seed});
   if (dbias) {
     cpu::AttentionBatch shape = b;
-    b.dbias_of_all = b.batch > 1 && dbias->ndim == 4 && dbias->shape[0] == 1;
+    b.dbias_of_all = b.batch != 1 && dbias->ndim == 4 && dbias->shape[0] == 1;
     if (b.dbias_of_all) shape.batch = 1;
     check_scores(op, "dbias", shape, q, *dbias, sum_dtype(q.dtype), false);
     FASTLM_CHECK(dbias->contiguous(), op, ": dbias must be contiguous, got ", dbias->describe());

@@ -88,13 +88,13 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
   const int64_t heads = b.q_heads / b.k_heads;
   // Too few tasks: the query heads of a key head are taken in chunks, which sum their own dk and dv; then the keys in parts.
   auto missing = [](int64_t tasks) { return (kEnoughTasks + tasks - 1) / tasks; };
-  const int64_t chunks = std::min(heads, missing(turns));
+  const int64_t chunks = std::max<int64_t>(1, std::min(heads, missing(turns)));
   const int64_t gradients = size * (heads * s.q_len * s.dim + s.k_len * (s.dim + s.v_dim));
   const int64_t affordable = kMaxSums * gradients / std::max<int64_t>(1, sum_size * heads * s.q_len * s.dim);
   const int64_t wanted = std::min({missing(turns * chunks), kMaxParts, affordable});
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, s.k_len / kLeastKeys));
   const int64_t tasks = turns * chunks * parts, team = min_threads(threads, tasks);
-  const int64_t most_heads = (heads + chunks - 1) / chunks;
+  const int64_t most_heads = std::max<int64_t>(1, (heads + chunks - 1) / chunks);
   auto dq_sums_bytes = [&](int64_t heads) { return kernel.dq_sums_count[type](s, heads) * sum_size; };
   const int64_t dk_count = kernel.dk_sums_count[type](s), dv_count = kernel.dv_sums_count[type](s);
 
@@ -121,8 +121,8 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
   Workspace work(team, kernel.backward_bytes[type](s, most_heads));
   // One part: a thread's sums are finished before it takes the next group. More: all are kept until the end.
   Workspace sums(parts == 1 ? team : groups * chunks, parts * dq_sums_bytes(most_heads));
-  Workspace dk_sums(chunks == 1 ? 0 : groups, chunks * dk_count * sum_size);
-  Workspace dv_sums(chunks == 1 ? 0 : groups, chunks * dv_count * sum_size);
+  Workspace dk_sums(chunks == 1 ? 0 : groups, chunks * dk_count * sum_size);  // fewer than kEnoughTasks key heads' worth
+  Workspace dv_sums(chunks == 1 ? 0 : groups, chunks * dv_count * sum_size);  // for each turn
   parallel_tasks(threads, tasks, [&](int64_t task, int thread) {
     const int64_t part = task % parts, chunk = task / parts % chunks;
     for (int64_t index = task / parts / chunks; index < groups; index += turns) {

@@ -30,7 +30,7 @@ void matmul(DType dtype, const Matmul& m, int threads) {
   };
   while (threads > 1 && !shared_out()) {
     if (cols > kLeastCols && std::min(m.cols, cols) > std::min(m.rows, rows)) {
-      cols = std::max(kLeastCols, cols / 2);
+      cols = std::max(kLeastCols, cols / 2 / kPanels * kPanels);
     } else if (rows > kLeastRows) {
       rows /= 2;
     } else {

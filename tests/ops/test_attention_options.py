@@ -136,6 +136,28 @@ def test_what_is_not_seen_does_not_leak(name, bad, backend, Tq):
             assert not spoiled[i][:, :, 140].any()
 
 
+@pytest.mark.parametrize("Tq", [1, 4, 70])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_seen_and_not_a_number_shows(backend, Tq):
+    q, k, v = operands(1, 2, 2, Tq, 300, 8, 8, torch.float32)
+    assert fastlm.attention(torch.full_like(q, float("nan")), k, v).isnan().all()
+    for t in (k, v):
+        before = t.clone()
+        t[:, :, :128] = float("nan")
+        assert fastlm.attention(q, k, v).isnan().all()
+        t.copy_(before)
+
+
+@pytest.mark.parametrize("sizes", [(1, 0, 2, 8, 8, 16, 16), (0, 2, 2, 8, 8, 16, 16), (2, 2, 1, 0, 8, 16, 16)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_nothing(backend, sizes):
+    leaves = [t.requires_grad_() for t in operands(*sizes, torch.float32)]
+    leaves.append(torch.zeros(sizes[3], sizes[4], requires_grad=True))
+    o = fastlm.attention(*leaves[:3], bias=leaves[3])
+    assert o.numel() == 0
+    assert not any(g.any() for g in torch.autograd.grad(o.sum(), leaves))
+
+
 @pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
 @pytest.mark.parametrize("threads", [1, 2, 7])
 def test_bits_do_not_depend_on_threads(threads):

@@ -23,6 +23,9 @@ OPS = {
     "glu": lambda x, u, w, t: fastlm.glu(x, u, "silu"),
     "layer_norm": lambda x, u, w, t: fastlm.layer_norm(x, (COLS,), w),
     "rms_norm with residual": lambda x, u, w, t: fastlm.rms_norm(x, (COLS,), w, residual=u)[0],
+    "rope": lambda x, u, w, t: fastlm.rope(
+        x[None, :, None, :], *(torch.linspace(0, 1, 90).expand(len(x), 90) + i for i in range(2))
+    )[0, :, 0],
     "cross_entropy": lambda x, u, w, t: fastlm.cross_entropy(x, t, reduction="none"),
 }
 

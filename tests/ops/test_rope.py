@@ -92,6 +92,14 @@ def test_opcheck(backend):
     torch.library.opcheck(overload("rope", backend), (x, cos[None], sin[None], False))
 
 
+@pytest.mark.parametrize("rows", [3, 7, 10])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_op_refuses_tables_that_do_not_fit(backend, rows):
+    cos, sin = tables(rows, 8)
+    with pytest.raises((ValueError, RuntimeError)):
+        overload("rope", backend)(numbers((2, 5, 3, 8)), cos[None], sin[None], False)
+
+
 def test_compiled():
     x, (cos, sin) = numbers((2, 3, 2, 8)), tables(3, 6)
     compiled = torch.compile(fastlm.rope, fullgraph=True, backend="aot_eager")

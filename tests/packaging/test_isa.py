@@ -70,6 +70,7 @@ def objects(tmp_path_factory):
         target = folder / f"{isa}.o"
         source = ROOT / "csrc" / "cpu" / "simd" / "kernels.cpp"
         options = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno", "-w"]
+        options.append("-fno-exceptions")
         command = [compiler, "-c", source, "-o", target, f"-DFASTLM_ISA={isa}", *options, *flags_of(isa)]
         subprocess.run(command, check=True, capture_output=True)
         return target

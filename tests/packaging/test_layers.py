@@ -82,7 +82,8 @@ def test_ops_do_not_know_each_other(path):
 
 def test_simd_sources_include_plain_headers_only():
     """Whatever is compiled with AVX-512 must not become the copy of a function that a lesser machine runs."""
-    plain = {"cstdint", "cstddef", "cstring", "cmath", "cfloat", "climits", "immintrin.h", "arm_neon.h"}
+    plain = {"cstdint", "cstddef", "cstring", "cmath", "cfloat", "climits", "type_traits", "immintrin.h", "arm_neon.h"}
+    plain.add("amx_in_software.h")  # of tests/kernels/amx, where it is asked for
     simd = ROOT / "csrc" / "cpu" / "simd"
     files = sorted(simd.iterdir())
     assert files

@@ -16,17 +16,25 @@ namespace {
 
 constexpr int kTileRows = 16;
 
+// The intrinsics do not tell the compiler which memory they read and write.
+inline void settle_memory() { asm volatile("" ::: "memory"); }
+
 // The tiles as they are used below, for the thread that holds it; before and after, they are another library's.
 class TileScope {
  public:
   TileScope() {
     _tile_storeconfig(&before_);
+    settle_memory();
     Config ours{};
     ours.palette = 1;
     for (int tile = 0; tile < 8; ++tile) ours.row_bytes[tile] = 64, ours.rows[tile] = kTileRows;
+    settle_memory();
     _tile_loadconfig(&ours);
   }
-  ~TileScope() { _tile_loadconfig(&before_); }
+  ~TileScope() {
+    settle_memory();
+    _tile_loadconfig(&before_);
+  }
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
 
@@ -60,6 +68,7 @@ inline void tile_block(int64_t depth, const uint32_t* a, int64_t lda, const uint
   static_assert(kVectors <= 2 && kLanes == 16);
   constexpr int64_t kWord = 4;
   alignas(64) uint32_t left[kTileRows * 16], right[kVectors][kTileRows * 16];
+  settle_memory();
   if (kAdd) {
     _tile_loadd(0, c, ldc * kWord);
     if (kVectors == 2) _tile_loadd(1, c + kLanes, ldc * kWord);
@@ -80,6 +89,7 @@ inline void tile_block(int64_t depth, const uint32_t* a, int64_t lda, const uint
     }
     if (kByDepth || words < 16) {
       pack_tile<kByDepth>(kByDepth ? a + k * lda : a + k, lda, words, left);
+      settle_memory();
       _tile_loadd(2, left, 64);
     } else {
       _tile_loadd(2, a + k, lda * kWord);
@@ -93,6 +103,7 @@ inline void tile_block(int64_t depth, const uint32_t* a, int64_t lda, const uint
   }
   _tile_stored(0, c, ldc * kWord);
   if (kVectors == 2) _tile_stored(1, c + kLanes, ldc * kWord);
+  settle_memory();
   if (kAdd || scale == 1) return;
   for (int i = 0; i < kTileRows; ++i) {
     for (int v = 0; v < kVectors; ++v) store(c + i * ldc + v * kLanes, load(c + i * ldc + v * kLanes) * splat<f32v>(scale));

@@ -334,8 +334,8 @@ void attend_row(const AttentionShape& s, const AttentionScores& h, const T* q, c
     }
     S before = top;
     for (int lane = 0; lane < kL; ++lane) top = tops[lane] > top ? tops[lane] : top;
-    if (top == -INFINITY) continue;
-    const V base = splat<V>(top), factor = exp2(splat<V>(before) - base);
+    // As in softmax_step: where nothing is visible yet, -inf - 0 makes every exponential 0, and NaN stays NaN.
+    const V base = splat<V>(top == -INFINITY ? 0 : top), factor = exp2(splat<V>(before) - base);
     V added{};
     for (int64_t n = 0; n < keys; n += kL) {
       V p = exp2(load(scores + n) - base);

@@ -37,6 +37,7 @@ inline float dot_bf16_rounds(int64_t rounds) {
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
+  settle_memory();
   _tile_loadd(4, halves, 64);
   _tile_loadd(5, halves, 64);
   for (int64_t round = 0; round < rounds; ++round) {
@@ -46,7 +47,10 @@ inline float dot_bf16_rounds(int64_t rounds) {
     _tile_dpbf16ps(3, 4, 5);
   }
   float total = 0;
-  auto add = [&] { total += sums[0] + sums[255]; };
+  auto add = [&] {
+    settle_memory();
+    total += sums[0] + sums[255];
+  };
   _tile_stored(0, sums, 64);
   add();
   _tile_stored(1, sums, 64);

@@ -15,7 +15,7 @@ from fastlm.benchmarks.stock import rotated
 
 
 def stock(cos: Tensor, sin: Tensor, x: Tensor) -> Tensor:
-    return rotated(x.transpose(1, 2), cos, sin).transpose(1, 2).to(x.dtype)
+    return rotated(x, cos[:, None], sin[:, None]).to(x.dtype)
 
 
 def build(dtype: torch.dtype, shape: tuple[int, int, int, int], device: str, quick: bool) -> Built:

@@ -67,9 +67,9 @@ def build(shape: GPTConfig, B: int, dtype: torch.dtype, device: str, quick: bool
             variants[name] = Variant(step(compiled(model), optimizer, idx, targets, autocast))
         else:
             gated[name].load_state_dict(weights)
-            outputs = partial(loss_and_gradients, gated[name].to(device), idx[:1], targets[:1], autocast)
+            outputs = partial(gate_outputs, model, gated[name].to(device), idx[:1], targets[:1], autocast)
             variants[name] = Variant(step(model, optimizer, idx, targets, autocast), outputs)
-    exact = partial(loss_and_gradients_in_float64, smooth, weights, idx[:1], targets[:1])
+    exact = partial(gate_outputs_in_float64, shape, smooth, weights, idx[:1], targets[:1])
     return Built(variants, exact, missing)
 
 
@@ -97,12 +97,20 @@ def loss_and_gradients(model: nn.Module, idx: Tensor, targets: Tensor, autocast)
     return {"loss": loss.detach()} | {f"gradient of {n}": g for n, g in zip(named, grads, strict=True)}
 
 
-def loss_and_gradients_in_float64(
-    shape: GPTConfig, weights: dict[str, Tensor], idx: Tensor, targets: Tensor
+def gate_outputs(timed: nn.Module, smooth: nn.Module, idx: Tensor, targets: Tensor, autocast) -> dict[str, Tensor]:
+    """Loss and gradients of the smooth model, and the loss of the one that is timed."""
+    with autocast(), torch.no_grad():
+        loss = timed(idx, targets)[1]
+    return loss_and_gradients(smooth, idx, targets, autocast) | {"loss of the timed model": loss}
+
+
+def gate_outputs_in_float64(
+    shape: GPTConfig, smooth: GPTConfig, weights: dict[str, Tensor], idx: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
-    model = StockGPT(shape).to(idx.device).double()
-    model.load_state_dict(weights)
-    return loss_and_gradients(model, idx, targets, partial(torch.autocast, idx.device.type, enabled=False))
+    models = [StockGPT(config).to(idx.device).double() for config in (shape, smooth)]
+    for model in models:
+        model.load_state_dict(weights)
+    return gate_outputs(*models, idx, targets, partial(torch.autocast, idx.device.type, enabled=False))
 
 
 def flops(shape: GPTConfig) -> float:

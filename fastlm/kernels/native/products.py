@@ -40,7 +40,7 @@ def _few_rows(x: Tensor, weight: Tensor) -> bool:
 
 def _wide(x: Tensor) -> bool:
     """Float32 where AVX-512 is in use."""
-    return x.dtype == torch.float32 and _native.cpu.active_isa().startswith("avx512")
+    return x.dtype == torch.float32 and _native.cpu.active_isa() in ("amx", "avx512bf16", "avx512")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
