@@ -121,8 +121,9 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
   Workspace work(team, kernel.backward_bytes[type](s, most_heads));
   // One part: a thread's sums are finished before it takes the next group. More: all are kept until the end.
   Workspace sums(parts == 1 ? team : groups * chunks, parts * dq_sums_bytes(most_heads));
-  Workspace dk_sums(chunks == 1 ? 0 : groups, chunks * dk_count * sum_size);  // fewer than kEnoughTasks key heads' worth
-  Workspace dv_sums(chunks == 1 ? 0 : groups, chunks * dv_count * sum_size);  // for each turn
+  // Not bought from kMaxSums: of few key heads, but for the whole batch where it shares one bias's gradient.
+  Workspace dk_sums(chunks == 1 ? 0 : groups, chunks * dk_count * sum_size);
+  Workspace dv_sums(chunks == 1 ? 0 : groups, chunks * dv_count * sum_size);
   parallel_tasks(threads, tasks, [&](int64_t task, int thread) {
     const int64_t part = task % parts, chunk = task / parts % chunks;
     for (int64_t index = task / parts / chunks; index < groups; index += turns) {

@@ -1,5 +1,5 @@
-// Matrix products of any size: a tile of C, kept in the second-level cache, sums up over blocks of the depth, for each of
-// which the parts of A and B that it needs are packed (Goto and van de Geijn, https://doi.org/10.1145/1356052.1356053).
+// Matrix products of any size: a tile of C sums up over blocks of the depth, for each of which the parts of A and B that it
+// needs are packed (Goto and van de Geijn, https://doi.org/10.1145/1356052.1356053).
 #include "gemm-inl.h"
 #include "matmul.h"
 
