@@ -114,6 +114,7 @@ template <class T> struct ForwardTiles {
   static constexpr int kL = word_lanes<W>, kTerms = terms_of<W>;
   static constexpr int64_t kPanel = kBlockVectors * kL;  // queries whose scores are worked on at a time
   static constexpr int64_t kPanels = (kQueryBlock + kPanel - 1) / kPanel;
+  static constexpr int64_t kStep = larger(kL, kBlockRows<W>);  // lanes of a panel whose keys end together
 
   int64_t q_words, k_ld, v_ld;
   W *q, *k, *v, *p;    // (panels, words of D, panel), (keys, words of D), (words of keys, Dv), (words of keys, panel)
@@ -147,17 +148,19 @@ template <class T> struct ForwardTiles {
   }
 };
 
-// Scores (keys, panel) to probabilities relative to the running maximum, which moves; returns whether any moved. Those
-// where `kept`, which may be null, is 0 count in the sum alone; dropout's scale is left to the end.
-template <class W>
-inline bool softmax_step(int64_t keys, int64_t lanes, int64_t ld, const sum_t<W>* scores, const sum_t<W>* kept, W* p,
-                         sum_t<W>* top, sum_t<W>* total, sum_t<W>* shrink) {
+// Scores (keys, panel) to probabilities relative to the running maximum, which moves; returns whether any moved. Of them
+// lane n has the first keys_of(n). Those where `kept`, which may be null, is 0 count in the sum alone; dropout's scale is
+// left to the end.
+template <class W, class KeysOf>
+inline bool softmax_step(const KeysOf& keys_of, int64_t lanes, int64_t ld, const sum_t<W>* scores, const sum_t<W>* kept,
+                         W* p, sum_t<W>* top, sum_t<W>* total, sum_t<W>* shrink) {
   using V = sum_vec<W>;
   constexpr int kTerms = terms_of<W>;
   constexpr int kChains = 4;  // maxima taken side by side, to hide the latency of one
   const V none = splat<V>(-INFINITY);
   bool moved = false;
   for (int64_t n = 0; n < lanes; n += word_lanes<W>) {
+    const int64_t keys = keys_of(n);
     const V before = load(top + n);
     V chain[kChains] = {before, before, before, before};
     int64_t j = 0;
@@ -202,11 +205,16 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
   const Seen seen = seen_at(s, h, i, j);
   const Tile masked = masked_tile(seen, rows, keys);
   if (masked == Tile::kEmpty) return;
-  product<W, Left::kByRows, Into::kStore>(
-      round_up(keys, kBlockRows<W>), lanes, t.k, t.k_ld, t.q + panel * t.q_words * kPanel, kPanel, t.scores, kPanel,
-      static_cast<sum_t<W>>(s.scale * kLog2E), [&](int64_t key, int64_t, int64_t row, int64_t count) {
-        return Depth{0, key <= row + count - 1 + shift ? s.dim : 0};
-      });
+  // Beyond these the triangle of scores is neither computed nor read.
+  auto keys_of = [&](int64_t n) { return smaller(keys, n / Tiles::kStep * Tiles::kStep + Tiles::kStep + shift); };
+  for (int64_t n = 0, key = 0; n < lanes; n += Tiles::kStep) {
+    const int64_t end = larger(key, round_up(keys_of(n), kBlockRows<W>));
+    product<W, Left::kByRows, Into::kStore>(
+        end - key, lanes - n, t.k + key * t.k_ld, t.k_ld, t.q + panel * t.q_words * kPanel + n, kPanel,
+        t.scores + key * kPanel + n, kPanel, static_cast<sum_t<W>>(s.scale * kLog2E),
+        [&](int64_t, int64_t, int64_t, int64_t) { return Depth{0, s.dim}; });
+    key = end;
+  }
   if (h.bias != nullptr) {
     const sum_t<W>* bias = static_cast<const sum_t<W>*>(h.bias) + i * s.bias_row + j;
     pack_transposed(bias, s.bias_row, rows, keys, t.over, kPanel, kPanel);
@@ -244,7 +252,7 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
     kept = t.over;
   }
   sum_t<W>* o = t.o + panel * kPanel * t.v_ld;
-  if (softmax_step<W>(keys, lanes, kPanel, t.scores, kept, t.p, t.top + panel * kPanel, t.total + panel * kPanel, t.shrink)) {
+  if (softmax_step<W>(keys_of, lanes, kPanel, t.scores, kept, t.p, t.top + panel * kPanel, t.total + panel * kPanel, t.shrink)) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t d = 0; d < t.v_ld; d += kL) {
         store(o + i * t.v_ld + d, load(o + i * t.v_ld + d) * splat<V>(t.shrink[i]));

@@ -43,7 +43,7 @@ struct AttentionGroup {
 };
 
 // Queries of a forward call: enough that packing a tile of keys costs little beside the products with it.
-constexpr int64_t kQueryBlock = 192;
+constexpr int64_t kQueryBlock = 256;
 // Keys in the cache at a time.
 constexpr int64_t kKeyTile = 128;
 
