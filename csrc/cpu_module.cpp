@@ -7,6 +7,7 @@
 #include "cpu/adam.h"
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
+#include "cpu/embedding.h"
 #include "cpu/isa.h"
 #include "cpu/limits.h"
 #include "cpu/matmul.h"
@@ -144,6 +145,24 @@ void rope(const TensorView& x, const TensorView& cos, const TensorView& sin, con
   FASTLM_CHECK(heads > 0 && x.shape[0] % heads == 0 && 2 * shape.half <= shape.dim, op, ": x must be rows of ", heads,
                " heads with at least ", 2 * shape.half, " elements, got ", x.describe());
   run_kernel(x.numel(), [&] { cpu::rope(x.dtype, shape, x.data, cos.data, sin.data, y.data, x.shape[0] / heads, threads); });
+}
+
+void embedding_backward(const TensorView& dy, const TensorView& index, const TensorView& dweight, int64_t padding,
+                        int threads) {
+  const char* op = "embedding_backward";
+  border.check_same_dense(op, dy, {});
+  border.check_matrix(op, "dy", dy, dy, true);
+  border.check_device(op, dy, dweight);
+  border.check_device(op, dy, index);
+  FASTLM_CHECK(index.dtype == DType::kI64 && index.contiguous() && index.numel() == dy.shape[0], op,
+               ": index must be contiguous int64 (", dy.shape[0], ",), got ", index.describe());
+  FASTLM_CHECK(dweight.ndim == 2 && dweight.dtype == dy.dtype && dweight.shape[1] == dy.shape[1] && dweight.contiguous(), op,
+               ": dweight must be a ", dtype_name(dy.dtype), " matrix of ", dy.shape[1], " columns with contiguous memory, got ",
+               dweight.describe());
+  run_kernel(dy.numel() + dweight.numel(), [&] {
+    cpu::embedding_backward(dy.dtype, dy.data, static_cast<const int64_t*>(index.data), index.numel(), dweight.data,
+                            dweight.shape[0], dweight.shape[1], padding, threads);
+  });
 }
 
 void adam_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
@@ -390,6 +409,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("sum_of_squares", &fastlm::sum_of_squares, "Over all elements of dense tensors.");
 
   // lower, diagonal: query i sees key j iff i + lower <= j <= i + diagonal. dbias is written where a query sees a key.
+  m.def("embedding_backward", &fastlm::embedding_backward, "dweight (V, N) from dy (M, N) and int64 index (M,).");
   m.def("rope", &fastlm::rope);
   m.def("attention_forward", &fastlm::attention_forward);
   m.def("attention_backward", &fastlm::attention_backward);

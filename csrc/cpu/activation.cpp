@@ -14,7 +14,7 @@ const ActivationKernels::OfDType& kernel_of(Act act, DType dtype) {
 
 void act_forward(Act act, DType dtype, const void* x, void* y, int64_t n, int threads) {
   auto kernel = kernel_of(act, dtype).forward;
-  const bool past = x != y && past_caches(n, dtype);
+  const bool past = x != y && past_caches(y, n, dtype);
   parallel_for(threads, n, kGrain, [&](int64_t begin, int64_t end) {
     kernel(at(x, begin, dtype), at(y, begin, dtype), end - begin, past);
   });
@@ -22,7 +22,7 @@ void act_forward(Act act, DType dtype, const void* x, void* y, int64_t n, int th
 
 void act_backward(Act act, DType dtype, const void* dy, const void* saved, void* dx, int64_t n, int threads) {
   auto kernel = kernel_of(act, dtype).backward;
-  const bool past = past_caches(n, dtype);
+  const bool past = past_caches(dx, n, dtype);
   parallel_for(threads, n, kGrain, [&](int64_t begin, int64_t end) {
     kernel(at(dy, begin, dtype), at(saved, begin, dtype), at(dx, begin, dtype), end - begin, past);
   });
@@ -31,7 +31,7 @@ void act_backward(Act act, DType dtype, const void* dy, const void* saved, void*
 void bias_act_forward(Act act, DType dtype, const void* x, const void* bias, void* y, int64_t rows, int64_t cols,
                       int threads) {
   auto kernel = kernel_of(act, dtype).bias_forward;
-  const bool past = past_caches(rows * cols, dtype);
+  const bool past = past_caches(y, rows * cols, dtype);
   parallel_for(threads, rows, row_grain(cols), [&](int64_t begin, int64_t end) {
     kernel(at(x, begin * cols, dtype), bias, at(y, begin * cols, dtype), end - begin, cols, past);
   });
@@ -40,7 +40,7 @@ void bias_act_forward(Act act, DType dtype, const void* x, const void* bias, voi
 void bias_act_backward(Act act, DType dtype, const void* dy, const void* saved, const void* bias, void* dx, void* dbias,
                        int64_t rows, int64_t cols, int threads) {
   auto kernel = kernel_of(act, dtype).bias_backward;
-  const bool past = past_caches(rows * cols, dtype);
+  const bool past = past_caches(dx, rows * cols, dtype);
   sum_by_chunks(dtype, rows, cols, cols, dbias, threads, [&](int64_t row, int64_t count, auto* sums) {
     int64_t offset = row * cols;
     kernel(at(dy, offset, dtype), at(saved, offset, dtype), bias, at(dx, offset, dtype), sums, count, cols, past);
@@ -50,7 +50,7 @@ void bias_act_backward(Act act, DType dtype, const void* dy, const void* saved, 
 void glu_forward(Act act, DType dtype, const void* gate, const void* up, void* y, int64_t rows, int64_t cols,
                  int64_t gate_row, int64_t up_row, int threads) {
   auto kernel = kernel_of(act, dtype).glu_forward;
-  const bool past = past_caches(rows * cols, dtype);
+  const bool past = past_caches(y, rows * cols, dtype);
   parallel_for(threads, rows, row_grain(cols), [&](int64_t begin, int64_t end) {
     kernel(at(gate, begin * gate_row, dtype), at(up, begin * up_row, dtype), at(y, begin * cols, dtype), end - begin, cols,
            gate_row, up_row, past);
@@ -60,7 +60,7 @@ void glu_forward(Act act, DType dtype, const void* gate, const void* up, void* y
 void glu_backward(Act act, DType dtype, const void* dy, const void* gate, const void* up, void* dgate, void* dup,
                   int64_t rows, int64_t cols, int64_t gate_row, int64_t up_row, int threads) {
   auto kernel = kernel_of(act, dtype).glu_backward;
-  const bool past = past_caches(rows * cols, dtype);
+  const bool past = past_caches(dgate, rows * cols, dtype);
   parallel_for(threads, rows, row_grain(cols), [&](int64_t begin, int64_t end) {
     kernel(at(dy, begin * cols, dtype), at(gate, begin * gate_row, dtype), at(up, begin * up_row, dtype),
            at(dgate, begin * cols, dtype), at(dup, begin * cols, dtype), end - begin, cols, gate_row, up_row, past);

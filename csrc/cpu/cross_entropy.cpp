@@ -34,7 +34,7 @@ void cross_entropy_backward(DType dtype, const void* g, const void* dlse, const 
                             const void* lse, void* dx, int64_t rows, const CrossEntropyShape& shape, int threads) {
   check_targets(target, rows, shape);
   auto kernel = kernels_for(dtype).cross_entropy.of[static_cast<int>(dtype)].backward;
-  const bool past = x != dx && past_caches(rows * shape.classes, dtype);
+  const bool past = x != dx && past_caches(dx, rows * shape.classes, dtype);
   DType sum = sum_dtype(dtype);
   parallel_for(threads, rows, row_grain(shape.classes), [&](int64_t begin, int64_t end) {
     kernel(at(g, begin, sum), at(dlse, begin, sum), at(x, begin * shape.classes, dtype), target + begin,

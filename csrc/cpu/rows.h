@@ -16,8 +16,8 @@ constexpr int64_t kGrain = 1 << 15;
 inline int64_t row_grain(int64_t cols) { return cols > 0 ? (kGrain + cols - 1) / cols : 1; }
 
 // Whether an output of so many elements is written past the caches. They would lose it before it is read, and read every
-// line of it from memory only to overwrite it.
-inline bool past_caches(int64_t elements, DType dtype) { return elements * size_of(dtype) >= int64_t{16} << 20; }
+// line of it from memory only to overwrite it. Not so where its pages are fresh: the system zeroes those in the caches.
+bool past_caches(const void* output, int64_t elements, DType dtype);
 
 inline const void* at(const void* base, int64_t offset, DType dtype) {
   return base == nullptr ? nullptr : static_cast<const char*>(base) + offset * size_of(dtype);

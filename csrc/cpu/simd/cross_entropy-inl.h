@@ -31,18 +31,15 @@ void cross_entropy_forward_of(const T* x, const int64_t* target, compute_t<T>* l
       const int64_t n = s.classes - begin < kBlock ? s.classes - begin : kBlock;
       auto z = [&](int64_t i, int count) { return logits_of<kCapped>(load_count(block + i, count), cap, inverse_cap); };
       V tops = splat<V>(-INFINITY), sums = V{}, alls = V{};
-      for_each_vector<V>(n, [&](int64_t i, int count) { tops = maximum(tops, first_of(z(i, count), count, tops)); });
+      // A NaN may get lost here, and comes back with the sum.
+      for_each_vector<V>(n, [&](int64_t i, int count) { tops = max(first_of(z(i, count), count, tops), tops); });
       C block_top = tops[0];
-      for (int i = 1; i < lanes_of<V>; ++i) block_top = block_top > tops[i] || block_top != block_top ? block_top : tops[i];
-      if (block_top == -INFINITY) {  // adds nothing, where exp(-inf - -inf) would be NaN
-        all = -INFINITY;
-        continue;
-      }
-      if (!(block_top <= top)) {
+      for (int i = 1; i < lanes_of<V>; ++i) block_top = block_top > tops[i] ? block_top : tops[i];
+      if (block_top > top) {
         total *= std::exp(top - block_top);
         top = block_top;
       }
-      const V base = splat<V>(top);
+      const V base = splat<V>(top == -INFINITY ? 0 : top);  // exp(-inf - -inf) would be NaN
       for_each_vector<V>(n, [&](int64_t i, int count) {
         V v = z(i, count);
         sums += first_of(exp2((v - base) * log2_e), count);

@@ -5,6 +5,7 @@
 #include "adam-inl.h"
 #include "attention-inl.h"
 #include "cross_entropy-inl.h"
+#include "embedding-inl.h"
 #include "limits-inl.h"
 #include "matmul-inl.h"
 #include "norm-inl.h"
@@ -17,7 +18,7 @@ namespace fastlm::cpu::FASTLM_ISA {
 
 extern const Kernels kTable;
 const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels,   kAttentionKernels,
-                        kCrossEntropyKernels,      kLimitsKernels,     kMatmulKernels, kNormKernels,
-                        kRopeKernels};
+                        kCrossEntropyKernels,      kEmbeddingKernels,  kLimitsKernels, kMatmulKernels,
+                        kNormKernels,              kRopeKernels};
 
 }  // namespace fastlm::cpu::FASTLM_ISA

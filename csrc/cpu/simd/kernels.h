@@ -8,6 +8,7 @@
 #include "adam.h"
 #include "attention.h"
 #include "cross_entropy.h"
+#include "embedding.h"
 #include "limits.h"
 #include "matmul.h"
 #include "norm.h"
@@ -21,6 +22,7 @@ struct Kernels {
   AdamKernels adam;
   AttentionKernels attention;
   CrossEntropyKernels cross_entropy;
+  EmbeddingKernels embedding;
   LimitsKernels limits;
   MatmulKernels matmul;
   NormKernels norm;

@@ -236,10 +236,30 @@ inline f64v sqrt(f64v v) {
 }
 
 // The larger; b where either is NaN.
+// b where either is NaN.
 template <class V> inline V max(V a, V b) { return a > b ? a : b; }
+template <class V> inline V min(V a, V b) { return a < b ? a : b; }
+// The same in one instruction, which GCC 12 does not find.
+#if defined(__AVX512F__)
+inline f32v max(f32v a, f32v b) { return (f32v)_mm512_max_ps((__m512)a, (__m512)b); }
+inline f32v min(f32v a, f32v b) { return (f32v)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+inline f32v max(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
+inline f32v min(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
+#endif
 // NaN in either stays NaN.
 template <class V> inline V maximum(V a, V b) { return ((a > b) | (a != a)) ? a : b; }
-template <class V> inline V abs(V x) { return x < V{} ? -x : x; }
+inline f32v abs(f32v x) { return (f32v)((i32v)x & 0x7fffffff); }
+
+// 1 / x within an ulp, for x far from the ends of float's range.
+inline f32v reciprocal(f32v x) {
+#if defined(__AVX512F__)
+  f32v r = (f32v)_mm512_rcp14_ps((__m512)x);
+  return fma(r, fma(-x, r, splat<f32v>(1)), r);
+#else
+  return 1.0f / x;
+#endif
+}
 
 template <class M> inline bool any(M mask) {
   for (int i = 0; i < static_cast<int>(sizeof(M) / sizeof(mask[0])); ++i) {
@@ -273,7 +293,7 @@ inline f32v exp2_bounded(f32v x, f32v excess) {
 }
 inline f32v exp2(f32v x) {
 #if !(defined(__AVX512F__) && defined(__AVX512DQ__))  // its instructions take any x
-  x = x < -160.0f ? splat<f32v>(-160.0f) : (x > 160.0f ? splat<f32v>(160.0f) : x);  // NaN stays
+  x = min(splat<f32v>(160), max(splat<f32v>(-160), x));  // NaN stays
 #endif
   return exp2_bounded(x, f32v{});
 }
@@ -282,12 +302,14 @@ inline f64v exp2(f64v x) {
   return x;
 }
 
-// e^x within 2 ulp. The rounding of x log2(e) would cost |x| / 2 ulp: it is found exactly and put back.
-inline f32v exp(f32v x) {
-  x = x < -110.0f ? splat<f32v>(-110.0f) : (x > 110.0f ? splat<f32v>(110.0f) : x);  // NaN stays; e^110 is inf, e^-110 is 0
+// e^x within 2 ulp, for |x| <= 110. The rounding of x log2(e) would cost |x| / 2 ulp: it is found exactly and put back.
+inline f32v exp_bounded(f32v x) {
   f32v scaled = x * 0x1.715476p+0f;
   f32v excess = fma(x, splat<f32v>(-0x1.715476p+0f), scaled);
   return exp2_bounded(scaled, fma(x, splat<f32v>(-0x1.4ae0c0p-26f), excess));
+}
+inline f32v exp(f32v x) {  // NaN stays; e^110 is inf, e^-110 is 0
+  return exp_bounded(min(splat<f32v>(110), max(splat<f32v>(-110), x)));
 }
 inline f64v exp(f64v x) {
   for (int i = 0; i < lanes_of<f64v>; ++i) x[i] = std::exp(x[i]);

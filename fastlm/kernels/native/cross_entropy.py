@@ -48,8 +48,8 @@ if _native.cpu is not None:
         return dx
 
     # Rows whose logits are held at a time: a tenth of all, since each time the gradient of the weight is read and
-    # written, but no more than products need to be fast.
-    _LEAST_ROWS, _SHARE_OF_ROWS, _MOST_ROWS = 128, 10, 1024
+    # written, but no more than products need to be fast; and as many as make 4 Mi logits, however few those are.
+    _LEAST_ROWS, _SHARE_OF_ROWS, _MOST_ROWS, _LEAST_LOGITS = 128, 10, 1024, 4 << 20
 
     def _unsupported_linear(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *_: object) -> str | None:
         return unsupported_dtype(x)
@@ -66,7 +66,7 @@ if _native.cpu is not None:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else x.new_empty(0)
         dweight = torch.zeros_like(weight, dtype=wide, memory_format=torch.contiguous_format) if wanted[1] else None
         dbias = torch.zeros(weight.shape[0], dtype=wide) if wanted[2] else None
-        rows = max(_LEAST_ROWS, min(_MOST_ROWS, len(x) // _SHARE_OF_ROWS))
+        rows = max(_LEAST_ROWS, min(_MOST_ROWS, len(x) // _SHARE_OF_ROWS), _LEAST_LOGITS // max(1, weight.shape[0]))
         for begin in range(0, len(x), rows):
             part, classes = x[begin : begin + rows], target[begin : begin + rows]
             logits = linear(part, weight, bias)

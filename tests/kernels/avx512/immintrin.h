@@ -120,6 +120,26 @@ FASTLM_EMULATED __m512 _mm512_reduce_ps(__m512 a, int) {
   for (int i = 0; i < 16; ++i) a[i] = std::isinf(a[i]) ? 0.0f : a[i] - std::floor(a[i]);
   return a;
 }
+// b where either is NaN.
+FASTLM_EMULATED __m512 _mm512_max_ps(__m512 a, __m512 b) {
+  for (int i = 0; i < 16; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
+  return a;
+}
+FASTLM_EMULATED __m512 _mm512_min_ps(__m512 a, __m512 b) {
+  for (int i = 0; i < 16; ++i) a[i] = a[i] < b[i] ? a[i] : b[i];
+  return a;
+}
+// Of the 14 bits that are promised, and no more.
+FASTLM_EMULATED __m512 _mm512_rcp14_ps(__m512 a) {
+  for (int i = 0; i < 16; ++i) {
+    float r = 1.0f / a[i];
+    uint32_t bits;
+    std::memcpy(&bits, &r, 4);
+    bits = (bits + (1u << 8)) & ~((1u << 9) - 1);
+    std::memcpy(&a[i], &bits, 4);
+  }
+  return a;
+}
 // a 2^floor(b)
 FASTLM_EMULATED float scaled(float a, float b) {
   if (std::isnan(a) || std::isnan(b)) return NAN;
