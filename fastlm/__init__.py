@@ -9,6 +9,7 @@ from fastlm.ops.activation import gelu, sigmoid, silu, tanh
 from fastlm.ops.attention import attention, scaled_dot_product_attention
 from fastlm.ops.bias_act import bias_act
 from fastlm.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from fastlm.ops.embedding import embedding
 from fastlm.ops.glu import glu
 from fastlm.ops.linear_act import linear_act
 from fastlm.ops.norm import layer_norm, rms_norm
@@ -33,6 +34,7 @@ __all__ = [
     "backends",
     "bias_act",
     "cross_entropy",
+    "embedding",
     "gelu",
     "glu",
     "layer_norm",

@@ -87,7 +87,35 @@ class use_backend:
 
 def backend_is_free() -> bool:
     """Whether a call too small to be worth an op's own cost may be left to plain torch: no backend was asked for."""
-    return _state.backend == "auto"
+    return _small_calls_to_torch and _state.backend == "auto"
+
+
+_small_calls_to_torch = True  # but in tests of the kernels
+
+
+def small(elements: int, in_16_bits: int) -> dict[torch.dtype, int]:
+    """Bounds for `left_to_torch`."""
+    return dict.fromkeys((torch.float32, torch.float64), elements) | dict.fromkeys(
+        (torch.bfloat16, torch.float16), in_16_bits
+    )
+
+
+def left_to_torch(x: Tensor, bounds: dict[torch.dtype, int], work: int = 1) -> bool:
+    """The same for a call on x, which has so few elements, times `work`, that torch is as fast, forward and backward.
+
+    Not while compiling, where Inductor sees the op as it is, nor under autocast, where torch's may have another rule.
+    The bounds are measured with AVX-512 (bench/LOG.md). What torch then refuses, the op is to refuse in its own words.
+    """
+    kind = type(x)
+    return (
+        _small_calls_to_torch
+        and (kind is Tensor or kind is Parameter)
+        and not _is_compiling()
+        and x.numel() * work < bounds.get(x.dtype, 0)
+        and x.is_cpu
+        and _state.backend == "auto"
+        and not _is_any_autocast_enabled()
+    )
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -519,6 +547,8 @@ def backends(op: str | None = None, **example_args: Any) -> Any:
         op: an op's name, such as "attention"; None gives a dict over all ops.
         example_args: the public function's arguments. With them the answer is for that call, on its tensors' device;
             without, for the default device (CUDA where there is one).
+
+    Not told: a call on the CPU so small that plain torch is as fast goes there, where no backend was asked for.
     """
     if op is None:
         return {name: backends(name) for name in _ops}
@@ -580,7 +610,7 @@ def _plain_cpu(args: Sequence[Any]) -> bool | None:
     return requires_grad
 
 
-def readable_values(t: Tensor) -> list | None:
+def readable_values(t: Tensor) -> Any:
     """The numbers of a tensor, or None where reading them would wait for a GPU or stand in the way of a trace."""
     plain = not _is_compiling() and _undisturbed() and _plain_cpu((t,)) is not None
     return t.tolist() if plain else None

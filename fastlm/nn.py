@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from fastlm.ops.activation import gelu, sigmoid, silu, tanh
+from fastlm.ops.embedding import embedding
 from fastlm.ops.linear_act import linear_act
 from fastlm.ops.norm import layer_norm
 from fastlm.ops.relu import relu, relu_squared
@@ -30,13 +31,13 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, residual)
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether `layer` is an `nn.Linear` as torch made it, so that its weight and bias are all there is to it.
+def is_plain(layer: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether `layer` is of a kind as torch made it, so that its weight and bias are all there is to it.
 
     Not where something was put in its place or onto it: an adapter, a quantised, sharded or parametrised layer, a hook.
     """
     return (
-        type(layer) is nn.Linear
+        type(layer) is kind
         and type(layer.weight) in (Tensor, nn.Parameter)
         and not (
             layer._forward_pre_hooks
@@ -53,3 +54,10 @@ def apply_linear(layer: nn.Module, x: Tensor, act: str = "none") -> Tensor:
     if is_plain(layer):
         return linear_act(x, layer.weight, layer.bias, act)
     return ACTIVATIONS[act](layer(x))
+
+
+def apply_embedding(layer: nn.Module, idx: Tensor) -> Tensor:
+    """layer(idx): by `fastlm.embedding` where the layer is plain and has no options; any other is called as ever."""
+    if is_plain(layer, nn.Embedding) and layer.max_norm is None and not (layer.scale_grad_by_freq or layer.sparse):
+        return embedding(idx, layer.weight, layer.padding_idx)
+    return layer(idx)

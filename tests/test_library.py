@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from every_op import differing, every_op_once
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,14 +38,14 @@ def test_use_backend_chooses_the_namespace_and_comes_back():
         if name == "triton" or (name == "native" and _native.cpu is None):
             continue
         with Recorder() as recorder, fastlm.use_backend(name):
-            fastlm.relu(x)
-        assert recorder.seen[0] == f"{namespace}.relu.default"
+            fastlm.gelu(x)
+        assert recorder.seen[0] == f"{namespace}.gelu.default"
     with pytest.raises(KeyError), fastlm.use_backend("reference"):
         raise KeyError
     with Recorder() as recorder:
-        fastlm.relu(x)
+        fastlm.gelu(x)
     expected = _library.NAMESPACES[os.environ.get("FASTLM_BACKEND") or "auto"]
-    assert recorder.seen[0] == f"{expected}.relu.default"
+    assert recorder.seen[0] == f"{expected}.gelu.default"
 
 
 def test_backward_runs_where_the_forward_ran():
@@ -127,7 +128,7 @@ def test_unknown_backends_get_a_sentence():
 
 @needs_cpu_module
 def test_an_unknown_instruction_set_gets_a_sentence():
-    done = run_python("import torch, fastlm; fastlm.relu(torch.ones(3))", FASTLM_CPU_ISA="sse9")
+    done = run_python("import torch, fastlm; fastlm.gelu(torch.ones(3))", FASTLM_CPU_ISA="sse9")
     assert done.returncode != 0 and "FASTLM_CPU_ISA must be one of" in done.stderr and "got sse9" in done.stderr
 
 
@@ -243,8 +244,8 @@ def test_torch_function_modes_and_subclasses_are_not_bypassed():
             return super().__torch_function__(func, types, args, kwargs or {})
 
     seen = []
-    y = fastlm.relu(torch.randn(3).as_subclass(Loud))
-    assert isinstance(y, Loud) and any("relu" in name for name in seen)
+    y = fastlm.gelu(torch.randn(3).as_subclass(Loud))
+    assert isinstance(y, Loud) and any("fastlm.gelu" in name for name in seen)
 
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -252,8 +253,8 @@ def test_torch_function_modes_and_subclasses_are_not_bypassed():
             return func(*args, **(kwargs or {}))
 
     with Mode():
-        fastlm.relu(torch.randn(3))
-    assert any(name.startswith("mode") and "relu" in name for name in seen)
+        fastlm.gelu(torch.randn(3))
+    assert any(name.startswith("mode") and "fastlm.gelu" in name for name in seen)
 
 
 def test_batched_gradients_are_not_taken_for_plain_tensors():
@@ -266,18 +267,19 @@ def test_batched_gradients_are_not_taken_for_plain_tensors():
 
         @staticmethod
         def backward(ctx, dy):
-            return fastlm.relu(dy) + fastlm.bias_act(dy, torch.ones(3))
+            return fastlm.gelu(dy) + fastlm.bias_act(dy, torch.ones(3), "gelu")
 
     x, dy = torch.randn(2, 3, requires_grad=True), torch.randn(4, 2, 3)
     (dx,) = torch.autograd.grad(Activate.apply(x), x, dy, is_grads_batched=True)
-    torch.testing.assert_close(dx, torch.relu(dy) + torch.relu(dy + 1))
+    torch.testing.assert_close(dx, F.gelu(dy) + F.gelu(dy + 1))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_tracing_records_the_op():
-    traced = torch.jit.trace(fastlm.relu, torch.randn(3), check_trace=False)
+    traced = torch.jit.trace(fastlm.gelu, torch.randn(3), check_trace=False)
     x = torch.tensor([-1.0, 2.0, -3.0])
-    assert torch.equal(traced(x), torch.relu(x))
+    torch.testing.assert_close(traced(x), F.gelu(x))
+    assert "fastlm::gelu" in str(traced.graph)
 
 
 @needs_cpu_module

@@ -7,7 +7,7 @@ from torch import nn
 
 import fastlm.nn
 from fastlm.models import GPT, GPTConfig
-from fastlm.nn import apply_linear
+from fastlm.nn import apply_embedding, apply_linear
 
 
 class Adapted(nn.Module):
@@ -117,3 +117,17 @@ def test_a_models_layers_can_be_replaced():
         assert not torch.allclose(model(idx)[0], before), name
         setattr(parent, name, layer)
     torch.testing.assert_close(model(idx)[0], before)
+
+
+def test_apply_embedding_takes_plain_layers_alone(monkeypatch):
+    calls = []
+    real = fastlm.nn.embedding
+    monkeypatch.setattr(fastlm.nn, "embedding", lambda *args: calls.append(args) or real(*args))
+    idx = torch.randint(9, (4, 10))
+    for options, ours in (({}, 1), ({"padding_idx": 2}, 1), ({"scale_grad_by_freq": True}, 0), ({"max_norm": 0.5}, 0)):
+        calls.clear()
+        layer = nn.Embedding(9, 5, **options)
+        y = apply_embedding(layer, idx)
+        assert torch.equal(y, layer(idx)) and len(calls) == ours
+        (got,), (want,) = (torch.autograd.grad(t.square().sum(), layer.weight) for t in (y, layer(idx)))
+        torch.testing.assert_close(got, want)

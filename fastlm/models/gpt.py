@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlm.nn import LayerNorm, apply_linear, is_plain
+from fastlm.nn import LayerNorm, apply_embedding, apply_linear, is_plain
 from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from fastlm.ops.norm import rms_norm
@@ -219,7 +219,7 @@ class GPT(nn.Module):
             raise ValueError(f"GPT: idx must have the cache's {cache.batch_size} rows, got {B}")
 
         cos, sin = self.rope_cos[start : start + T], self.rope_sin[start : start + T]  # (T, D/2)
-        x = self.drop(self.embed(idx))  # (B, T, C)
+        x = self.drop(apply_embedding(self.embed, idx))  # (B, T, C)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, layer, cache)  # (B, T, C)
         if cache is not None:

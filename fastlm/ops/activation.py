@@ -7,11 +7,12 @@ their output, which the next layer keeps anyway; gelu and silu their input, by r
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT
 from fastlm._checks import check_floating_point
-from fastlm._library import define_op
+from fastlm._library import define_op, left_to_torch, small
 
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by `approximate`
 
@@ -78,6 +79,8 @@ def _define(name: str):
     ).unary()
 
 
+# Elements up to which torch's are as fast.
+_SMALL, _SMALL_SILU = small(1 << 14, 1 << 16), small(1 << 17, 1 << 17)
 _silu, _sigmoid, _tanh = map(_define, ("silu", "sigmoid", "tanh"))
 
 
@@ -116,7 +119,7 @@ def silu(x: Tensor) -> Tensor:
 
     Under torch.compile it becomes torch's silu, so that Inductor fuses it with its neighbours.
     """
-    return _silu(x)
+    return F.silu(x) if left_to_torch(x, _SMALL_SILU) else _silu(x)
 
 
 def sigmoid(x: Tensor) -> Tensor:
@@ -133,7 +136,7 @@ def sigmoid(x: Tensor) -> Tensor:
 
     Under torch.compile it becomes torch.sigmoid, so that Inductor fuses it with its neighbours.
     """
-    return _sigmoid(x)
+    return torch.sigmoid(x) if left_to_torch(x, _SMALL) else _sigmoid(x)
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -150,4 +153,4 @@ def tanh(x: Tensor) -> Tensor:
 
     Under torch.compile it becomes torch.tanh, so that Inductor fuses it with its neighbours.
     """
-    return _tanh(x)
+    return torch.tanh(x) if left_to_torch(x, _SMALL) else _tanh(x)

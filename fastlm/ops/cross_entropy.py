@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm._checks import autocast_on, check_floating_point, check_number, check_same_dtype, check_tensor
-from fastlm._library import define_op, readable_values
+from fastlm._library import define_op, left_to_torch, readable_values, small
 
+# Logits, and multiplications of linear_cross_entropy, up to which plain torch is as fast.
+_SMALL, _SMALL_LINEAR = small(1 << 19, 1 << 19), small(1 << 27, 1 << 27)
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -241,6 +243,18 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    plain = weight is None and softcap is None and type(z_loss) is type(label_smoothing) is float and z_loss == 0
+    if plain and left_to_torch(input, _SMALL) and reduction in _REDUCTIONS and 0 <= label_smoothing <= 1:
+        try:
+            # Where nothing is ignored: else torch makes NaN of the gradient of an ignored row that holds one.
+            lowest = readable_values(target.min()) if target.dtype == torch.int64 and ignore_index < 0 else None
+            if lowest is not None and lowest >= 0:
+                # torch would sum 16-bit logits in 16 bits.
+                logits = input if input.dtype.itemsize > 2 else input.float()
+                loss = F.cross_entropy(logits, target, None, None, ignore_index, None, reduction, label_smoothing)
+                return loss if logits is input else loss.to(input.dtype)
+        except Exception:
+            pass  # is said below
     options = (weight, None, ignore_index, None, reduction, label_smoothing, z_loss, softcap)
     x, rows, weight, ignore_index, *rest = _arguments(input, target, *options)
     differentiate = any(t is not None and t.requires_grad for t in (rows, weight))
@@ -384,8 +398,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """cross_entropy(x weight' + bias, target) without holding all logits: a language model's last layer and loss.
 
-    Their gradients are made together with the loss, some rows at a time, and only scaled in backward. With reduction
-    none, in second derivatives and on a GPU, where the reference runs, all logits are held.
+    Their gradients are made together with the loss, some rows at a time (a tenth, or 4 Mi logits if that is more), and
+    only scaled in backward. With reduction none, in second derivatives and on a GPU, where the reference runs, all
+    logits are held.
 
     Args:
         x: (..., D), floating point.
@@ -401,6 +416,26 @@ def linear_cross_entropy(
         ValueError: sizes, devices or options that do not fit. TypeError: dtypes that do not fit. IndexError: a target
         that is no class.
     """
+    try:
+        C, D = weight.shape
+        if (
+            reduction != "none"
+            and left_to_torch(x, _SMALL_LINEAR, C)
+            and x.shape[-1] == D
+            and x.numel() * C <= D << 22  # 4 Mi logits
+            and weight.is_cpu
+            and target.shape == x.shape[:-1]
+            and not target.is_floating_point()
+            and (bias is None or (bias.shape == (C,) and bias.dtype == x.dtype and bias.is_cpu))
+        ):
+            logits = F.linear(x, weight, bias)
+            return cross_entropy(
+                logits if x.dim() == 2 else logits.view(-1, C), target if x.dim() == 2 else target.reshape(-1),
+                ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
+                softcap=softcap,
+            )  # fmt: skip
+    except Exception:
+        pass  # is said below
     args = _linear_arguments(x, weight, target, bias, ignore_index, reduction, label_smoothing, z_loss, softcap)
     if reduction == "none":
         losses = cross_entropy(

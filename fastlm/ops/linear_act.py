@@ -15,12 +15,10 @@ from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT, check_activation
 from fastlm._checks import autocast_on, check_floating_point, check_same_dtype
-from fastlm._library import backend_is_free, define_op
+from fastlm._library import backend_is_free, define_op, left_to_torch, small
 
-# Multiplications below which a layer is left to plain torch: the op costs what it saves. With AVX-512, float32 products
-# are twice as fast as torch's; elsewhere only passes over memory are saved. From `fastlm bench linear_sweep`.
-_SMALL = 1 << 22 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1 << 25
-_SMALL_IN_16_BITS = 1 << 27
+# Multiplications below which a layer is left to plain torch: the op costs what it saves (`fastlm bench linear_sweep`).
+_SMALL = small(1 << 25, 1 << 27)
 
 
 def linear_act_reference(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, keep: bool) -> tuple[Tensor, Tensor]:
@@ -150,9 +148,16 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str =
         ValueError: an unknown act, sizes or devices that do not fit.
         TypeError: dtypes that do not fit.
     """
+    try:
+        N, _ = weight.shape
+        fits = bias is None or (bias.shape == (N,) and bias.dtype == x.dtype and bias.is_cpu)
+        if fits and weight.is_cpu and left_to_torch(x, _SMALL, N):
+            return ACTIVATIONS[act](F.linear(x, weight, bias))
+    except Exception:
+        pass  # is said below
     rows, weight, bias, act, keep = _arguments(x, weight, bias, act)
-    small = _SMALL if x.dtype == torch.float32 and not autocast_on(x.device) else _SMALL_IN_16_BITS
-    if rows.numel() * weight.shape[0] < small and backend_is_free():
+    dtype = torch.bfloat16 if autocast_on(x.device) else x.dtype  # any other of 16 bits has the same bound
+    if rows.numel() * weight.shape[0] < _SMALL[dtype] and backend_is_free():
         return ACTIVATIONS[act](F.linear(x, weight, bias))
     y, _ = _linear_act(rows, weight, bias, act, keep)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

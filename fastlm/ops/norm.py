@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from fastlm._checks import check_floating_point, check_number
-from fastlm._library import define_op
+from fastlm._library import define_op, left_to_torch, small
+
+# Elements up to which torch's are as fast.
+_SMALL_LAYER_NORM, _SMALL_RMS_NORM = small(1 << 19, 1 << 18), small(1 << 15, 1 << 15)
+
+_EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}  # rms_norm's, where not given
 
 
 def _wide(t: Tensor | None, like: Tensor) -> Tensor | None:
@@ -211,6 +216,15 @@ def layer_norm(
     Raises:
         ValueError: sizes or devices that do not fit. TypeError: dtypes that do not fit.
     """
+    # Not where a graph may be wanted: torch sums 16-bit gradients of weight and bias in 16 bits, and its third
+    # derivative is wrong.
+    if residual is None and not torch.is_grad_enabled() and left_to_torch(x, _SMALL_LAYER_NORM):
+        try:
+            if type(eps) is float and all(t is None or (t.dtype == x.dtype and t.is_cpu) for t in (weight, bias)):
+                shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+                return torch.layer_norm(x, shape, weight, bias, eps)
+        except Exception:
+            pass  # is said below
     extras = {"weight": weight, "bias": bias}
     return _run("layer_norm", _layer_norm, _add_layer_norm, x, normalized_shape, extras, eps, residual)
 
@@ -240,5 +254,12 @@ def rms_norm(
     """
     if eps is None:
         check_floating_point("fastlm.rms_norm", "x", x)
-        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        eps = _EPS.get(x.dtype, _EPS[torch.float32])
+    if residual is None and left_to_torch(x, _SMALL_RMS_NORM):
+        try:
+            if type(eps) is float and (weight is None or (weight.dtype == x.dtype and weight.is_cpu)):
+                shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+                return torch.rms_norm(x, shape, weight, eps).contiguous()
+        except Exception:
+            pass  # is said below
     return _run("rms_norm", _rms_norm, _add_rms_norm, x, normalized_shape, {"weight": weight}, eps, residual)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS
 from fastlm._checks import check_floating_point
-from fastlm._library import define_op
+from fastlm._library import define_op, left_to_torch, small
 
 
 def relu_reference(x: Tensor) -> Tensor:
@@ -74,6 +74,8 @@ _relu_squared = define_op(
 )
 
 
+# Elements up to which torch's is as fast: in the caches nothing can be saved.
+_SMALL, _SMALL_SQUARED = small(1 << 22, 1 << 18), small(1 << 16, 1 << 16)
 _fast_relu, _fast_relu_squared = _relu.unary(), _relu_squared.unary()
 
 
@@ -91,7 +93,7 @@ def relu(x: Tensor) -> Tensor:
 
     Under torch.compile it becomes torch.relu, so that Inductor fuses it with its neighbours.
     """
-    return _fast_relu(x)
+    return torch.relu(x) if left_to_torch(x, _SMALL) else _fast_relu(x)
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -108,4 +110,4 @@ def relu_squared(x: Tensor) -> Tensor:
 
     Under torch.compile it becomes plain torch, so that Inductor fuses it with its neighbours.
     """
-    return _fast_relu_squared(x)
+    return ACTIVATIONS["relu_squared"](x) if left_to_torch(x, _SMALL_SQUARED) else _fast_relu_squared(x)

@@ -10,6 +10,12 @@ from fastlm import _native
 pytestmark = pytest.mark.skipif(_native.cpu is None, reason=_native.reasons.get("cpu", ""))
 
 
+@pytest.fixture(autouse=True)
+def kernels():
+    with fastlm.use_backend("native"):  # plain torch would take small tensors
+        yield
+
+
 @pytest.fixture(params=["exchange", "attributes"])
 def reader(request):
     """Through the DLPack exchange capsule, and as on a torch without one."""

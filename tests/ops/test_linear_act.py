@@ -211,7 +211,10 @@ def test_products_of_onednn(monkeypatch):
 
 
 def test_small_layers_are_left_to_torch(monkeypatch):
+    from fastlm import _library
     from fastlm.ops import linear_act
+
+    monkeypatch.setattr(_library, "_small_calls_to_torch", True)
 
     x, weight = numbers((2, 8)).requires_grad_(), numbers((4, 8), seed=1)
     named = lambda y: type(y.grad_fn).__name__  # noqa: E731
@@ -219,11 +222,11 @@ def test_small_layers_are_left_to_torch(monkeypatch):
         assert "linear_act" in named(fastlm.linear_act(x, weight))
     with fastlm.use_backend("auto"):
         assert named(fastlm.linear_act(x, weight)) == "ReluBackward0"
-        monkeypatch.setattr(linear_act, "_SMALL", 64)
+        monkeypatch.setattr(linear_act, "_SMALL", linear_act.small(64, 1 << 27))
         assert "linear_act" in named(fastlm.linear_act(x, weight))
         with torch.autocast("cpu", torch.bfloat16):
             assert named(fastlm.linear_act(x, weight)) == "ReluBackward0"
-            monkeypatch.setattr(linear_act, "_SMALL_IN_16_BITS", 64)
+            monkeypatch.setattr(linear_act, "_SMALL", linear_act.small(64, 64))
             assert "linear_act" in named(fastlm.linear_act(x, weight))
 
 
