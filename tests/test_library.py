@@ -245,7 +245,7 @@ def test_torch_function_modes_and_subclasses_are_not_bypassed():
 
     seen = []
     y = fastlm.gelu(torch.randn(3).as_subclass(Loud))
-    assert isinstance(y, Loud) and any("fastlm.gelu" in name for name in seen)
+    assert isinstance(y, Loud) and any("fastlm" in name and "gelu" in name for name in seen)
 
     class Mode(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -254,7 +254,7 @@ def test_torch_function_modes_and_subclasses_are_not_bypassed():
 
     with Mode():
         fastlm.gelu(torch.randn(3))
-    assert any(name.startswith("mode") and "fastlm.gelu" in name for name in seen)
+    assert any(name.startswith("mode") and "fastlm" in name and "gelu" in name for name in seen)
 
 
 def test_batched_gradients_are_not_taken_for_plain_tensors():
@@ -279,7 +279,7 @@ def test_tracing_records_the_op():
     traced = torch.jit.trace(fastlm.gelu, torch.randn(3), check_trace=False)
     x = torch.tensor([-1.0, 2.0, -3.0])
     torch.testing.assert_close(traced(x), F.gelu(x))
-    assert "fastlm::gelu" in str(traced.graph)
+    assert "fastlm" in str(traced.graph) and "::gelu(" in str(traced.graph)
 
 
 @needs_cpu_module
