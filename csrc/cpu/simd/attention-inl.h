@@ -205,7 +205,7 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
   const Seen seen = seen_at(s, h, i, j);
   const Tile masked = masked_tile(seen, rows, keys);
   if (masked == Tile::kEmpty) return;
-  // Beyond these the triangle of scores is neither computed nor read.
+  // Beyond these the triangle of scores is not computed, and what lies there does not count.
   auto keys_of = [&](int64_t n) { return smaller(keys, n / Tiles::kStep * Tiles::kStep + Tiles::kStep + shift); };
   for (int64_t n = 0, key = 0; n < lanes; n += Tiles::kStep) {
     const int64_t end = larger(key, round_up(keys_of(n), kBlockRows<W>));
