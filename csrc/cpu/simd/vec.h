@@ -235,8 +235,7 @@ inline f64v sqrt(f64v v) {
   return v;
 }
 
-// The larger; b where either is NaN.
-// b where either is NaN.
+// The larger, the smaller; b where either is NaN.
 template <class V> inline V max(V a, V b) { return a > b ? a : b; }
 template <class V> inline V min(V a, V b) { return a < b ? a : b; }
 // The same in one instruction, which GCC 12 does not find.
