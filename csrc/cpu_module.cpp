@@ -30,7 +30,7 @@ void run_kernel(int64_t work, const Run& run) {
   run();
 }
 
-const void* data_of(const OptionalTensor& t) { return t ? t->data : nullptr; }
+void* data_of(const OptionalTensor& t) { return t ? t->data : nullptr; }
 
 // The activation of an index into _cpu.acts.
 cpu::Act act_of(const char* op, int act) {
@@ -69,7 +69,7 @@ void bias_act_backward(const TensorView& dy, const TensorView& saved, const Opti
   if (dbias) border.check_sums("bias_act_backward", "dbias", dy, *dbias, cols);
   cpu::Act a = act_of("bias_act_backward", act);
   run_kernel(rows * cols, [&, rows = rows, cols = cols] {
-    cpu::bias_act_backward(a, dy.dtype, dy.data, saved.data, data_of(bias), dx.data, dbias ? dbias->data : nullptr, rows,
+    cpu::bias_act_backward(a, dy.dtype, dy.data, saved.data, data_of(bias), dx.data, data_of(dbias), rows,
                            cols, threads);
   });
 }
@@ -104,32 +104,30 @@ void norm_forward(const TensorView& x, const OptionalTensor& residual, const Opt
                   int threads) {
   const char* op = "norm";
   border.check_same_dense(op, x, {&y});
-  border.check_matrix(op, "x", x, x, true);
-  int64_t rows = x.shape[0], cols = x.shape[1];
-  if (residual) border.check_matrix(op, "residual", x, *residual, true);
+  auto [rows, cols] = border.check_rows(op, x);
   FASTLM_CHECK(residual.has_value() == sum.has_value(), op, ": residual and sum go together");
-  if (sum) border.check_matrix(op, "sum", x, *sum, true);
+  if (sum) border.check_same_dense(op, x, {&*residual, &*sum});
   if (weight) border.check_sums(op, "weight", x, *weight, cols);
   if (bias) border.check_sums(op, "bias", x, *bias, cols);
-  run_kernel(rows * cols, [&] {
-    cpu::norm_forward(x.dtype, x.data, data_of(residual), data_of(weight), data_of(bias), y.data,
-                      sum ? sum->data : nullptr, rows, cols, eps, centred, threads);
+  run_kernel(rows * cols, [&, rows = rows, cols = cols] {
+    cpu::norm_forward(x.dtype, x.data, data_of(residual), data_of(weight), data_of(bias), y.data, data_of(sum), rows,
+                      cols, eps, centred, threads);
   });
 }
 
 void norm_backward(const TensorView& dy, const OptionalTensor& dsum, const TensorView& s, const OptionalTensor& weight,
-                   const TensorView& dx, const OptionalTensor& sums, double eps, bool centred, int threads) {
+                   const TensorView& dx, const OptionalTensor& dweight, const OptionalTensor& dbias, double eps,
+                   bool centred, int threads) {
   const char* op = "norm_backward";
   border.check_same_dense(op, dy, {&s, &dx});
-  border.check_matrix(op, "dy", dy, dy, true);
-  int64_t rows = dy.shape[0], cols = dy.shape[1];
-  if (dsum) border.check_matrix(op, "dsum", dy, *dsum, true);
+  if (dsum) border.check_same_dense(op, dy, {&*dsum});
+  auto [rows, cols] = border.check_rows(op, dy);
   if (weight) border.check_sums(op, "weight", dy, *weight, cols);
-  int64_t sum_rows = sums ? sums->shape[0] : 0;
-  if (sums) border.check_sums(op, "sums", dy, *sums, sum_rows * cols);
-  run_kernel(rows * cols, [&] {
-    cpu::norm_backward(dy.dtype, dy.data, data_of(dsum), s.data, data_of(weight), dx.data, sums ? sums->data : nullptr,
-                       sum_rows, rows, cols, eps, centred, threads);
+  if (dweight) border.check_sums(op, "dweight", dy, *dweight, cols);
+  if (dbias) border.check_sums(op, "dbias", dy, *dbias, cols);
+  run_kernel(rows * cols, [&, rows = rows, cols = cols] {
+    cpu::norm_backward(dy.dtype, dy.data, data_of(dsum), s.data, data_of(weight), dx.data, data_of(dweight),
+                       data_of(dbias), rows, cols, eps, centred, threads);
   });
 }
 

@@ -42,3 +42,10 @@ def check_same_dtype(op: str, name: str, t: Tensor, first_name: str, first: Tens
     if t.dtype == first.dtype or (autocast_on(first.device) and torch.float64 not in (t.dtype, first.dtype)):
         return
     raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}")
+
+
+def check_device(op: str, name: str, t: Tensor | None, first_name: str, first: Tensor) -> None:
+    if t is None or (t.is_cpu and first.is_cpu):  # asking for a device makes an object of it
+        return
+    if t.device != first.device:
+        raise ValueError(f"{op}: {name} must be on the device of {first_name}, {first.device}, got {t.device}")

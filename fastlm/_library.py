@@ -443,8 +443,8 @@ class Op:
         """Go on with the dispatch after Autograd; to a CPU kernel by a plain call, since a boxed one costs 2 us."""
         after, on_cpu = torch._C._after_autograd_keyset, self._on_cpu
 
-        def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-            if _dispatch_modes() == 0 and _plain_cpu(args) is not None:
+        def run(keyset: torch._C.DispatchKeySet | None, *args: Any) -> Any:  # None: the front door has looked
+            if keyset is None or (_dispatch_modes() == 0 and _plain_cpu(args) is not None):
                 return on_cpu[backend](*args)
             return self.overloads[backend].redispatch(keyset & after, *args)
 
@@ -491,11 +491,12 @@ class Op:
             return out
 
         def backward(ctx, *grads):
+            needed = ctx.needs_input_grad
             if all(g is None for g in grads):
-                return (None,) * len(ctx.needs_input_grad)
+                return (None,) * len(needed)
             saved = [p if t is None else t for t, p in zip(ctx.saved_tensors, ctx.plain, strict=True)]
-            given = len(ctx.needs_input_grad) - 1
-            wanted = (*ctx.needs_input_grad[1:], *[False] * (op.arity - given))
+            given = len(needed) - 1
+            wanted = (*needed[1:], *[False] * (op.arity - given))
             found = None
             if op.backward is not None:
                 found = op.backward(entries, saved, wanted, *grads)
@@ -588,6 +589,9 @@ def _undisturbed() -> bool:
     )
 
 
+_NO_TENSORS = frozenset({type(None), bool, int, float, str})  # asked first: most arguments are of these
+
+
 def _plain_cpu(args: Sequence[Any]) -> bool | None:
     """None unless all tensors are ordinary CPU ones; then whether one of them requires a gradient."""
     requires_grad = False
@@ -600,6 +604,8 @@ def _plain_cpu(args: Sequence[Any]) -> bool | None:
             if not a.is_cpu or a.is_neg() or not _has_storage(a):
                 return None
             requires_grad = requires_grad or a.requires_grad
+        elif kind in _NO_TENSORS:
+            pass
         elif kind is list or kind is tuple:
             inner = _plain_cpu(a)
             if inner is None:

@@ -41,7 +41,7 @@ void bias_act_backward(Act act, DType dtype, const void* dy, const void* saved, 
                        int64_t rows, int64_t cols, int threads) {
   auto kernel = kernel_of(act, dtype).bias_backward;
   const bool past = past_caches(dx, rows * cols, dtype);
-  sum_by_chunks(dtype, rows, cols, cols, dbias, threads, [&](int64_t row, int64_t count, auto* sums) {
+  sum_by_chunks(dtype, rows, cols, {dbias, nullptr}, threads, [&](int64_t row, int64_t count, auto* sums) {
     int64_t offset = row * cols;
     kernel(at(dy, offset, dtype), at(saved, offset, dtype), bias, at(dx, offset, dtype), sums, count, cols, past);
   });

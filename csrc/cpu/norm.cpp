@@ -16,14 +16,15 @@ void norm_forward(DType dtype, const void* x, const void* residual, const void* 
   });
 }
 
-void norm_backward(DType dtype, const void* dy, const void* dsum, const void* s, const void* weight, void* dx, void* sums,
-                   int64_t sum_rows, int64_t rows, int64_t cols, double eps, bool centred, int threads) {
+void norm_backward(DType dtype, const void* dy, const void* dsum, const void* s, const void* weight, void* dx,
+                   void* dweight, void* dbias, int64_t rows, int64_t cols, double eps, bool centred, int threads) {
   auto kernel = kernels_for(dtype).norm.of[static_cast<int>(dtype)].backward;
   const bool past = past_caches(dx, rows * cols, dtype);
-  sum_by_chunks(dtype, rows, cols, sum_rows * cols, sums, threads, [&](int64_t row, int64_t count, auto* partial) {
+  sum_by_chunks(dtype, rows, cols, {dweight, dbias}, threads, [&](int64_t row, int64_t count, auto* sums) {
     int64_t offset = row * cols;
     kernel(at(dy, offset, dtype), at(dsum, offset, dtype), at(s, offset, dtype), weight, at(dx, offset, dtype),
-           sum_rows > 0 ? partial : nullptr, sum_rows > 1 ? partial + cols : nullptr, count, cols, eps, centred, past);
+           dweight != nullptr || dbias != nullptr ? sums : nullptr, dbias != nullptr ? sums + cols : nullptr, count, cols,
+           eps, centred, past);
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -26,11 +27,14 @@ inline void* at(void* base, int64_t offset, DType dtype) {
   return base == nullptr ? nullptr : static_cast<char*>(base) + offset * size_of(dtype);
 }
 
-// body(first row, rows, sums) for chunks of rows; the `width` sums that it fills for each chunk are added up into `out`,
-// which may be null. In the chunk they are of the dtype's sums, across chunks in double; the chunk does not depend on the
-// number of threads, so neither does the result.
+// body(first row, rows, sums) for chunks of rows. For each chunk it fills one row of `cols` sums, or two where out[1] is
+// not null; they are added up into out[0] and out[1], of which either may be null. In the chunk they are of the dtype's
+// sums, across chunks in double; the chunk does not depend on the number of threads, so neither does the result.
+using Sums = std::array<void*, 2>;
+
 template <class Sum, class Body>
-void sum_by_chunks(int64_t rows, int64_t cols, int64_t width, Sum* out, int threads, const Body& body) {
+void sum_by_chunks(int64_t rows, int64_t cols, const Sums& out, int threads, const Body& body) {
+  const int64_t width = cols * (out[1] != nullptr ? 2 : 1);
   constexpr int64_t kRowChunk = 128;
   int64_t chunks = (rows + kRowChunk - 1) / kRowChunk;
   std::vector<Sum> partial(chunks * width);
@@ -40,21 +44,24 @@ void sum_by_chunks(int64_t rows, int64_t cols, int64_t width, Sum* out, int thre
       body(row, std::min(kRowChunk, rows - row), partial.data() + chunk * width);
     }
   });
-  if (out == nullptr) return;
+  if (out[0] == nullptr && out[1] == nullptr) return;
   std::vector<double> sums(width);
   for (int64_t i = 0; i < chunks; ++i) {
     for (int64_t c = 0; c < width; ++c) sums[c] += partial[i * width + c];
   }
-  for (int64_t c = 0; c < width; ++c) out[c] = static_cast<Sum>(sums[c]);
+  for (int k = 0; k < 2; ++k) {
+    auto* to = static_cast<Sum*>(out[k]);
+    for (int64_t c = 0; to != nullptr && c < cols; ++c) to[c] = static_cast<Sum>(sums[k * cols + c]);
+  }
 }
 
 // The same with sums of the dtype: double for double, float for the others.
 template <class Body>
-void sum_by_chunks(DType dtype, int64_t rows, int64_t cols, int64_t width, void* out, int threads, const Body& body) {
+void sum_by_chunks(DType dtype, int64_t rows, int64_t cols, const Sums& out, int threads, const Body& body) {
   if (dtype == DType::kF64) {
-    sum_by_chunks(rows, cols, width, static_cast<double*>(out), threads, body);
+    sum_by_chunks<double>(rows, cols, out, threads, body);
   } else {
-    sum_by_chunks(rows, cols, width, static_cast<float*>(out), threads, body);
+    sum_by_chunks<float>(rows, cols, out, threads, body);
   }
 }
 

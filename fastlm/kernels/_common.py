@@ -56,6 +56,8 @@ def matrix(x: Tensor) -> Tensor:
 
 def empty_in_order_of(like: Tensor, last: int) -> Tensor:
     """Empty and dense, with `last` as the last size and the dimensions in memory in the order of those of `like`."""
+    if like.is_contiguous():  # the most frequent, and a tenth of the time
+        return torch.empty((*like.shape[:3], last), dtype=like.dtype, device=like.device)
     order = sorted(range(4), key=lambda i: (-like.stride(i) or -math.inf, i))  # expanded dimensions outermost
     return torch.empty_permuted((*like.shape[:3], last), order, dtype=like.dtype, device=like.device)
 

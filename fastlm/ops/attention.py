@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastlm._checks import autocast_on, check_dropout, check_number, check_same_dtype, check_tensor
+from fastlm._checks import autocast_on, check_device, check_dropout, check_number, check_same_dtype, check_tensor
 from fastlm._dropout import check_seed, draw_seed, keep_mask
 from fastlm._library import define_op, readable_values
 
@@ -269,28 +269,26 @@ def _autocast(dtype, args):
     return (*(t if t.dtype == torch.float64 else t.to(dtype) for t in args[:3]), *args[3:])
 
 
-def _check(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    op = "fastlm.attention"
     for name, t in (("q", q), ("k", k), ("v", v)):
-        check_tensor(f"fastlm.{op}", name, t)
+        check_tensor(op, name, t)
         if t.dim() != 4:
-            raise ValueError(f"fastlm.{op}: {name} must have 4 dimensions (B, H, T, D), got {tuple(t.shape)}")
+            raise ValueError(f"{op}: {name} must have 4 dimensions (B, H, T, D), got {tuple(t.shape)}")
         if not t.is_floating_point():
-            raise TypeError(f"fastlm.{op}: {name} must be floating point, got {t.dtype}")
-        if t.device != q.device:
-            raise ValueError(f"fastlm.{op}: {name} must be on the device of q, {q.device}, got {t.device}")
-        check_same_dtype(f"fastlm.{op}", name, t, "q", q)
+            raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
+        check_device(op, name, t, "q", q)
+        check_same_dtype(op, name, t, "q", q)
     B, Hq, _, D = q.shape
     _, Hk, Tk, _ = k.shape
     if D == 0:
-        raise ValueError(f"fastlm.{op}: q must have a head dim D of at least 1, got {tuple(q.shape)}")
+        raise ValueError(f"{op}: q must have a head dim D of at least 1, got {tuple(q.shape)}")
     if Hq % Hk if Hk else Hq:  # no heads of either: as empty as no batch
-        raise ValueError(f"fastlm.{op}: the heads of q must be a multiple of those of k, got {Hq} and {Hk}")
+        raise ValueError(f"{op}: the heads of q must be a multiple of those of k, got {Hq} and {Hk}")
     if k.shape != (B, Hk, Tk, D):
-        raise ValueError(f"fastlm.{op}: k must be (B, Hk, Tk, D) = {(B, Hk, Tk, D)} to match q, got {tuple(k.shape)}")
+        raise ValueError(f"{op}: k must be (B, Hk, Tk, D) = {(B, Hk, Tk, D)} to match q, got {tuple(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"fastlm.{op}: v must be (B, Hk, Tk, Dv) = ({B}, {Hk}, {Tk}, Dv) to match k, got {tuple(v.shape)}"
-        )
+        raise ValueError(f"{op}: v must be (B, Hk, Tk, Dv) = ({B}, {Hk}, {Tk}, Dv) to match k, got {tuple(v.shape)}")
 
 
 def _window(window: object) -> tuple[int, int] | None:
@@ -327,9 +325,9 @@ def _check_options(
     full = (B, Hq, Tq, k.shape[2])
     tensors = (mask, bias, alibi_slopes, sinks, cu_seqlens_q, cu_seqlens_k)
     names = ("mask", "bias", "alibi_slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k")
-    for name, t in zip(names, tensors, strict=True):
-        if t is not None:
-            check_tensor(op, name, t)
+    given = [(name, t) for name, t in zip(names, tensors, strict=True) if t is not None]
+    for name, t in given:
+        check_tensor(op, name, t)
     if not isinstance(causal, (bool, str)) or causal not in _CAUSAL:
         raise ValueError(f"{op}: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}")
     if _window(window) is None:
@@ -371,9 +369,8 @@ def _check_options(
             )
     elif max_seqlen_q is not None or max_seqlen_k is not None:
         raise ValueError(f"{op}: max_seqlen_q and max_seqlen_k belong to packed sequences, given by cu_seqlens_q")
-    for name, t in zip(names, tensors, strict=True):
-        if t is not None and t.device != q.device:
-            raise ValueError(f"{op}: {name} must be on the device of q, {q.device}, got {t.device}")
+    for name, t in given:
+        check_device(op, name, t, "q", q)
 
 
 def _arguments(
@@ -382,7 +379,7 @@ def _arguments(
     deterministic=None, return_lse=False,
 ) -> tuple:  # fmt: skip
     """The schema's arguments from the public ones, checked."""
-    _check("attention", q, k, v)
+    _check(q, k, v)
     _check_options(
         q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
         window, scale, dropout_p, softcap,
@@ -492,21 +489,26 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, scale, en
         if not t.is_floating_point():
             raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
         check_same_dtype(op, name, t, "query", query)
-        if t.device != query.device:
-            raise ValueError(f"{op}: {name} must be on the device of query, {query.device}, got {t.device}")
-    shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
-    said = ", ".join(f"{name} {shape}" for name, shape in zip(("query", "key", "value"), shapes, strict=True))
+        check_device(op, name, t, "query", query)
+
+    def said() -> str:
+        return ", ".join(f"{name} {tuple(t.shape)}" for name, t in (("query", query), ("key", key), ("value", value)))
+
     if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0 or key.shape[-2] != value.shape[-2]:
         raise ValueError(
-            f"{op}: sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), D at least 1, got {said}"
+            f"{op}: sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), D at least 1, got {said()}"
         )
     Hq, Hk = query.shape[-3] if heads else 0, key.shape[-3] if heads else 0
     if heads and (value.shape[-3] != Hk or (Hq % Hk if Hk else Hq)):
-        raise ValueError(f"{op}: with enable_gqa query must have a multiple of the heads of key and value, got {said}")
-    try:
-        lead = torch.broadcast_shapes(*(t.shape[: t.dim() - 2 - heads] for t in (query, key, value)))
-    except RuntimeError:
-        raise ValueError(f"{op}: leading dimensions must broadcast, got {said}") from None
+        raise ValueError(
+            f"{op}: with enable_gqa query must have a multiple of the heads of key and value, got {said()}"
+        )
+    lead, *others = (t.shape[: t.dim() - 2 - heads] for t in (query, key, value))
+    if others != [lead, lead]:
+        try:
+            lead = torch.broadcast_shapes(lead, *others)
+        except RuntimeError:
+            raise ValueError(f"{op}: leading dimensions must broadcast, got {said()}") from None
     check_dropout(op, dropout_p)
     if scale is not None:
         check_number(op, "scale", scale)
@@ -517,8 +519,7 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, scale, en
             raise TypeError(
                 f"{op}: attn_mask must be bool, float32 or of the dtype of query, {query.dtype}, got {attn_mask.dtype}"
             )
-        if attn_mask.device != query.device:
-            raise ValueError(f"{op}: attn_mask must be on the device of query, {query.device}, got {attn_mask.device}")
+        check_device(op, "attn_mask", attn_mask, "query", query)
         full = (*lead, *query.shape[query.dim() - 2 - heads : -2], query.shape[-2], key.shape[-2])
         sizes = zip(reversed(attn_mask.shape), reversed(full), strict=False)
         if attn_mask.dim() > len(full) or any(a not in (1, b) for a, b in sizes):
@@ -558,6 +559,8 @@ def scaled_dot_product_attention(
     heads = 1 if enable_gqa else 0  # dimensions, left of (T, D), that do not broadcast
 
     def as_4d(t: Tensor) -> Tensor:
+        if t.dim() == 4 and t.shape[: 2 - heads] == lead:
+            return t
         t = t.expand(*lead, *t.shape[t.dim() - 2 - heads :])
         while t.dim() < 4:
             t = t[None]
@@ -580,4 +583,6 @@ def scaled_dot_product_attention(
         bias=mask if additive else None,
         dropout_p=dropout_p,
     )
+    if query.dim() == 4 and query.shape[: 2 - heads] == lead:
+        return o
     return o.reshape(*lead, *query.shape[query.dim() - 2 - heads : -1], value.shape[-1])

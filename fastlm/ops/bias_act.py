@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT, check_activation
-from fastlm._checks import check_dropout, check_floating_point, check_same_dtype
+from fastlm._checks import check_device, check_dropout, check_floating_point, check_same_dtype
 from fastlm._dropout import check_seed, draw_seed, keep_mask
 from fastlm._library import define_op, left_to_torch, small
 
@@ -56,8 +56,7 @@ def _arguments(x: Tensor, bias: Tensor, act: str = "relu", dropout_p: float = 0.
             f"fastlm.bias_act: bias must be (N,) for x (..., N) = {tuple(x.shape)}, got {tuple(bias.shape)}"
         )
     check_same_dtype("fastlm.bias_act", "bias", bias, "x", x)
-    if bias.device != x.device:
-        raise ValueError(f"fastlm.bias_act: bias must be on the device of x, {x.device}, got {bias.device}")
+    check_device("fastlm.bias_act", "bias", bias, "x", x)
     check_seed("fastlm.bias_act", seed, x.device)
     if dropout_p > 0 and seed is None:
         seed = draw_seed(x.device)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm._checks import autocast_on, check_floating_point, check_number, check_same_dtype, check_tensor
+from fastlm._checks import autocast_on, check_device, check_floating_point, check_number, check_same_dtype, check_tensor
 from fastlm._library import define_op, left_to_torch, readable_values, small
 
 # Logits, and multiplications of linear_cross_entropy, up to which plain torch is as fast.
@@ -187,8 +187,7 @@ def _arguments(
         if weight.shape != (C,):
             raise ValueError(f"{op}: weight must be (C,) = ({C},), got {tuple(weight.shape)}")
     for name, t in (("target", target), ("weight", weight)):
-        if t is not None and t.device != input.device:
-            raise ValueError(f"{op}: {name} must be on the device of input, {input.device}, got {t.device}")
+        check_device(op, name, t, "input", input)
     x = input.movedim(1, -1).reshape(-1, C) if input.dim() > 1 else input[None]
     if probabilities and target.dim() > 1:
         target = target.movedim(1, -1)
@@ -353,8 +352,7 @@ def _linear_arguments(
             f"{op}: target must be {tuple(x.shape[:-1])} for x {tuple(x.shape)}, got {tuple(target.shape)}"
         )
     for name, t in (*operands[1:], ("target", target)):
-        if t.device != x.device:
-            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
+        check_device(op, name, t, "x", x)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
     rows, target = x.reshape(target.numel(), D), target.reshape(-1).long()
     return (rows, weight, bias, target, ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm._checks import check_floating_point, check_tensor
+from fastlm._checks import check_device, check_floating_point, check_tensor
 from fastlm._library import define_op, left_to_torch, small
 
 # Elements of the weight, and of the result, up to which torch is as fast. In 16 bits it sums in 16 bits.
@@ -72,8 +72,7 @@ def _arguments(input: Tensor, weight: Tensor, padding_idx: int | None = None) ->
         raise TypeError(f"{op}: input must be int32 or int64, got {input.dtype}")
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be (V, N), got {tuple(weight.shape)}")
-    if weight.device != input.device:
-        raise ValueError(f"{op}: weight must be on the device of input, {input.device}, got {weight.device}")
+    check_device(op, "weight", weight, "input", input)
     V = weight.shape[0]
     if padding_idx is not None and not -V <= padding_idx < V:
         raise ValueError(f"{op}: padding_idx must be a row of weight, {-V} to {V - 1}, or None, got {padding_idx}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT, check_activation
-from fastlm._checks import check_floating_point, check_same_dtype
+from fastlm._checks import check_device, check_floating_point, check_same_dtype
 from fastlm._library import define_op, left_to_torch, small
 
 # Elements up to which plain torch is as fast.
@@ -32,8 +32,7 @@ def _arguments(gate: Tensor, up: Tensor, act: str = "silu") -> tuple:
             f"fastlm.glu: gate and up must have one shape (..., N), got {tuple(gate.shape)} and {tuple(up.shape)}"
         )
     check_same_dtype("fastlm.glu", "up", up, "gate", gate)
-    if gate.device != up.device:
-        raise ValueError(f"fastlm.glu: up must be on the device of gate, {gate.device}, got {up.device}")
+    check_device("fastlm.glu", "up", up, "gate", gate)
     return gate, up, act
 
 

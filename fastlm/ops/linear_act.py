@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT, check_activation
-from fastlm._checks import autocast_on, check_floating_point, check_same_dtype
+from fastlm._checks import autocast_on, check_device, check_floating_point, check_same_dtype
 from fastlm._library import backend_is_free, define_op, left_to_torch, small
 
 # Multiplications below which a layer is left to plain torch: the op costs what it saves (`fastlm bench linear_sweep`).
@@ -82,8 +82,7 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str =
     for name, t in given:
         check_floating_point(op, name, t)
         check_same_dtype(op, name, t, "x", x)
-        if t.device != x.device:
-            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
+        check_device(op, name, t, "x", x)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be (N, K), got {tuple(weight.shape)}")
     N, K = weight.shape

@@ -13,17 +13,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlm._checks import check_floating_point, check_number
+from fastlm._checks import check_device, check_floating_point, check_number
 from fastlm._library import define_op, left_to_torch, small
 
-# Elements up to which torch's are as fast.
-_SMALL_LAYER_NORM, _SMALL_RMS_NORM = small(1 << 19, 1 << 18), small(1 << 15, 1 << 15)
+_SMALL_LAYER_NORM = small(1 << 19, 1 << 18)  # elements up to which torch's is as fast
 
 _EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}  # rms_norm's, where not given
 
 
 def _wide(t: Tensor | None, like: Tensor) -> Tensor | None:
     return None if t is None else t.to(torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def _to(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)  # which asks three times as long
 
 
 def _normalised(s: Tensor, eps: float, centred: bool) -> tuple[Tensor, Tensor]:
@@ -121,7 +124,7 @@ def _gradients(ops, dy, dsum, s, weight, bias_dtype, eps, centred, wanted):
     if dy is None:
         dy = torch.zeros_like(s)
     dx, dweight, dbias = ops.norm_backward(dy, dsum, s, weight, eps, centred, wanted)
-    return dx, dweight.to(weight.dtype) if wanted[0] else None, dbias.to(bias_dtype) if wanted[1] else None
+    return dx, _to(dweight, weight.dtype) if wanted[0] else None, _to(dbias, bias_dtype) if wanted[1] else None
 
 
 def _define(name: str, centred: bool, residual: bool, reference):
@@ -173,20 +176,19 @@ def _run(op: str, plain, added, x, normalized_shape, parameters: dict, eps: floa
                 raise ValueError(f"{op}: {name} must be of normalized_shape {shape}, got {tuple(t.shape)}")
             if t.dtype not in (x.dtype, torch.float32):
                 raise TypeError(f"{op}: {name} must be float32 or of the dtype of x, {x.dtype}, got {t.dtype}")
+            check_device(op, name, t, "x", x)
     if residual is not None:
         check_floating_point(op, "residual", residual)
         if residual.shape != x.shape:
             raise ValueError(f"{op}: residual must be of x's shape, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    for name, t in (*parameters.items(), ("residual", residual)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
-    if residual is not None:
+        check_device(op, "residual", residual, "x", x)
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
+    if len(shape) == 1:
+        extras = parameters.values()
+        return plain(x, *extras, float(eps)) if residual is None else added(x, residual, *extras, float(eps))
     size = x.shape
-    x, residual, *extras = (
-        t if t is None or len(shape) == 1 else t.flatten(-len(shape)) for t in (x, residual, *parameters.values())
-    )
+    x, residual, *extras = (t if t is None else t.flatten(-len(shape)) for t in (x, residual, *parameters.values()))
     if residual is None:
         return plain(x, *extras, float(eps)).view(size)
     y, s = added(x, residual, *extras, float(eps))
@@ -255,11 +257,4 @@ def rms_norm(
     if eps is None:
         check_floating_point("fastlm.rms_norm", "x", x)
         eps = _EPS.get(x.dtype, _EPS[torch.float32])
-    if residual is None and left_to_torch(x, _SMALL_RMS_NORM):
-        try:
-            if type(eps) is float and (weight is None or (weight.dtype == x.dtype and weight.is_cpu)):
-                shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
-                return torch.rms_norm(x, shape, weight, eps).contiguous()
-        except Exception:
-            pass  # is said below
     return _run("rms_norm", _rms_norm, _add_rms_norm, x, normalized_shape, {"weight": weight}, eps, residual)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm._checks import check_floating_point
+from fastlm._checks import check_device, check_floating_point
 from fastlm._library import define_op
 
 
@@ -56,8 +56,7 @@ def _arguments(
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     for name, t in (("cos", cos), ("sin", sin), ("positions", positions)):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
+        check_device(op, name, t, "x", x)
     if positions is None:
         if cos.shape[0] < T:
             raise ValueError(f"{op}: cos and sin must have at least T = {T} rows, got {cos.shape[0]}")

@@ -9,27 +9,25 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels._common import matrix, unsupported_dtype
+from fastlm.kernels._common import unsupported_dtype
 
 if _native.cpu is not None:
-
-    def _wide(t: Tensor | None, like: Tensor) -> Tensor | None:
-        return None if t is None else t.to(_sum_dtype(like)).contiguous()
 
     def _sum_dtype(x: Tensor) -> torch.dtype:
         return torch.float64 if x.dtype == torch.float64 else torch.float32
 
-    def _rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else matrix(x.contiguous())
+    def _dense(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return t if t is None or (t.dtype == dtype and t.is_contiguous()) else t.to(dtype).contiguous()
 
     def _empty_like(x: Tensor) -> Tensor:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     def _forward(x, residual, weight, bias, eps, centred):
         y, s = _empty_like(x), None if residual is None else _empty_like(x)
+        dtype, wide = x.dtype, _sum_dtype(x)
         _native.cpu.norm_forward(
-            _rows(x), _rows(residual), _wide(weight, x), _wide(bias, x), matrix(y), _rows(s),
-            eps, centred, torch.get_num_threads(),
+            _dense(x, dtype), _dense(residual, dtype), _dense(weight, wide), _dense(bias, wide), y, s, eps, centred,
+            torch.get_num_threads(),
         )  # fmt: skip
         return y, s
 
@@ -54,12 +52,11 @@ if _native.cpu is not None:
         dy: Tensor, dsum: Tensor | None, s: Tensor, weight: Tensor | None, eps: float, centred: bool,
         wanted: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        dtype, wide = s.dtype, _sum_dtype(s)
         dx = _empty_like(s)
-        count = 2 if wanted[1] else 1 if wanted[0] else 0
-        sums = torch.empty(count, s.shape[-1], dtype=_sum_dtype(s)) if count else None
+        dweight, dbias = (torch.empty(s.shape[-1] if w else 0, dtype=wide) for w in wanted)
         _native.cpu.norm_backward(
-            _rows(dy), _rows(dsum), _rows(s), _wide(weight, s), matrix(dx), sums, eps, centred, torch.get_num_threads()
-        )
-        # Copies: an op's outputs must not share memory.
-        dweight, dbias = (sums[i].clone() if w else torch.empty(0, dtype=_sum_dtype(s)) for i, w in enumerate(wanted))
+            _dense(dy, dtype), _dense(dsum, dtype), _dense(s, dtype), _dense(weight, wide), dx,
+            dweight if wanted[0] else None, dbias if wanted[1] else None, eps, centred, torch.get_num_threads(),
+        )  # fmt: skip
         return dx, dweight, dbias
