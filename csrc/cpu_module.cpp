@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "arguments.h"
 #include "cpu/activation.h"
 #include "cpu/adam.h"
@@ -190,13 +192,36 @@ double sum_of_squares(const TensorList& tensors, int threads) {
   return sum;
 }
 
-// What a query sees, and what changes its scores. Mask and bias are (B, Hq, Tq, Tk), expanded where they are the same.
+// What a query sees, and what changes its scores. Mask and bias are (B, Hq, Tq, Tk), expanded where they are the same;
+// slopes and sinks (B, Hq) of double.
+using Elements = std::array<int64_t, 4>;  // for dropout: the number of the first, and what batch, head and row add to it
 struct AttentionOptions {
-  OptionalTensor mask, bias;
+  OptionalTensor mask, bias, slopes, sinks;
   int64_t lower, diagonal;  // query i sees key j iff i + lower <= j <= i + diagonal
-  double scale, dropout_p;
+  double scale, softcap, dropout_p;
   uint64_t seed;
+  Elements elements;
 };
+
+// One number for each head of each batch.
+double* check_per_head(const char* op, const char* name, const TensorView& q, const OptionalTensor& t) {
+  if (!t) return nullptr;
+  border.check_device(op, q, *t);
+  FASTLM_CHECK(t->dtype == DType::kF64 && t->ndim == 2 && t->shape[0] == q.shape[0] && t->shape[1] == q.shape[1] &&
+                   t->contiguous(),
+               op, ": ", name, " must be contiguous float64 (", q.shape[0], ", ", q.shape[1], "), got ", t->describe());
+  return static_cast<double*>(t->data);
+}
+
+// lse or its gradient: one number for each query, those of a head next to each other.
+cpu::AttentionBatch::Distance check_lse(const char* op, const char* name, const TensorView& q, const TensorView& t) {
+  border.check_device(op, q, t);
+  FASTLM_CHECK(t.dtype == sum_dtype(q.dtype) && t.ndim == 3 && t.shape[0] == q.shape[0] && t.shape[1] == q.shape[1] &&
+                   t.shape[2] == q.shape[2] && (t.strides[2] == 1 || t.shape[2] <= 1),
+               op, ": ", name, " must be ", dtype_name(sum_dtype(q.dtype)), " (", q.shape[0], ", ", q.shape[1], ", ",
+               q.shape[2], ") with a contiguous last dimension, got ", t.describe());
+  return {t.strides[0], t.strides[1]};
+}
 
 void check_scores(const char* op, const char* name, const cpu::AttentionBatch& b, const TensorView& q, const TensorView& t,
                   DType dtype, bool any_columns) {
@@ -213,8 +238,8 @@ cpu::AttentionBatch check_attention(const char* op, const Border::AttentionSizes
                                     const TensorView& k, const TensorView& v, const TensorView& o, const TensorView& lse,
                                     const AttentionOptions& options) {
   border.check_operand(op, "o", q, o, sizes.o);
-  border.check_per_query(op, "lse", q, lse);
   cpu::AttentionBatch b{};
+  b.lse = check_lse(op, "lse", q, lse);
   b.batch = sizes.q.batch, b.q_heads = sizes.q.heads, b.k_heads = sizes.k.heads;
   b.shape.q_len = sizes.q.length, b.shape.k_len = sizes.k.length;
   b.shape.dim = sizes.q.width, b.shape.v_dim = sizes.v.width;
@@ -222,6 +247,10 @@ cpu::AttentionBatch check_attention(const char* op, const Border::AttentionSizes
   FASTLM_CHECK(options.dropout_p >= 0 && options.dropout_p < 1, op, ": dropout_p must be in [0, 1), got ", options.dropout_p);
   b.shape.drop_below = static_cast<uint32_t>(options.dropout_p * 4294967296.0);
   b.shape.keep_scale = 1 / (1 - options.dropout_p), b.shape.seed = options.seed;
+  b.shape.softcap = options.softcap;
+  b.slopes = check_per_head(op, "slopes", q, options.slopes), b.sinks = check_per_head(op, "sinks", q, options.sinks);
+  b.scores.first_element = options.elements[0], b.element = {options.elements[1], options.elements[2]};
+  b.shape.element_row = options.elements[3];
   if (const OptionalTensor& mask = options.mask) {
     check_scores(op, "mask", b, q, *mask, DType::kBool, true);
     b.scores.mask = static_cast<const uint8_t*>(mask->data), b.mask = {mask->strides[0], mask->strides[1]};
@@ -243,12 +272,14 @@ int64_t work_of(const cpu::AttentionBatch& b) {
 }
 
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
-                       const TensorView& lse, const OptionalTensor& mask, const OptionalTensor& bias, int64_t lower,
-                       int64_t diagonal, double scale, double dropout_p, uint64_t seed, int threads) {
+                       const TensorView& lse, const OptionalTensor& mask, const OptionalTensor& bias,
+                       const OptionalTensor& slopes, const OptionalTensor& sinks, int64_t lower, int64_t diagonal,
+                       double scale, double softcap, double dropout_p, uint64_t seed, const Elements& elements,
+                       int threads) {
   const char* op = "attention";
   cpu::AttentionBatch b =
       check_attention(op, border.check_attention(op, q, k, v), q, k, v, o, lse,
-                      {mask, bias, lower, diagonal, scale, dropout_p, seed});
+                      {mask, bias, slopes, sinks, lower, diagonal, scale, softcap, dropout_p, seed, elements});
   run_kernel(work_of(b), [&] {
     cpu::attention_forward(q.dtype, b, q.data, k.data, v.data, o.data, lse.data, threads);
   });
@@ -257,32 +288,85 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
 void attention_backward(const TensorView& dout, const OptionalTensor& dlse, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& o, const TensorView& lse, const TensorView& dq,
                         const TensorView& dk, const TensorView& dv, const OptionalTensor& dbias,
-                        const OptionalTensor& mask, const OptionalTensor& bias, int64_t lower, int64_t diagonal,
-                        double scale, double dropout_p, uint64_t seed, int threads) {
+                        const OptionalTensor& dslopes, const OptionalTensor& mask, const OptionalTensor& bias,
+                        const OptionalTensor& slopes, const OptionalTensor& sinks, int64_t lower, int64_t diagonal,
+                        double scale, double softcap, double dropout_p, uint64_t seed, const Elements& elements,
+                        int threads) {
   const char* op = "attention_backward";
   Border::AttentionSizes sizes = border.check_attention(op, q, k, v);
   cpu::AttentionBatch b =
-      check_attention(op, sizes, q, k, v, o, lse, {mask, bias, lower, diagonal, scale, dropout_p, seed});
+      check_attention(op, sizes, q, k, v, o, lse,
+                      {mask, bias, slopes, sinks, lower, diagonal, scale, softcap, dropout_p, seed, elements});
+  b.dslopes = check_per_head(op, "dslopes", q, dslopes);
   if (dbias) {
     cpu::AttentionBatch shape = b;
     b.dbias_of_all = b.batch != 1 && dbias->ndim == 4 && dbias->shape[0] == 1;
     if (b.dbias_of_all) shape.batch = 1;
     check_scores(op, "dbias", shape, q, *dbias, sum_dtype(q.dtype), false);
-    FASTLM_CHECK(dbias->contiguous(), op, ": dbias must be contiguous, got ", dbias->describe());
-    b.scores.dbias = dbias->data;
+    b.scores.dbias = dbias->data, b.dbias = {dbias->strides[0], dbias->strides[1]}, b.shape.dbias_row = dbias->strides[2];
   }
   border.check_operand(op, "do", q, dout, sizes.o);
   border.check_operand(op, "dq", q, dq, sizes.q);
   border.check_operand(op, "dk", q, dk, sizes.k);
   border.check_operand(op, "dv", q, dv, sizes.v);
-  if (dlse) border.check_per_query(op, "dlse", q, *dlse);
+  if (dlse) {
+    auto [batch, head] = check_lse(op, "dlse", q, *dlse);
+    FASTLM_CHECK(batch == b.lse.batch && head == b.lse.head, op, ": dlse must have the strides of lse, ", lse.describe(),
+                 ", got ", dlse->describe());
+  }
   b.dout = {dout.strides[0], dout.strides[1]}, b.shape.do_row = dout.strides[2];
   b.dq = {dq.strides[0], dq.strides[1]}, b.shape.dq_row = dq.strides[2];
   b.dk = {dk.strides[0], dk.strides[1]}, b.shape.dk_row = dk.strides[2];
   b.dv = {dv.strides[0], dv.strides[1]}, b.shape.dv_row = dv.strides[2];
   run_kernel(work_of(b), [&] {
-    cpu::attention_backward(q.dtype, b, dout.data, dlse ? dlse->data : nullptr, q.data, k.data, v.data, o.data, lse.data,
+    cpu::attention_backward(q.dtype, b, dout.data, data_of(dlse), q.data, k.data, v.data, o.data, lse.data,
                             dq.data, dk.data, dv.data, threads);
+  });
+}
+
+// Against the first k_lens[n] keys of row n, which lie in (B, Hk, capacity, D), or, where there are pages (B, count), in
+// (pages, Hk, page size, D). lower and diagonal are those of a row that is full.
+void attention_decode(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
+                      const TensorView& lse, const TensorView& k_lens, const OptionalTensor& pages,
+                      const OptionalTensor& slopes, const OptionalTensor& sinks, int64_t lower, int64_t diagonal,
+                      double scale, double softcap, int threads) {
+  const char* op = "attention_decode";
+  auto check_indices = [&](const char* name, const TensorView& t, int ndim) {
+    border.check_device(op, q, t);
+    FASTLM_CHECK(t.dtype == DType::kI64 && t.ndim == ndim && t.contiguous() && t.shape[0] == q.shape[0], op, ": ", name,
+                 " must be contiguous int64 of ", ndim, " dimensions, the first of ", q.shape[0], ", got ", t.describe());
+    return static_cast<const int64_t*>(t.data);
+  };
+  FASTLM_CHECK(q.ndim == 4 && k.ndim == 4 && v.ndim == 4, op, ": q, k and v must have 4 dimensions");
+  // As if all of a row's pages lay one behind the other.
+  TensorView k_rows = k, v_rows = v;
+  const int64_t page_size = pages ? k.shape[2] : 0;
+  const int64_t* page = nullptr;
+  if (pages) {
+    page = check_indices("pages", *pages, 2);
+    k_rows.shape[0] = v_rows.shape[0] = q.shape[0];
+    k_rows.shape[2] = v_rows.shape[2] = pages->shape[1] * page_size;
+    FASTLM_CHECK(v.shape[0] == k.shape[0] && v.shape[2] == page_size, op, ": v must have the pages of k");
+  }
+  cpu::AttentionBatch b =
+      check_attention(op, border.check_attention(op, q, k_rows, v_rows), q, k_rows, v_rows, o, lse,
+                      {{}, {}, slopes, sinks, lower, diagonal, scale, softcap, 0, 0, {}});
+  b.k_lens = check_indices("k_lens", k_lens, 1);
+  for (int64_t n = 0; n < b.batch; ++n) {
+    const int64_t len = b.k_lens[n];
+    FASTLM_CHECK(len >= 0 && len <= b.shape.k_len, op, ": k_lens[", n, "] must be from 0 to ", b.shape.k_len, ", got ", len);
+    for (int64_t i = 0; page != nullptr && i * page_size < len; ++i) {
+      const int64_t at = page[n * pages->shape[1] + i];
+      FASTLM_CHECK(at >= 0 && at < k.shape[0], op, ": pages[", n, ", ", i, "] must be from 0 to ", k.shape[0] - 1, ", got ", at);
+    }
+  }
+  if (pages) {
+    b.pages = page, b.pages_row = pages->shape[1];
+    b.shape.page_size = page_size, b.shape.k_page = k.strides[0], b.shape.v_page = v.strides[0];
+    b.k.batch = b.v.batch = 0;
+  }
+  run_kernel(work_of(b), [&] {
+    cpu::attention_forward(q.dtype, b, q.data, k.data, v.data, o.data, lse.data, threads);
   });
 }
 
@@ -411,6 +495,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("rope", &fastlm::rope);
   m.def("attention_forward", &fastlm::attention_forward);
   m.def("attention_backward", &fastlm::attention_backward);
+  m.def("attention_decode", &fastlm::attention_decode);
 
   // For fastlm/benchmarks/limits.py: each returns the FLOPs or bytes that it did.
   m.def("run_products", &fastlm::run_products);

@@ -7,6 +7,7 @@ from fastlm._library import backends, use_backend
 from fastlm._version import __version__
 from fastlm.ops.activation import gelu, sigmoid, silu, tanh
 from fastlm.ops.attention import attention, scaled_dot_product_attention
+from fastlm.ops.attention_decode import attention_decode
 from fastlm.ops.bias_act import bias_act
 from fastlm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from fastlm.ops.embedding import embedding
@@ -31,6 +32,7 @@ _library.load_kernels = _load_kernels
 __all__ = [
     "__version__",
     "attention",
+    "attention_decode",
     "backends",
     "bias_act",
     "cross_entropy",

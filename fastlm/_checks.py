@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,34 @@ def check_device(op: str, name: str, t: Tensor | None, first_name: str, first: T
         return
     if t.device != first.device:
         raise ValueError(f"{op}: {name} must be on the device of {first_name}, {first.device}, got {t.device}")
+
+
+# --- of attention -----------------------------------------------------------------------------------------------------
+def checked_window(op: str, window: object) -> tuple[int, int]:
+    """(left, right), -1 for what is open."""
+    pair = (-1, -1) if window is None else tuple(window) if isinstance(window, (tuple, list)) else (window, window)
+    if len(pair) != 2 or not all(type(n) is int and n >= -1 for n in pair):
+        raise ValueError(f"{op}: window must be an int or (left, right), -1 or more each, got {window!r}")
+    return pair
+
+
+def check_softcap(op: str, softcap: object) -> None:
+    if softcap is None:
+        return
+    check_number(op, "softcap", softcap)
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
+
+
+def check_per_head(op: str, q: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
+    B, Hq = q.shape[:2]
+    if alibi_slopes is not None:
+        check_tensor(op, "alibi_slopes", alibi_slopes)
+        if alibi_slopes.shape not in ((Hq,), (B, Hq)):
+            raise ValueError(
+                f"{op}: alibi_slopes must be (Hq,) = ({Hq},) or (B, Hq) = ({B}, {Hq}), got {tuple(alibi_slopes.shape)}"
+            )
+    if sinks is not None:
+        check_tensor(op, "sinks", sinks)
+        if sinks.shape != (Hq,):
+            raise ValueError(f"{op}: sinks must be (Hq,) = ({Hq},), got {tuple(sinks.shape)}")

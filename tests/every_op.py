@@ -24,10 +24,16 @@ def _every_op_once():
     weight, target = _numbers((512,), seed=3), torch.arange(600) % 512
     q, k, v = (_numbers((2, 4, 200, 32), seed=seed) for seed in range(3))
     cos, sin = _numbers((200, 16), seed=5), _numbers((200, 16), seed=6)
-    bias = _numbers((4, 200, 200), seed=8)
+    bias, slopes = _numbers((4, 200, 200), seed=8), _numbers((4,), seed=9)
 
     def everything(q, k, v, bias):  # few key heads, and one bias for the batch
-        return fastlm.attention(q, k, v, bias=bias, causal=True, dropout_p=0.2, seed=torch.tensor(4))
+        return fastlm.attention(
+            q, k, v, bias=bias, causal=True, dropout_p=0.2, seed=torch.tensor(4), softcap=2.0, alibi_slopes=slopes,
+            sinks=slopes,
+        )  # fmt: skip
+
+    def decode(q, k, v):
+        return fastlm.attention_decode(q, k, v, cache_seqlens=torch.tensor([200, 77]))
 
     calls = {
         "relu": (fastlm.relu, [x]),
@@ -41,6 +47,7 @@ def _every_op_once():
         "attention": (lambda q, k, v: fastlm.attention(q, k, v, causal=True), [q, k, v]),
         "attention with everything": (everything, [q[:, :, :, :8], k[:, :1, :, :8], v[:, :1, :, :8], bias]),
         "attention of one query": (fastlm.attention, [q[:, :, :1], k, v]),
+        "attention_decode": (decode, [q[:, :, :3], k, v]),
         "gelu past the caches": (fastlm.gelu, [_numbers((1 << 22) + 5)]),
         "cross_entropy": (lambda x: fastlm.cross_entropy(x, target), [x]),
         "linear_act": (lambda x, u: fastlm.linear_act(x, u, act="gelu"), [x, up]),

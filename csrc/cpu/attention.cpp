@@ -1,5 +1,8 @@
 #include "attention.h"
 
+#include <cmath>
+#include <vector>
+
 #include "isa.h"
 #include "parallel.h"
 #include "workspace.h"
@@ -20,16 +23,17 @@ char* at(void* base, int64_t offset, int64_t size) { return static_cast<char*>(b
 
 // Of query head `head` of batch row `n`.
 AttentionScores scores_of(const AttentionBatch& b, int64_t n, int64_t head, int64_t sum_size) {
-  const int64_t elements = (n * b.q_heads + head) * b.shape.q_len * b.shape.k_len;
   AttentionScores scores = b.scores;
   if (scores.mask != nullptr) scores.mask += n * b.mask.batch + head * b.mask.head;
   if (scores.bias != nullptr) scores.bias = at(scores.bias, n * b.bias.batch + head * b.bias.head, sum_size);
   if (scores.dbias != nullptr) {
-    const int64_t of_batch = b.dbias_of_all ? n * b.q_heads * b.shape.q_len * b.shape.k_len : 0;
-    scores.dbias = at(scores.dbias, elements - of_batch, sum_size);
+    scores.dbias = at(scores.dbias, (b.dbias_of_all ? 0 : n * b.dbias.batch) + head * b.dbias.head, sum_size);
     scores.add_dbias = b.dbias_of_all && n > 0;
   }
-  scores.first_element = elements;
+  scores.slope = b.slopes == nullptr ? 0 : b.slopes[n * b.q_heads + head];
+  scores.sink = b.sinks == nullptr ? -INFINITY : b.sinks[n * b.q_heads + head];
+  if (b.pages != nullptr) scores.pages = b.pages + n * b.pages_row;
+  scores.first_element += n * b.element.batch + head * b.element.head;
   return scores;
 }
 
@@ -66,10 +70,15 @@ void attention_forward(DType dtype, const AttentionBatch& b, const void* q, cons
     // Heads one after the other, since their queries share keys; within a head the longest block first.
     int64_t block = blocks - 1 - task % blocks, head = task / blocks % b.q_heads, n = task / blocks / b.q_heads;
     int64_t k_head = head / group, begin = block * rows;
-    kernel.forward[type](s, scores_of(b, n, head, size_of_sum(dtype)), at(q, n * b.q.batch + head * b.q.head, size),
+    AttentionShape of_row = s;
+    if (b.k_lens != nullptr) {
+      const int64_t shift = b.k_lens[n] - s.k_len;
+      of_row.k_len += shift, of_row.lower += shift, of_row.diagonal += shift;
+    }
+    kernel.forward[type](of_row, scores_of(b, n, head, size_of_sum(dtype)), at(q, n * b.q.batch + head * b.q.head, size),
                          at(k, n * b.k.batch + k_head * b.k.head, size),
                          at(v, n * b.v.batch + k_head * b.v.head, size), at(o, n * b.o.batch + head * b.o.head, size),
-                         at(lse, (n * b.q_heads + head) * s.q_len, size_of_sum(dtype)), begin,
+                         at(lse, n * b.lse.batch + head * b.lse.head, size_of_sum(dtype)), begin,
                          std::min(s.q_len, begin + rows), work.piece(thread));
   });
 }
@@ -98,6 +107,7 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
   auto dq_sums_bytes = [&](int64_t heads) { return kernel.dq_sums_count[type](s, heads) * sum_size; };
   const int64_t dk_count = kernel.dk_sums_count[type](s), dv_count = kernel.dv_sums_count[type](s);
 
+  std::vector<double> dslopes(b.dslopes == nullptr ? 0 : b.batch * b.q_heads * parts);
   auto group_of = [&](int64_t index, int64_t chunk) {
     int64_t n = index / b.k_heads, k_head = index % b.k_heads, head = k_head * heads + heads * chunk / chunks;
     AttentionGroup g{};
@@ -107,14 +117,16 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
     g.v = at(v, n * b.v.batch + k_head * b.v.head, size);
     g.o = at(o, n * b.o.batch + head * b.o.head, size);
     g.dout = at(dout, n * b.dout.batch + head * b.dout.head, size);
-    g.lse = at(lse, (n * b.q_heads + head) * s.q_len, sum_size);
-    g.dlse = dlse == nullptr ? nullptr : at(dlse, (n * b.q_heads + head) * s.q_len, sum_size);
+    g.lse = at(lse, n * b.lse.batch + head * b.lse.head, sum_size);
+    g.dlse = dlse == nullptr ? nullptr : at(dlse, n * b.lse.batch + head * b.lse.head, sum_size);
     g.dq = at(dq, n * b.dq.batch + head * b.dq.head, size);
     g.dk = at(dk, n * b.dk.batch + k_head * b.dk.head, size);
     g.dv = at(dv, n * b.dv.batch + k_head * b.dv.head, size);
-    g.q_head = b.q.head, g.o_head = b.o.head, g.do_head = b.dout.head, g.dq_head = b.dq.head, g.lse_head = s.q_len;
+    g.q_head = b.q.head, g.o_head = b.o.head, g.do_head = b.dout.head, g.dq_head = b.dq.head, g.lse_head = b.lse.head;
     g.scores = scores_of(b, n, head, sum_size);
-    g.mask_head = b.mask.head, g.bias_head = b.bias.head;
+    g.mask_head = b.mask.head, g.bias_head = b.bias.head, g.dbias_head = b.dbias.head, g.element_head = b.element.head;
+    g.slopes = b.slopes == nullptr ? nullptr : b.slopes + n * b.q_heads + head;
+    g.dslopes = dslopes.empty() ? nullptr : dslopes.data() + (n * b.q_heads + head) * parts, g.dslope_head = parts;
     return g;
   };
 
@@ -133,6 +145,7 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
         g.dv_sums = at(dv_sums.piece(index), chunk * dv_count, sum_size);
       }
       void* dq_sums = at(sums.piece(parts == 1 ? thread : index * chunks + chunk), part, dq_sums_bytes(g.heads));
+      if (g.dslopes != nullptr) g.dslopes += part;
       kernel.backward[type](s, g, part_begin(s, part, parts), part_begin(s, part + 1, parts), dq_sums,
                             work.piece(thread));
       if (parts == 1) kernel.finish_dq[type](s, g, dq_sums, 1);
@@ -148,6 +161,7 @@ void attention_backward(DType dtype, const AttentionBatch& b, const void* dout, 
       kernel.finish_dk[type](s, group_of(index, 0), dk_sums.piece(index), dv_sums.piece(index), chunks);
     });
   }
+  for (size_t i = 0; i < dslopes.size(); ++i) b.dslopes[i / parts] += dslopes[i];
 }
 
 }  // namespace fastlm::cpu

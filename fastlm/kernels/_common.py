@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -54,14 +52,15 @@ def matrix(x: Tensor) -> Tensor:
     return with_rows(x.reshape(rows, x.shape[-1]))
 
 
-def empty_in_order_of(like: Tensor, last: int) -> Tensor:
-    """Empty and dense, with `last` as the last size and the dimensions in memory in the order of those of `like`."""
-    if like.is_contiguous():  # the most frequent, and a tenth of the time
-        return torch.empty((*like.shape[:3], last), dtype=like.dtype, device=like.device)
-    order = sorted(range(4), key=lambda i: (-like.stride(i) or -math.inf, i))  # expanded dimensions outermost
-    return torch.empty_permuted((*like.shape[:3], last), order, dtype=like.dtype, device=like.device)
-
-
 def with_rows(x: Tensor) -> Tensor:
     """x with the elements of a row next to each other, as attention's kernels read them: itself or a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def sinks_gradient(do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Of attention's sinks (Hq,): they have the probability exp(sink - lse) and the value 0. do, o: (B, Hq, Tq, Dv)."""
+    delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    p = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
+    return -(p * delta).sum((0, 2), dtype=torch.float64).to(sinks.dtype)

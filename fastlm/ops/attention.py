@@ -18,8 +18,19 @@ import math
 import torch
 from torch import Tensor
 
-from fastlm._checks import autocast_on, check_device, check_dropout, check_number, check_same_dtype, check_tensor
+from fastlm._checks import (
+    autocast_on,
+    check_device,
+    check_dropout,
+    check_number,
+    check_per_head,
+    check_same_dtype,
+    check_softcap,
+    check_tensor,
+    checked_window,
+)
 from fastlm._dropout import check_seed, draw_seed, keep_mask
+from fastlm._layout import empty_in_order_of, in_order_of
 from fastlm._library import define_op, readable_values
 
 CAUSAL_NONE, CAUSAL_BOTTOM_RIGHT, CAUSAL_TOP_LEFT = 0, 1, 2
@@ -142,12 +153,6 @@ def _widen(q, k, v):
     return q.to(compute), *(t.to(compute).repeat_interleave(groups, dim=1) for t in (k, v))
 
 
-def _in_order_of(x: Tensor, like: Tensor) -> Tensor:
-    """x in memory in the order of dimensions that `like` has."""
-    order = sorted(range(like.dim()), key=lambda i: (-like.stride(i) or -math.inf, i))  # expanded dimensions outermost
-    return x.permute(order).contiguous().permute([order.index(i) for i in range(len(order))])
-
-
 def attention_reference(
     q, k, v, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
     window_left, window_right, scale, softcap, dropout_p, deterministic,
@@ -163,7 +168,7 @@ def attention_reference(
     p = torch.exp(s - torch.where(lse == -math.inf, 0, lse)[..., None])
     if dropout_p > 0:
         p = torch.where(keep_mask(tuple(p.shape), dropout_p, seed), p / (1 - dropout_p), 0)
-    return _in_order_of(_product(p, wide_v, visible).to(q.dtype), q), lse
+    return in_order_of(_product(p, wide_v, visible).to(q.dtype), q), lse
 
 
 def attention_backward_reference(
@@ -195,7 +200,7 @@ def attention_backward_reference(
     dk, dv = (g.unflatten(1, (k.shape[1], -1)).sum(2) if k.shape[1] else g for g in (dk, dv))
 
     triples = zip((dq, dk, dv), (q, k, v), wanted[:3], strict=True)
-    grads = [_in_order_of(g.to(t.dtype), t) if w else q.new_empty(0) for g, t, w in triples]
+    grads = [in_order_of(g.to(t.dtype), t) if w else q.new_empty(0) for g, t, w in triples]
     dbias, dslopes, dsinks = (q.new_empty(0) for _ in range(3))  # an op's outputs must not share memory
     if wanted[3]:
         dbias = ds.sum_to_size(bias.shape).to(bias.dtype)
@@ -209,7 +214,7 @@ def attention_backward_reference(
 
 # --- the op -----------------------------------------------------------------------------------------------------------
 def _fake(q, k, v, *options):
-    o = _in_order_of(q.new_empty(*q.shape[:3], v.shape[3]), q)
+    o = empty_in_order_of(q, v.shape[3])
     return o, q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
 
 
@@ -218,7 +223,7 @@ def _fake_backward(do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, *
     pairs = zip((q, k, v), wanted[:3], strict=True)
     extras = zip((bias, alibi_slopes, sinks), wanted[3:], strict=True)
     return (
-        *(_in_order_of(t.new_empty(t.shape), t) if w else q.new_empty(0) for t, w in pairs),
+        *(empty_in_order_of(t, t.shape[3]) if w else q.new_empty(0) for t, w in pairs),
         *(t.new_empty(t.shape) if w else q.new_empty(0) for t, w in extras),
     )
 
@@ -291,12 +296,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{op}: v must be (B, Hk, Tk, Dv) = ({B}, {Hk}, {Tk}, Dv) to match k, got {tuple(v.shape)}")
 
 
-def _window(window: object) -> tuple[int, int] | None:
-    """(left, right), None for what is neither an int nor two, -1 or more each."""
-    pair = (-1, -1) if window is None else tuple(window) if isinstance(window, (tuple, list)) else (window, window)
-    return pair if len(pair) == 2 and all(type(n) is int and n >= -1 for n in pair) else None
-
-
 def _check_packed(op: str, name: str, cu_seqlens: Tensor, total: int, longest: int | None) -> None:
     """As far as the numbers can be read: on a GPU that would wait for it."""
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
@@ -317,7 +316,7 @@ def _check_packed(op: str, name: str, cu_seqlens: Tensor, total: int, longest: i
 
 
 def _check_options(
-    q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window,
+    q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
     scale, dropout_p, softcap,
 ):  # fmt: skip
     op = "fastlm.attention"
@@ -330,14 +329,10 @@ def _check_options(
         check_tensor(op, name, t)
     if not isinstance(causal, (bool, str)) or causal not in _CAUSAL:
         raise ValueError(f"{op}: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}")
-    if _window(window) is None:
-        raise ValueError(f"{op}: window must be an int or (left, right), -1 or more each, got {window!r}")
     check_dropout(op, dropout_p)
-    for name, number in (("scale", scale), ("softcap", softcap)):
-        if number is not None:
-            check_number(op, name, number)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
+    if scale is not None:
+        check_number(op, "scale", scale)
+    check_softcap(op, softcap)
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"{op}: mask must be bool (True: visible), got {mask.dtype}; an additive mask is called bias")
     if bias is not None and not bias.is_floating_point():
@@ -348,12 +343,7 @@ def _check_options(
         )
         if not fits:
             raise ValueError(f"{op}: {name} must broadcast to (B, Hq, Tq, Tk) = {full}, got {tuple(t.shape)}")
-    if alibi_slopes is not None and alibi_slopes.shape not in ((Hq,), (B, Hq)):
-        raise ValueError(
-            f"{op}: alibi_slopes must be (Hq,) = ({Hq},) or (B, Hq) = ({B}, {Hq}), got {tuple(alibi_slopes.shape)}"
-        )
-    if sinks is not None and sinks.shape != (Hq,):
-        raise ValueError(f"{op}: sinks must be (Hq,) = ({Hq},), got {tuple(sinks.shape)}")
+    check_per_head(op, q, alibi_slopes, sinks)
     check_seed(op, seed, q.device)
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
         raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must be given together")
@@ -382,9 +372,9 @@ def _arguments(
     _check(q, k, v)
     _check_options(
         q, k, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
-        window, scale, dropout_p, softcap,
+        scale, dropout_p, softcap,
     )  # fmt: skip
-    left, right = _window(window)
+    left, right = checked_window("fastlm.attention", window)
     if dropout_p == 0:
         seed = None
     elif seed is None:

@@ -61,7 +61,7 @@ def make(shape, dtype, seed=0):
 
 def visible(tq, tk, causal):
     i, j = torch.arange(tq)[:, None], torch.arange(tk)
-    return j <= i + native._diagonals(causal, -1, -1, tq, tk)[1]
+    return j <= i + native.band_of(causal, -1, -1, tq, tk)[1]
 
 
 def plain(q, k, v, do, dlse, causal, scale):
@@ -82,7 +82,7 @@ def plain(q, k, v, do, dlse, causal, scale):
 def run(q, k, v, do, dlse, causal, scale):
     """The kernels, through their wrappers: o, lse, dq, dk, dv."""
     options = (None,) * 7 + (0, 0, causal, -1, -1, scale, 0.0, 0.0, True)
-    assert native._unsupported_on_any(q, k, v, *options) is None
+    assert native.unsupported(q, k, v, *options) is None
     o, lse = native.attention(q, k, v, *options)
     grads = native.attention_backward(do, dlse, q, k, v, o, lse, *options, [True] * 3 + [False] * 3)
     assert [g.numel() for g in grads[3:]] == [0, 0, 0]
@@ -351,10 +351,6 @@ def test_memory_does_not_grow_with_the_square(backward):
 @pytest.mark.parametrize(
     ("changed", "word"),
     [
-        ({5: torch.ones(1)}, "alibi_slopes"),
-        ({6: torch.ones(1)}, "sinks"),
-        ({8: torch.ones(1)}, "packed"),
-        ({16: 3.0}, "softcap"),
         ({0: torch.ones(1, 1, 2, 257), 1: torch.ones(1, 1, 2, 257)}, "257"),
         ({0: torch.ones(1, 1, 2, 4, dtype=torch.bfloat16)}, "dtype"),
     ],
@@ -362,28 +358,67 @@ def test_memory_does_not_grow_with_the_square(backward):
 def test_refuses_what_it_does_not_do(changed, word):
     x = torch.ones(1, 1, 2, 4)
     args = [x, x, x, *(None,) * 7, 0, 0, 0, -1, -1, 1.0, 0.0, 0.0, False]
-    assert native._unsupported_on_any(*args) is None
+    assert native.unsupported(*args) is None
     for i, value in changed.items():
         args[i] = value
-    assert word in native._unsupported_on_any(*args)
-    assert word in native._backward_unsupported(None, None, *args[:3], None, None, *args[3:], [True] * 6)
+    assert word in native.unsupported(*args)
+    assert word in native._unsupported_backward(None, None, *args[:3], None, None, *args[3:], [True] * 6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        ({3: torch.ones(1)}, "mask"),
+        ({4: torch.ones(1)}, "bias"),
+        ({5: torch.ones(1)}, "alibi_slopes"),
+        ({6: torch.ones(1)}, "sinks"),
+        ({8: torch.ones(1)}, "packed"),
+        ({16: 3.0}, "softcap"),
+        ({17: 0.5}, "dropout"),
+        ({0: torch.ones(1, 1, 2, 4, dtype=torch.float64)}, "float64"),
+        ({0: torch.ones(1, 1, 2, 257), 1: torch.ones(1, 1, 2, 257)}, "257"),
+    ],
+)
+def test_what_cuda_refuses(changed, word):
+    x = torch.ones(1, 1, 2, 4)
+    args = [x, x, x, *(None,) * 7, 0, 0, 0, -1, -1, 1.0, 0.0, 0.0, False]
+    assert native._unsupported_cuda(*args) is None
+    for i, value in changed.items():
+        args[i] = value
+    assert word in native._unsupported_cuda(*args)
+
+
+LAST = (
+    -3,
+    0,
+    1.0,
+    0.0,
+    0.0,
+    0,
+    (0, 18, 9, 3),
+    1,
+)  # lower, diagonal, scale, softcap, dropout_p, seed, elements, threads
 
 
 def test_border_checks():
     x, lse = torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3)
-    forward, rest = _native.cpu.attention_forward, (None, None, -3, 0, 1.0, 0.0, 0, 1)
+    forward, rest = _native.cpu.attention_forward, (*[None] * 4, *LAST)
     with pytest.raises(ValueError, match=r"attention: k must be float32 \(1, 2, 3, 4\)"):
         forward(x, torch.ones(1, 2, 3, 5), x, x, lse, *rest)
     with pytest.raises(ValueError, match="a multiple of those of k"):
         forward(x, torch.ones(1, 3, 3, 4), x, x, lse, *rest)
     with pytest.raises(ValueError, match="contiguous last dimension"):
         forward(x.mT.contiguous().mT, x, x, x, lse, *rest)
-    with pytest.raises(ValueError, match="lse must be contiguous float32"):
+    with pytest.raises(ValueError, match="lse must be float32"):
         forward(x, x, x, x, lse.double(), *rest)
     seen = torch.ones(1, 2, 3, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"mask must be bool \(1, 2, 3, 3\)"):
         forward(x, x, x, x, lse, seen[..., :2], *rest[1:])
     with pytest.raises(ValueError, match=r"bias must be float32 \(1, 2, 3, 3\) with a contiguous last dimension"):
         forward(x, x, x, x, lse, seen, seen.float().mT.contiguous().mT, *rest[2:])
+    with pytest.raises(ValueError, match=r"slopes must be contiguous float64 \(1, 2\)"):
+        forward(x, x, x, x, lse, None, None, torch.ones(1, 2), *rest[3:])
+    with pytest.raises(ValueError, match=r"sinks must be contiguous float64 \(1, 2\)"):
+        forward(x, x, x, x, lse, None, None, None, torch.ones(2).double(), *rest[4:])
     with pytest.raises(ValueError, match=r"dropout_p must be in \[0, 1\)"):
-        forward(x, x, x, x, lse, seen, None, -3, 0, 1.0, 1.0, 0, 1)
+        forward(x, x, x, x, lse, seen, *[None] * 3, -3, 0, 1.0, 0.0, 1.0, *LAST[5:])

@@ -337,10 +337,13 @@ def test_packed_sequences_that_do_not_fit_get_a_sentence(starts, options, text):
 
 @pytest.mark.parametrize("starts", [[2, 5], [0, 3], [0, 9], [7, 9], [0, 4, 2, 5]], ids=str)
 def test_unchecked_packed_sequences_stay_within_bounds(starts):
-    """The op itself, as on a GPU: what lies outside of all sequences sees nothing and is seen by nothing."""
+    """As on a GPU: what lies outside of all sequences sees nothing and is seen by nothing. The CPU's kernels look."""
     q, k, v = (t.detach() for t in qkv(B=1, Hk=4, Tq=5, Tk=5, D=3, Dv=3))
     cu = torch.tensor(starts)
-    o, lse = torch.ops.fastlm.attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, scale=0.5)
+    o, lse = torch.ops.fastlm_reference.attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, scale=0.5)
+    if ISAS:
+        with pytest.raises(ValueError, match="cu_seqlens_q must rise from 0 to the total of 5, got"):
+            torch.ops.fastlm_native.attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, scale=0.5)
     if len(starts) == 2:
         inside = slice(*starts)
         want = fastlm.attention(*(t[:, :, inside] for t in (q, k, v)), scale=0.5)

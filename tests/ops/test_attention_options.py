@@ -21,7 +21,16 @@ def block_mask(B, Hq, Tq, Tk):
     return torch.where((row + col) % 3 == 0, False, torch.where((row + col) % 3 == 1, True, some))
 
 
-# name -> (B, Hq, Tq, Tk) -> options; a bias stands under "bias", and gets a gradient
+def packed(Tq, Tk):
+    """Sequences of which one has no queries and one no keys."""
+    ends_q, ends_k = [0, Tq // 3, Tq // 3, Tq // 2, Tq], [0, Tk // 2, Tk * 2 // 3, Tk * 2 // 3, Tk]
+    return {"cu_seqlens_q": torch.tensor(ends_q), "cu_seqlens_k": torch.tensor(ends_k, dtype=torch.int32)}
+
+
+# Tensors among the options that have a gradient.
+WITH_GRADIENT = ("bias", "alibi_slopes", "sinks")
+
+# name -> (B, Hq, Tq, Tk) -> options
 OPTIONS = {
     "mask": lambda B, H, Tq, Tk: {"mask": numbers((B, H, Tq, Tk), seed=20) > -0.5},
     "tiles": lambda B, H, Tq, Tk: {"mask": block_mask(B, H, Tq, Tk)},
@@ -37,11 +46,30 @@ OPTIONS = {
     "narrow window": lambda B, H, Tq, Tk: {"window": 0},
     "one-sided window": lambda B, H, Tq, Tk: {"window": (-1, 2)},
     "dropout": lambda B, H, Tq, Tk: {"dropout_p": 0.3, "seed": torch.tensor(-5)},
+    "softcap": lambda B, H, Tq, Tk: {"softcap": 0.8, "causal": True, "scale": 1.0},
+    "alibi": lambda B, H, Tq, Tk: {"alibi_slopes": numbers((H,), seed=23).abs() / 8, "causal": True},
+    "alibi of each row": lambda B, H, Tq, Tk: {"alibi_slopes": numbers((B, H), seed=23) / 8},
+    "alibi of nothing": lambda B, H, Tq, Tk: {"alibi_slopes": torch.zeros(H)},
+    "sinks": lambda B, H, Tq, Tk: {"sinks": numbers((H,), seed=24), "window": 3},
+    "sinks and rows that see nothing": lambda B, H, Tq, Tk: {
+        "sinks": numbers((H,), seed=24), "mask": (torch.arange(Tq) % 3 != 1)[:, None],
+    },
+    "packed": lambda B, H, Tq, Tk: {"causal": True, **packed(Tq, Tk)},
     "everything": lambda B, H, Tq, Tk: {
         "mask": block_mask(B, H, Tq, Tk), "bias": numbers((1, H, Tq, Tk), seed=22), "causal": "top_left",
-        "window": (100, -1), "dropout_p": 0.1, "seed": torch.tensor(2**40 + 3), "scale": 0.7,
+        "window": (100, -1), "dropout_p": 0.1, "seed": torch.tensor(2**40 + 3), "scale": 0.7, "softcap": 1.5,
+        "alibi_slopes": numbers((H,), seed=23) / 8, "sinks": numbers((H,), seed=24),
+    },
+    "everything, packed": lambda B, H, Tq, Tk: {
+        "mask": block_mask(B, H, Tq, Tk), "bias": numbers((B, H, Tq, Tk), seed=22), "causal": True,
+        "window": (60, -1), "dropout_p": 0.1, "seed": torch.tensor(7), "softcap": 2.0,
+        "alibi_slopes": numbers((B, H), seed=23) / 8, "sinks": numbers((H,), seed=24), **packed(Tq, Tk),
     },
 }  # fmt: skip
+
+
+def fits(options, B):
+    return B == 1 or "cu_seqlens_q" not in options
 
 
 def operands(B, Hq, Hk, Tq, Tk, D, Dv, dtype):
@@ -50,12 +78,13 @@ def operands(B, Hq, Hk, Tq, Tk, D, Dv, dtype):
 
 
 def run(given, options, dtype, do, dlse):
-    """o, lse and the gradients of q, k, v and the bias."""
+    """o, lse and the gradients of q, k, v and of what else has one."""
     leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in given]
     options = dict(options)
-    if "bias" in options:
-        options["bias"] = options["bias"].to(dtype).requires_grad_()
-        leaves.append(options["bias"])
+    for name in WITH_GRADIENT:
+        if name in options:
+            options[name] = options[name].to(dtype).requires_grad_()
+            leaves.append(options[name])
     o, lse = fastlm.attention(*leaves[:3], **options, return_lse=True)
     finite = lse.isfinite()  # a query that sees nothing has no lse to differentiate
     loss = (o * do.to(o.dtype)).sum() + torch.where(finite, lse * dlse.to(lse.dtype), 0).sum()
@@ -69,14 +98,17 @@ def test_as_exact_as_the_reference(name, dtype, backend, poisoned):  # noqa: F81
     for sizes in SIZES:
         B, Hq, _, Tq, Tk, *_ = sizes
         options, given = OPTIONS[name](B, Hq, Tq, Tk), operands(*sizes, dtype)
-        if "bias" in options:
-            options["bias"] = options["bias"].to(dtype)
+        if not fits(options, B):
+            continue
+        extras = [name for name in WITH_GRADIENT if name in options]
+        for extra in extras:
+            options[extra] = options[extra].to(dtype)
         do, dlse = numbers((B, Hq, Tq, sizes[-1]), dtype, 7), numbers((B, Hq, Tq), seed=8)
         ours = run(given, options, dtype, do, dlse)
         with fastlm.use_backend("reference"):
             exact, plain = (run(given, options, of, do, dlse) for of in (torch.float64, dtype))
-        names = ("o", "lse", "dq", "dk", "dv", "dbias")
-        for what, *values in zip(names, ours, exact, plain, strict=False):
+        names = ("o", "lse", "dq", "dk", "dv", *extras)
+        for what, *values in zip(names, ours, exact, plain, strict=True):
             if what == "lse":
                 torch.testing.assert_close(values[0].double(), values[1], atol=2e-5, rtol=1e-5)
             else:
@@ -86,29 +118,36 @@ def test_as_exact_as_the_reference(name, dtype, backend, poisoned):  # noqa: F81
 @pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_the_kernel_takes_it(name):
-    B, Hq, _, Tq, Tk, *_ = SIZES[0]
+    sizes = SIZES[1]
+    B, Hq, _, Tq, Tk, *_ = sizes
     options = OPTIONS[name](B, Hq, Tq, Tk)
-    statuses = fastlm.backends(
-        "attention", **dict(zip("qkv", operands(*SIZES[0], torch.float32), strict=True)), **options
-    )
+    statuses = fastlm.backends("attention", **dict(zip("qkv", operands(*sizes, torch.float32), strict=True)), **options)
     assert statuses[0] == ("native", True, "")
 
 
 @pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
-@pytest.mark.parametrize("name", ["tiles", "bias", "bias of all heads", "causal window", "dropout", "everything"])
+@pytest.mark.parametrize(
+    "name",
+    ["tiles", "bias", "bias of all heads", "causal window", "dropout", "softcap", "alibi", "alibi of each row", "sinks",
+     "packed", "everything", "everything, packed"],
+)  # fmt: skip
 def test_gradients_through_the_kernel(name):
-    options = OPTIONS[name](2, 4, 5, 7)
-    bias = [options.pop("bias").double().requires_grad_()] if "bias" in options else []
-    given = [t.requires_grad_() for t in operands(*SIZES[0], torch.float64)]
+    B, *rest = SIZES[0]
+    B = B if fits(OPTIONS[name](B, 4, 5, 7), B) else 1
+    options = OPTIONS[name](B, 4, 5, 7)
+    extras = {n: options.pop(n).double().requires_grad_() for n in WITH_GRADIENT if n in options}
+    given = [t.requires_grad_() for t in operands(B, *rest, torch.float64)]
 
-    def attend(q, k, v, *bias):
-        return fastlm.attention(q, k, v, **options, **({"bias": bias[0]} if bias else {}))
+    def attend(q, k, v, *values):
+        return fastlm.attention(q, k, v, **options, **dict(zip(extras, values, strict=True)))
 
     with fastlm.use_backend("native"):
-        assert gradcheck(attend, (*given, *bias))
+        assert gradcheck(attend, (*given, *extras.values()))
 
 
-@pytest.mark.parametrize("name", ["mask", "tiles", "window", "causal window", "everything"])
+@pytest.mark.parametrize(
+    "name", ["mask", "tiles", "window", "causal window", "softcap", "alibi", "sinks", "packed", "everything"]
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("Tq", [70, 4])
@@ -160,9 +199,10 @@ def test_gradients_of_nothing(backend, sizes):
 
 @pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_bits_do_not_depend_on_threads(threads):
+@pytest.mark.parametrize("name", ["everything", "everything, packed"])
+def test_bits_do_not_depend_on_threads(name, threads):
     sizes, before = (1, 2, 1, 300, 600, 16, 16), torch.get_num_threads()
-    options, given = OPTIONS["everything"](1, 2, 300, 600), operands(*sizes, torch.float32)
+    options, given = OPTIONS[name](1, 2, 300, 600), operands(*sizes, torch.float32)
     do, dlse = numbers((1, 2, 300, 16), seed=7), numbers((1, 2, 300), seed=8)
     try:
         results = []

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fastlm"
 # Each part of the package, and the parts that it may import besides itself.
-OPS = {"ops", "_library", "_activations", "_checks", "_dropout", "_version"}
+OPS = {"ops", "_library", "_activations", "_checks", "_dropout", "_layout", "_version"}
 MODELS = {"nn", *OPS}
 MAY_IMPORT = {
     "_version": set(),
@@ -17,9 +17,11 @@ MAY_IMPORT = {
     "_checks": set(),
     "_library": {"_checks"},
     "_native": set(),
+    "_layout": set(),
     "_dropout": {"_library"},
-    "kernels": {"_library", "_native", "_activations", "_dropout"},
-    "ops": {"_library", "_activations", "_checks", "_dropout"},
+    "kernels": {"_library", "_native", "_activations", "_dropout", "_layout"},
+    "ops": {"_library", "_activations", "_checks", "_dropout", "_layout"},
+    "compat": OPS,
     "nn": OPS,
     "models": MODELS,
     "optim": MODELS,

@@ -90,6 +90,16 @@ template <class S> inline void mask_to_numbers(const Seen& seen, int64_t rows, i
   }
 }
 
+// Of the keys [j, end): how many lie one behind the other, at most a tile; and where the first one's row is.
+inline int64_t keys_at(const AttentionShape& s, int64_t j, int64_t end) {
+  const int64_t keys = smaller(kKeyTile, end - j);
+  return s.page_size == 0 ? keys : smaller(keys, s.page_size - j % s.page_size);
+}
+template <class T>
+inline const T* row_at(const AttentionShape& s, const AttentionScores& h, const T* first, int64_t j, int64_t row, int64_t page) {
+  return s.page_size == 0 ? first + j * row : first + h.pages[j / s.page_size] * page + j % s.page_size * row;
+}
+
 // --- scores to words --------------------------------------------------------------------------------------------------
 // A vector from each of `terms` consecutive rows, to one vector of words that span the rows.
 template <class W> inline word_vec<W> span_rows(const sum_vec<W> (&rows)[1]) { return rows[0]; }
@@ -106,6 +116,31 @@ template <class W> inline u32v span_rows(const f32v (&rows)[2]) {
 }
 #endif
 template <class W> inline void store_words(W* p, word_vec<W> v) { std::memcpy(p, &v, sizeof v); }
+
+// --- what changes a score -----------------------------------------------------------------------------------------------
+// Of a tile whose first query is i and whose first key is j: softcap and ALiBi, on scores to base 2.
+template <class V> struct ScoreChange {
+  bool capped, sloped;
+  V cap, inverse_cap, slope;
+  int64_t shift;
+
+  ScoreChange(const AttentionShape& s, const AttentionScores& h, int64_t i, int64_t j)
+      : capped(s.softcap > 0), sloped(h.slope != 0 || h.dslope != nullptr), cap(splat<V>(s.softcap * kLog2E)),
+        inverse_cap(splat<V>(capped ? 1 / (s.softcap * kLog2E) : 0)), slope(splat<V>(h.slope * kLog2E)),
+        shift(i + s.k_len - s.q_len - j) {}
+  bool any() const { return capped || sloped; }
+  // tanh(s / c)
+  V saturation(V score) const { return tanh(score * inverse_cap); }
+  // What the slope is multiplied by, for a query and a key of the tile, of which one is a vector.
+  V distance(V query, V key) const {
+    const V d = query + splat<V>(shift) - key;
+    return max(d, -d);
+  }
+  V operator()(V score, V query, V key) const {
+    if (capped) score = cap * saturation(score);
+    return sloped ? score - slope * distance(query, key) : score;
+  }
+};
 
 // --- forward ----------------------------------------------------------------------------------------------------------
 template <class T> struct ForwardTiles {
@@ -215,6 +250,14 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
         [&](int64_t, int64_t, int64_t, int64_t) { return Depth{0, s.dim}; });
     key = end;
   }
+  if (const ScoreChange<V> change(s, h, i, j); change.any()) {
+    for (int64_t key = 0; key < keys; ++key) {
+      for (int64_t n = 0; n < lanes; n += kL) {
+        sum_t<W>* at = t.scores + key * kPanel + n;
+        store(at, change(load(at), lane_numbers<V>() + splat<V>(n), splat<V>(key)));
+      }
+    }
+  }
   if (h.bias != nullptr) {
     const sum_t<W>* bias = static_cast<const sum_t<W>*>(h.bias) + i * s.bias_row + j;
     pack_transposed(bias, s.bias_row, rows, keys, t.over, kPanel, kPanel);
@@ -245,7 +288,7 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
   if (s.drop_below != 0) {
     for (int64_t r = 0; r < rows; ++r) {
       uint8_t keep[kKeyTile];
-      keep_of(h.first_element + (i + r) * s.k_len + j, keys, s.seed, s.drop_below, keep);
+      keep_of(h.first_element + (i + r) * s.element_row + j, keys, s.seed, s.drop_below, keep);
       for (int64_t c = 0; c < keys; ++c) t.numbers[r * kKeyTile + c] = keep[c];
     }
     pack_transposed(t.numbers, kKeyTile, rows, keys, t.over, kPanel, kPanel);
@@ -268,7 +311,11 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
   }
 }
 
-// A row of o and its lse from the sums; one that sees nothing has o = 0 and lse = -inf.
+// A row's largest score and sum before its first key.
+template <class S> inline S first_top(const AttentionScores& h) { return static_cast<S>(h.sink * kLog2E); }
+template <class S> inline S first_total(const AttentionScores& h) { return h.sink == -INFINITY ? S(0) : S(1); }
+
+// A row of o and its lse from the sums; one that sees nothing, nor a sink, has o = 0 and lse = -inf.
 template <class T>
 inline void finish_row(const AttentionShape& s, const compute_t<T>* sums, compute_t<T> top, compute_t<T> total, T* o,
                        compute_t<T>* lse) {
@@ -312,16 +359,19 @@ void attend_row(const AttentionShape& s, const AttentionScores& h, const T* q, c
   const V scale = splat<V>(s.scale * kLog2E);
   for_each_vector<V>(s.dim, [&](int64_t d, int count) { store(query + d, load_count(q + d, count) * scale); });
   const Seen seen = seen_at(s, h, i, 0);
-  S top = -INFINITY, total = 0;
+  S top = first_top<S>(h), total = first_total<S>(h);
+  const ScoreChange<V> change(s, h, i, 0);
   const int64_t end = smaller(s.k_len, i + s.diagonal + 1);
-  for (int64_t j = larger(0, i + s.lower); j < end; j += kKeyTile) {
-    const int64_t keys = smaller(kKeyTile, end - j);
+  for (int64_t j = larger(0, i + s.lower), keys = 0; j < end; j += keys) {
+    keys = keys_at(s, j, end);
+    const T* k_tile = row_at(s, h, k, j, s.k_row, s.k_page);
+    const T* v_tile = row_at(s, h, v, j, s.v_row, s.v_page);
     V tops = splat<V>(-INFINITY);
     for (int64_t n = 0; n < keys; n += kL) {
       const int lanes = static_cast<int>(smaller(kL, keys - n));
       V products[kL] = {};
       for (int key = 0; key < lanes; ++key) {
-        const T* row = k + (j + n + key) * s.k_row;
+        const T* row = k_tile + (n + key) * s.k_row;
         for_each_vector<V>(s.dim, [&](int64_t d, int count) {
           products[key] = fma(load_count(row + d, count), load(query + d), products[key]);
         });
@@ -329,6 +379,7 @@ void attend_row(const AttentionShape& s, const AttentionScores& h, const T* q, c
       transpose_from<kL / 2>(products);
       V score{};
       for (int64_t d = 0; d < kL; ++d) score += products[d];
+      if (change.any()) score = change(score, V{}, lane_numbers<V>() + splat<V>(j + n));
       if (h.bias != nullptr) {
         const S* bias = static_cast<const S*>(h.bias) + i * s.bias_row + j + n;
         score = fma(load_count(bias, lanes), splat<V>(kLog2E), score);
@@ -353,9 +404,9 @@ void attend_row(const AttentionShape& s, const AttentionScores& h, const T* q, c
     total = total * factor[0] + reduce_add(added);
     const auto counts = [&](int64_t key) { return seen.mask == nullptr || seen(0, j + key); };
     int64_t d = 0;
-    for (; d + 4 * kL <= s.v_dim; d += 4 * kL) add_values<4>(v + j * s.v_row + d, s.v_row, keys, kL, scores, factor, sums + d, counts);
+    for (; d + 4 * kL <= s.v_dim; d += 4 * kL) add_values<4>(v_tile + d, s.v_row, keys, kL, scores, factor, sums + d, counts);
     for (; d < s.v_dim; d += kL) {
-      add_values<1>(v + j * s.v_row + d, s.v_row, keys, smaller(kL, s.v_dim - d), scores, factor, sums + d, counts);
+      add_values<1>(v_tile + d, s.v_row, keys, smaller(kL, s.v_dim - d), scores, factor, sums + d, counts);
     }
   }
   finish_row<T>(s, sums, top, total, o, lse);
@@ -381,17 +432,17 @@ void attention_forward_of(const AttentionShape& s, const AttentionScores& h, con
                     kPanel);
   }
   for (int64_t i = 0; i < panels * kPanel; ++i) {
-    t.top[i] = -INFINITY;
-    t.total[i] = 0;
+    t.top[i] = first_top<compute_t<T>>(h);
+    t.total[i] = first_total<compute_t<T>>(h);
   }
   std::memset(t.o, 0, panels * kPanel * t.v_ld * sizeof(*t.o));
 
   const int64_t visible = smaller(s.k_len, end + s.diagonal);  // keys that the last query sees
   const int64_t first = larger(0, begin + s.lower) / kKeyTile * kKeyTile;  // the tile of the first query's first
-  for (int64_t j = first; j < visible; j += kKeyTile) {
-    int64_t keys = smaller(kKeyTile, visible - j);
-    pack_rows(k + j * s.k_row, s.k_row, keys, s.dim, t.k, t.k_ld, round_up(keys, kBlockRows<W>));
-    bool v_finite = pack_depth(v + j * s.v_row, s.v_row, keys, s.v_dim, t.v, t.v_ld, round_up(keys, kTerms));
+  for (int64_t j = first, keys = 0; j < visible; j += keys) {
+    keys = keys_at(s, j, visible);
+    pack_rows(row_at(s, h, k, j, s.k_row, s.k_page), s.k_row, keys, s.dim, t.k, t.k_ld, round_up(keys, kBlockRows<W>));
+    bool v_finite = pack_depth(row_at(s, h, v, j, s.v_row, s.v_page), s.v_row, keys, s.v_dim, t.v, t.v_ld, round_up(keys, kTerms));
     for (int64_t panel = 0; panel < panels; ++panel) {
       int64_t i = begin + panel * kPanel;
       forward_panel<T>(s, h, t, panel, smaller(kPanel, end - i), i, j, keys, v_finite);
@@ -456,17 +507,23 @@ template <class T> struct BackwardTiles {
 };
 
 // p = 2^(scores - lse) and ds = p (dp - delta), from scores and dp (in `ds`), to words; 0 where query i does not see
-// key j, or is padding: outside the band, hidden by the mask (in `seen`), j >= keys or i >= rows. Bias and dbias are at
-// the tile.
+// key j, or is padding: outside the band, hidden by the mask (in `seen`), j >= keys or i >= rows. The tile's first query
+// is i0, its first key j0.
 template <class T>
-inline void score_gradients(const AttentionShape& s, const BackwardTiles<T>& t, int64_t rows, int64_t padded,
-                            int64_t lanes, const compute_t<T>* lse, const compute_t<T>* delta, bool partial,
-                            const Band& band, bool masked, int64_t keys, const compute_t<T>* bias, compute_t<T>* dbias,
-                            bool add_dbias) {
+inline void score_gradients(const AttentionShape& s, const AttentionScores& h, const BackwardTiles<T>& t, int64_t i0,
+                            int64_t j0, int64_t rows, int64_t padded, int64_t lanes, const compute_t<T>* lse,
+                            const compute_t<T>* delta, bool partial, const Band& band, bool masked, int64_t keys) {
   using W = word_t<T>;
   using V = sum_vec<W>;
   constexpr int kTerms = terms_of<W>, kL = word_lanes<W>;
+  const auto* bias = static_cast<const sum_t<W>*>(h.bias);
+  auto* dbias = static_cast<sum_t<W>*>(h.dbias);
+  if (bias != nullptr) bias += i0 * s.bias_row + j0;
+  if (dbias != nullptr) dbias += i0 * s.dbias_row + j0;
+  const ScoreChange<V> change(s, h, i0, j0);
+  double dslope = 0;
   for (int64_t i = 0; i < padded; i += kTerms) {
+    V row_dslope[kTerms] = {};
     for (int64_t n = 0; n < lanes; n += kL * kTerms) {
       V p_of[kTerms][kTerms], ds_of[kTerms][kTerms];  // by column, then row
       V ds_row[kTerms][kTerms];                       // by row, then column
@@ -475,7 +532,16 @@ inline void score_gradients(const AttentionShape& s, const BackwardTiles<T>& t, 
         for (int c = 0; c < kTerms; ++c) {
           const int64_t j = n + c * kL, at = (i + r) * kKeyTile + j;
           const int count = static_cast<int>(i + r < rows ? larger(0, smaller(kL, keys - j)) : 0);
-          V score = load(t.scores + at), dp = load(t.ds + at);
+          V score = load(t.scores + at), dp = load(t.ds + at), passed{}, distance{};
+          if (change.capped) {
+            const V u = change.saturation(score);
+            score = change.cap * u;
+            passed = splat<V>(1) - u * u;  // the derivative of the cap
+          }
+          if (change.sloped) {
+            distance = change.distance(splat<V>(i + r), lane_numbers<V>() + splat<V>(j));
+            score -= change.slope * distance;
+          }
           if (bias != nullptr && count > 0) {
             score = fma(load_count(bias + (i + r) * s.bias_row + j, count), splat<V>(kLog2E), score);
           }
@@ -485,21 +551,23 @@ inline void score_gradients(const AttentionShape& s, const BackwardTiles<T>& t, 
             dropped = kept == V{} ? V{} : p * kept;
             dp = kept == V{} ? V{} : dp * kept;
           }
-          V ds = p * (dp - row_delta);
+          V ds = p * (dp - row_delta), raw = change.capped ? ds * passed : ds;
           if (partial) {
             int64_t first = larger(i + r + band.lower, 0) - j, last = smaller(i + r + band.upper, j + count - 1) - j;
             auto visible = (lane_numbers<V>() >= splat<V>(first)) & (lane_numbers<V>() <= splat<V>(last));
             if (masked) visible = visible & (load(t.seen + at) != V{});
             dropped = visible ? dropped : V{};
             ds = visible ? ds : V{};
+            raw = visible ? raw : V{};
           }
           p = dropped;
           if (dbias != nullptr && count > 0) {
-            auto* at = dbias + (i + r) * s.k_len + j;
-            store_count(at, add_dbias ? load_count(at, count) + ds : ds, count);
+            auto* at = dbias + (i + r) * s.dbias_row + j;
+            store_count(at, h.add_dbias ? load_count(at, count) + ds : ds, count);
           }
+          if (h.dslope != nullptr && count > 0) row_dslope[r] -= ds * distance;
           p_of[c][r] = p;
-          ds_of[c][r] = ds_row[r][c] = ds;
+          ds_of[c][r] = ds_row[r][c] = raw;
         }
       }
       for (int c = 0; c < kTerms; ++c) {
@@ -513,7 +581,11 @@ inline void score_gradients(const AttentionShape& s, const BackwardTiles<T>& t, 
         }
       }
     }
+    if (h.dslope != nullptr) {
+      for (const V& sum : row_dslope) dslope += reduce_add(sum);
+    }
   }
+  if (h.dslope != nullptr) *h.dslope += dslope;
 }
 
 // One tile of queries, the first at i, against the packed tile of `keys` keys, the first at j.
@@ -537,7 +609,7 @@ inline void backward_tile(const AttentionShape& s, const AttentionScores& h, con
     uint8_t keep[kKeyTile];
     const auto keep_scale = static_cast<sum_t<W>>(s.keep_scale);
     for (int64_t r = 0; r < rows; ++r) {
-      keep_of(h.first_element + (i + r) * s.k_len + j, keys, s.seed, s.drop_below, keep);
+      keep_of(h.first_element + (i + r) * s.element_row + j, keys, s.seed, s.drop_below, keep);
       for (int64_t c = 0; c < keys; ++c) t.kept[r * kKeyTile + c] = static_cast<sum_t<W>>(keep[c]) * keep_scale;
     }
   }
@@ -559,11 +631,7 @@ inline void backward_tile(const AttentionShape& s, const AttentionScores& h, con
                                           static_cast<sum_t<W>>(s.scale * kLog2E), if_seen(s.dim));
   product<W, Left::kByRows, Into::kStore>(padded, lanes, t.dout, t.v_words, t.v_turned, kKeyTile, t.ds, kKeyTile, 1,
                                           if_seen(s.v_dim));
-  const auto* bias = static_cast<const sum_t<W>*>(h.bias);
-  auto* dbias = static_cast<sum_t<W>*>(h.dbias);
-  score_gradients(s, t, rows, padded, lanes, lse, delta, partial, band, masked == Tile::kMixed, keys,
-                  bias == nullptr ? nullptr : bias + i * s.bias_row + j,
-                  dbias == nullptr ? nullptr : dbias + i * s.k_len + j, h.add_dbias);
+  score_gradients(s, h, t, i, j, rows, padded, lanes, lse, delta, partial, band, masked == Tile::kMixed, keys);
 
   // (keys, D) and (keys, Dv), sums over the queries that see the key
   auto by_key = [&](const W* left, const W* right, int64_t ld, sum_t<W>* into, bool finite) {
@@ -644,8 +712,10 @@ void attention_backward_of(const AttentionShape& s, const AttentionGroup& g, int
       AttentionScores scores = g.scores;
       if (scores.mask != nullptr) scores.mask += h * g.mask_head;
       if (scores.bias != nullptr) scores.bias = static_cast<const compute_t<T>*>(scores.bias) + h * g.bias_head;
-      if (scores.dbias != nullptr) scores.dbias = static_cast<compute_t<T>*>(scores.dbias) + h * s.q_len * s.k_len;
-      scores.first_element += h * s.q_len * s.k_len;
+      if (scores.dbias != nullptr) scores.dbias = static_cast<compute_t<T>*>(scores.dbias) + h * g.dbias_head;
+      if (g.slopes != nullptr) scores.slope = g.slopes[h];
+      if (g.dslopes != nullptr) scores.dslope = g.dslopes + h * g.dslope_head;
+      scores.first_element += h * g.element_head;
       const int64_t last = smaller(s.q_len, j + keys - s.lower);  // after the last query that sees a key
       for (int64_t i = larger(0, j - s.diagonal); i < last; i += kQueryTile) {
         const int64_t row = h * t.rows_padded + i;

@@ -13,9 +13,12 @@ struct AttentionShape {
   int64_t dim, v_dim;      // D, Dv
   int64_t lower, diagonal;  // query i sees key j iff i + lower <= j <= i + diagonal; -q_len and k_len: every key
   double scale;
+  double softcap;  // c > 0: the scaled score s becomes c tanh(s / c)
   int64_t q_row, k_row, v_row, o_row;      // distance between rows, in elements
+  int64_t page_size, k_page, v_page;       // keys of a page, 0: not in pages; distance between pages
   int64_t do_row, dq_row, dk_row, dv_row;  // of the gradients
   int64_t mask_row, mask_col, bias_row;    // of one that is the same for all rows, or columns, 0
+  int64_t dbias_row, element_row;          // element_row: between the numbers of elements, for dropout
   uint32_t drop_below;  // an element is dropped where its random word is less; 0: none is
   double keep_scale;    // 1 / (1 - dropout_p)
   uint64_t seed;
@@ -25,9 +28,13 @@ struct AttentionShape {
 struct AttentionScores {
   const uint8_t* mask;     // 0: query i does not see key j, which is true of hidden keys anyway
   const void *bias;        // (Tq, Tk), of the type of sums, added to the scaled scores
-  void* dbias;             // (Tq, Tk) dense, its gradient
+  void* dbias;             // (Tq, Tk), its gradient
   bool add_dbias;          // to what stands there
+  double slope;            // ALiBi: slope |i + k_len - q_len - j| is subtracted from the scores
+  double* dslope;          // where not null, its gradient is added there
+  double sink;             // a logit that takes part in the softmax and carries no value; -inf: none
   uint64_t first_element;  // number of element (0, 0), for dropout
+  const int64_t* pages;    // where keys lie in pages: in the forward, page j / page_size holds key j
 };
 
 // The query heads that read one key head: pointers to the first, and the distance between heads.
@@ -38,8 +45,10 @@ struct AttentionGroup {
   void *dq, *dk, *dv;
   void *dk_sums, *dv_sums;  // where not null, dk and dv go there instead, as finish_dk takes them
   int64_t q_head, o_head, do_head, dq_head, lse_head;
-  AttentionScores scores;  // of the first head
-  int64_t mask_head, bias_head;
+  AttentionScores scores;  // of the first head; slope, dslope and sink stand below
+  const double* slopes;    // one for each head, or null
+  double* dslopes;
+  int64_t mask_head, bias_head, dbias_head, dslope_head, element_head;
 };
 
 // Queries of a forward call: enough that packing a tile of keys costs little beside the products with it.

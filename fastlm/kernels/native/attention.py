@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlm import _native
+from fastlm._layout import empty_in_order_of
 from fastlm._library import kernel
-from fastlm.kernels._common import FLOATS, empty_in_order_of, with_rows
+from fastlm.kernels._common import FLOATS, sinks_gradient, with_rows
 from fastlm.kernels.native._common import capability, current_stream
 
 MAX_HEAD_DIM = 256
 
 
-def _unsupported_on_any(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seed: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: int,
-    window_left: int,
-    window_right: int,
-    scale: float,
-    softcap: float,
-    dropout_p: float,
-    deterministic: bool,
-) -> str | None:
-    for name, option in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
-        if option is not None:
-            return f"does not take {name}"
-    if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        return "does not take packed sequences (cu_seqlens)"
-    if softcap > 0:
-        return "does not take a softcap"
+def unsupported(q: Tensor, k: Tensor, v: Tensor, *_options: Any) -> str | None:
     if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
         return f"takes q, k and v of one floating-point dtype, not {q.dtype}, {k.dtype} and {v.dtype}"
     if not (1 <= q.shape[-1] <= MAX_HEAD_DIM and 1 <= v.shape[-1] <= MAX_HEAD_DIM):
@@ -51,12 +26,11 @@ def _unsupported_on_any(
     return None
 
 
-def _backward_unsupported(do, dlse, q, k, v, o, lse, *rest) -> str | None:
-    *options, _wanted = rest
-    return _unsupported_on_any(q, k, v, *options)
+def _unsupported_backward(do, dlse, q, k, v, *_options: Any) -> str | None:
+    return unsupported(q, k, v)
 
 
-def _diagonals(causal: int, window_left: int, window_right: int, q_len: int, k_len: int) -> tuple[int, int]:
+def band_of(causal: int, window_left: int, window_right: int, q_len: int, k_len: int) -> tuple[int, int]:
     """Query i sees key j iff i + lower <= j <= i + upper."""
     last = k_len - q_len  # windows count from key i + last, which ends together with the queries
     lower = last - window_left if window_left >= 0 else -q_len
@@ -66,7 +40,12 @@ def _diagonals(causal: int, window_left: int, window_right: int, q_len: int, k_l
     return lower, upper
 
 
-def _writing(run: Callable[..., Any], *outputs: Tensor) -> None:
+def per_head(x: Tensor | None, q: Tensor) -> Tensor | None:
+    """Slopes or sinks as the CPU kernels read them: (B, Hq), double."""
+    return None if x is None else x.double().expand(q.shape[:2]).contiguous()
+
+
+def writing(run: Callable[..., Any], *outputs: Tensor) -> None:
     """run(*outputs), through a copy of those that the kernels cannot write in place."""
     written = [x if with_rows(x) is x else torch.empty_like(x, memory_format=torch.contiguous_format) for x in outputs]
     run(*written)
@@ -78,68 +57,116 @@ def _writing(run: Callable[..., Any], *outputs: Tensor) -> None:
 if _native.cpu is not None:
     _forward, _backward = _native.cpu.attention_forward, _native.cpu.attention_backward
 
-    def _on_scores(x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-        """A mask or bias as it lies over the scores, (B, Hq, Tq, Tk)."""
-        return None if x is None else x.expand(*q.shape[:3], k.shape[2])
+    def _pieces(q: Tensor, k: Tensor, options: Sequence[Any]) -> Iterator[tuple[slice | None, slice | None, tuple]]:
+        """The calls of a kernel that make up one of the op: one, or one for each packed sequence.
 
-    def _options(q: Tensor, k: Tensor, options: tuple) -> tuple:
-        """What the kernels take of them."""
-        mask, bias, _, _, seed, _, _, _, _, causal, window_left, window_right, scale, _, dropout_p, _ = options
+        Each is told which queries and which keys it is on, None for all, and the kernel's last arguments.
+        """
+        (
+            mask, bias, slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, _, _, causal, window_left, window_right, scale,
+            softcap, dropout_p, _,
+        ) = options  # fmt: skip
+        B, Hq, Tq, _ = q.shape
+        Tk = k.shape[2]
         if bias is not None:
             bias = bias.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-            if bias.dim() == 0 or bias.shape[-1] != k.shape[2]:  # the same for all keys
-                bias = bias.expand(*bias.shape[:-1], k.shape[2])
+            if bias.dim() == 0 or bias.shape[-1] != Tk:  # the same for all keys
+                bias = bias.expand(*bias.shape[:-1], Tk)
             bias = with_rows(bias)
-        diagonals = _diagonals(causal, window_left, window_right, q.shape[2], k.shape[2])
-        number = seed.item() if dropout_p > 0 else 0
-        scores = (_on_scores(mask, q, k), _on_scores(bias, q, k))
-        return (*scores, *diagonals, scale, dropout_p, number % 2**64, torch.get_num_threads())
+        mask, bias = (None if x is None else x.expand(B, Hq, Tq, Tk) for x in (mask, bias))
+        heads = per_head(slopes, q), per_head(sinks, q)
+        numbers = scale, softcap, dropout_p, seed.item() % 2**64 if dropout_p > 0 else 0
 
-    @kernel("attention", backend="native", device="cpu", supports=_unsupported_on_any)
+        def last(rows: slice | None, cols: slice | None, first: int, q_len: int, k_len: int) -> tuple:
+            diagonals = band_of(causal, window_left, window_right, q_len, k_len)
+            elements = first, Hq * Tq * Tk, Tq * Tk, Tk  # how dropout counts those of the scores
+            scores = _cut(mask, rows, cols), _cut(bias, rows, cols)
+            return (*scores, *heads, *diagonals, *numbers, elements, torch.get_num_threads())
+
+        if cu_seqlens_q is None:
+            yield None, None, last(None, None, 0, Tq, Tk)
+            return
+        ends = _ends("q", cu_seqlens_q, Tq), _ends("k", cu_seqlens_k, Tk)
+        for (i, i_end), (j, j_end) in zip(*map(itertools.pairwise, ends), strict=True):
+            rows, cols = slice(i, i_end), slice(j, j_end)
+            yield rows, cols, last(rows, cols, i * Tk + j, i_end - i, j_end - j)
+
+    def _cut(x: Tensor | None, rows: slice | None, cols: slice | None = slice(None)) -> Tensor | None:
+        """x (B, H, T, ...), or (B, H, Tq, Tk), for one piece."""
+        return x if x is None or rows is None else x[:, :, rows] if cols == slice(None) else x[:, :, rows, cols]
+
+    def _ends(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
+        """Checked, since under torch.compile the public function has not seen the numbers."""
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != total or any(a > b for a, b in itertools.pairwise(ends)):
+            raise ValueError(
+                f"fastlm.attention: cu_seqlens_{name} must rise from 0 to the total of {total}, got {ends}"
+            )
+        return ends
+
+    @kernel("attention", backend="native", device="cpu", supports=unsupported)
     def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
         o = empty_in_order_of(q, v.shape[-1])
-        lse = q.new_empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-        taken = _options(q, k, options)
+        lse = torch.empty(q.shape[:3], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
         q, k, v = with_rows(q), with_rows(k), with_rows(v)
-        _writing(lambda o: _forward(q, k, v, o, lse, *taken), o)
+
+        def run(o: Tensor) -> None:
+            for rows, cols, last in _pieces(q, k, options):
+                _forward(_cut(q, rows), _cut(k, cols), _cut(v, cols), _cut(o, rows), _cut(lse, rows), *last)
+
+        writing(run, o)
         return o, lse
 
-    @kernel("attention_backward", backend="native", device="cpu", supports=_backward_unsupported)
+    @kernel("attention_backward", backend="native", device="cpu", supports=_unsupported_backward)
     def attention_backward(
         do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
     ) -> tuple[Tensor, ...]:
         *options, wanted = options
+        _, bias, slopes, sinks, *_ = options
         outputs = [empty_in_order_of(x, x.shape[-1]) for x in (q, k, v)]
         do = torch.zeros_like(o) if do is None else do
-        read = [with_rows(do), None if dlse is None else dlse.contiguous(), *map(with_rows, (q, k, v, o))]
-        read.append(lse.contiguous())
-        bias = options[1]
-        dbias = None
+        dlse, lse = None if dlse is None else dlse.contiguous(), lse.contiguous()
+        do, q, k, v, o = (with_rows(x) for x in (do, q, k, v, o))
+        dbias = dslopes = None
         if bias is not None and wanted[3]:  # summed over the batch where it is the same for all
             of_all = bias.dim() < 4 or bias.shape[0] == 1
             dbias = lse.new_zeros(1 if of_all else q.shape[0], *q.shape[1:3], k.shape[2])
-        taken = _options(q, k, options)
-        _writing(lambda *written: _backward(*read, *written, dbias, *taken), *outputs)
+        if slopes is not None and wanted[4]:
+            dslopes = torch.zeros(q.shape[:2], dtype=torch.float64)
+
+        def run(dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+            for rows, cols, last in _pieces(q, k, options):
+                do_, dlse_, q_, o_, lse_, dq_ = (_cut(x, rows) for x in (do, dlse, q, o, lse, dq))
+                k_, v_, dk_, dv_ = (_cut(x, cols) for x in (k, v, dk, dv))
+                dbias_ = _cut(dbias, rows, cols)
+                _backward(do_, dlse_, q_, k_, v_, o_, lse_, dq_, dk_, dv_, dbias_, dslopes, *last)
+
+        writing(run, *outputs)
         # The three come from one pass.
         gradients = [x if want else q.new_empty(0) for x, want in zip(outputs, wanted, strict=False)]
         dbias = q.new_empty(0) if dbias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
-        return (*gradients, dbias, q.new_empty(0), q.new_empty(0))
+        dslopes = q.new_empty(0) if dslopes is None else dslopes.sum_to_size(slopes.shape).to(slopes.dtype)
+        dsinks = sinks_gradient(do, dlse, o, lse, sinks) if wanted[5] else q.new_empty(0)
+        return (*gradients, dbias, dslopes, dsinks)
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
-def _unsupported_cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, *rest) -> str | None:
+def _unsupported_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
     if q.dtype == torch.float64:
         return "does not take float64"
-    for name, option in (("mask", mask), ("bias", bias)):
-        if option is not None:
+    *tensors, _, _, _, _, _, _, softcap, dropout_p, _ = options
+    names = ("mask", "bias", "alibi_slopes", "sinks", None, "packed sequences (cu_seqlens)", None)
+    for name, option in zip(names, tensors, strict=True):
+        if name is not None and option is not None:
             return f"does not take {name}"
-    *_, dropout_p, _deterministic = rest
+    if softcap > 0:
+        return "does not take a softcap"
     if dropout_p > 0:
         return "does not take dropout"
-    return _unsupported_on_any(q, k, v, mask, bias, *rest)
+    return unsupported(q, k, v)
 
 
-def _backward_unsupported_cuda(do, dlse, q, k, v, o, lse, *rest) -> str | None:
+def _unsupported_backward_cuda(do, dlse, q, k, v, o, lse, *rest) -> str | None:
     *options, _wanted = rest
     if max(q.shape[-1], v.shape[-1]) > 128 and capability(q) < (8, 0):
         return "takes head dimensions above 128 from compute capability 8.0 on"  # for want of shared memory
@@ -155,11 +182,11 @@ if _native.cuda is not None:
         o = empty_in_order_of(q, v.shape[-1])
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         q, k, v = with_rows(q), with_rows(k), with_rows(v)
-        diagonals = _diagonals(causal, window_left, window_right, q.shape[2], k.shape[2])
-        _writing(lambda o: _cuda.attention_forward(q, k, v, o, lse, *diagonals, scale, current_stream(q)), o)
+        diagonals = band_of(causal, window_left, window_right, q.shape[2], k.shape[2])
+        writing(lambda o: _cuda.attention_forward(q, k, v, o, lse, *diagonals, scale, current_stream(q)), o)
         return o, lse
 
-    @kernel("attention_backward", backend="native", device="cuda", supports=_backward_unsupported_cuda)
+    @kernel("attention_backward", backend="native", device="cuda", supports=_unsupported_backward_cuda)
     def attention_backward_cuda(
         do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
     ) -> tuple[Tensor, ...]:
@@ -171,14 +198,14 @@ if _native.cuda is not None:
         read = [with_rows(do), None if dlse is None else dlse.contiguous(), *map(with_rows, (q, k, v, o))]
         read.append(lse.contiguous())
         stats = lse.new_empty(*lse.shape, 2)
-        diagonals = _diagonals(causal, window_left, window_right, q.shape[2], k.shape[2])
+        diagonals = band_of(causal, window_left, window_right, q.shape[2], k.shape[2])
 
         def run(*outputs: Tensor) -> None:
             given = iter(outputs)
             written = [None if x is None else next(given) for x in (dq, dk, dv)]
             _cuda.attention_backward(*read, *written, stats, *diagonals, scale, current_stream(q))
 
-        _writing(run, *(x for x in (dq, dk, dv) if x is not None))
+        writing(run, *(x for x in (dq, dk, dv) if x is not None))
         gradients = [
             x if want and x is not None else q.new_empty(0) for x, want in zip((dq, dk, dv), wanted, strict=False)
         ]

@@ -1,0 +1,27 @@
+"""The order of dimensions in memory of attention's results: that of its queries."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _order(like: Tensor) -> list[int]:
+    """Its dimensions, the outermost first; expanded ones outermost."""
+    return sorted(range(like.dim()), key=lambda i: (-like.stride(i) or -math.inf, i))
+
+
+def in_order_of(x: Tensor, like: Tensor) -> Tensor:
+    """x in memory in the order of dimensions that `like` has."""
+    order = _order(like)
+    return x.permute(order).contiguous().permute([order.index(i) for i in range(len(order))])
+
+
+def empty_in_order_of(like: Tensor, last: int) -> Tensor:
+    """Empty and dense, of the sizes of `like` but the last, in its order of dimensions."""
+    size = (*like.shape[:-1], last)
+    if like.is_contiguous():  # the most frequent, and a tenth of the time
+        return torch.empty(size, dtype=like.dtype, device=like.device)
+    return torch.empty_permuted(size, _order(like), dtype=like.dtype, device=like.device)

@@ -1,0 +1,1 @@
+"""fastlm under the names and layouts of other packages."""
