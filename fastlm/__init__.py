@@ -3,7 +3,7 @@
 import importlib
 
 from fastlm import _library, models, optim
-from fastlm._library import backends, use_backend
+from fastlm._library import FallbackWarning, backends, use_backend
 from fastlm._version import __version__
 from fastlm.ops.activation import gelu, sigmoid, silu, tanh
 from fastlm.ops.attention import attention, scaled_dot_product_attention
@@ -30,6 +30,7 @@ def _load_kernels(backend: str, family: str, device: str) -> None:
 _library.load_kernels = _load_kernels
 
 __all__ = [
+    "FallbackWarning",
     "__version__",
     "attention",
     "attention_decode",

@@ -18,6 +18,7 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -135,6 +136,11 @@ class BackendStatus(NamedTuple):
     reason: str
 
 
+class FallbackWarning(UserWarning):
+    """A call runs on the reference, in plain torch, since no installed kernel does this combination of arguments."""
+
+
+_warned: set[tuple[str, str, str]] = set()
 _kernels: dict[tuple[str, str, str], Kernel] = {}
 _lock = threading.RLock()
 
@@ -392,8 +398,10 @@ class Op:
                 return only(*args)
             if len(args) != self.arity:
                 args = self._fill(args)
-            for _, (run, supports) in candidates:
+            for name, (run, supports) in candidates:
                 if supports is None or supports(*args) is None:
+                    if name == "reference" and name != candidates[0][0]:
+                        self._warn_of_reference(device, candidates, args)
                     out = run(*args)
                     if self.mutated:
                         torch.autograd.graph.increment_version(_tensors([args[i] for i in self.mutated]))
@@ -415,6 +423,15 @@ class Op:
             return only(x) if only is not None else run_best(x)
 
         return run_best_of_one if self.arity == 1 else run_best
+
+    def _warn_of_reference(self, device: str, candidates: list[tuple[str, Kernel]], args: Sequence[Any]) -> None:
+        """Once for each reason."""
+        why = "; ".join(f"{name} {kernel.refusal(args)}" for name, kernel in candidates[:-1])
+        name = self.name.removesuffix("_backward")
+        if (name, device, why) not in _warned:
+            _warned.add((name, device, why))
+            said = f"fastlm.{name} on {device} runs on the reference, in plain torch: {why}"
+            warnings.warn(said, FallbackWarning, stacklevel=1)
 
     def _refuse_device(self, backend: str) -> Callable[..., Any]:
         def refuse(*args: Any) -> Any:

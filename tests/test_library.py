@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -201,17 +202,24 @@ def test_the_interpreter_of_triton_is_not_chosen_by_itself():
 
 @needs_cpu_module
 def test_what_a_kernel_cannot_do_goes_to_the_next_visibly():
-    q = torch.randn(1, 2, 5, 8)
-    sinks = torch.zeros(2)
-    native, *_ = fastlm.backends("attention", q=q, k=q, v=q, sinks=sinks)
-    assert native == ("native", False, "does not take sinks")
+    q = torch.randn(1, 2, 5, 257)
+    native, *_ = fastlm.backends("attention", q=q, k=q, v=q)
+    why = "takes head dimensions from 1 to 256, not 257 and 257"
+    assert native == ("native", False, why)
     with fastlm.use_backend("reference"):
-        want = fastlm.attention(q, q, q, sinks=sinks)
-    with fastlm.use_backend("auto"):
-        torch.testing.assert_close(fastlm.attention(q, q, q, sinks=sinks), want)
+        want = fastlm.attention(q, q, q)
+    _library._warned.clear()
+    with fastlm.use_backend("auto"), warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):  # it is said once
+            torch.testing.assert_close(fastlm.attention(q, q, q), want)
+    assert [str(w.message) for w in said] == [
+        f"fastlm.attention on cpu runs on the reference, in plain torch: native {why}"
+    ]
+    assert said[0].category is fastlm.FallbackWarning
     with fastlm.use_backend("native"), pytest.raises(NotImplementedError) as caught:
-        fastlm.attention(q, q, q, sinks=sinks)
-    assert str(caught.value) == "fastlm.attention on cpu: native does not take sinks"
+        fastlm.attention(q, q, q)
+    assert str(caught.value) == f"fastlm.attention on cpu: native {why}"
 
 
 def test_a_missing_kernel_is_an_error_only_where_it_was_asked_for(monkeypatch):
