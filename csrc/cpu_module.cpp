@@ -13,6 +13,7 @@
 #include "cpu/isa.h"
 #include "cpu/limits.h"
 #include "cpu/matmul.h"
+#include "cpu/mse_loss.h"
 #include "cpu/norm.h"
 #include "cpu/rope.h"
 #include "cpu/parallel.h"
@@ -162,6 +163,20 @@ void embedding_backward(const TensorView& dy, const TensorView& index, const Ten
   run_kernel(dy.numel() + dweight.numel(), [&] {
     cpu::embedding_backward(dy.dtype, dy.data, static_cast<const int64_t*>(index.data), index.numel(), dweight.data,
                             dweight.shape[0], dweight.shape[1], padding, threads);
+  });
+}
+
+double mse_loss_forward(const TensorView& x, const TensorView& target, int threads) {
+  border.check_same_dense("mse_loss", x, {&target});
+  double sum = 0;
+  run_kernel(x.numel(), [&] { sum = cpu::mse_loss_forward(x.dtype, x.data, target.data, x.numel(), threads); });
+  return sum;
+}
+
+void mse_loss_backward(const TensorView& x, const TensorView& target, double scale, const TensorView& dx, int threads) {
+  border.check_same_dense("mse_loss_backward", x, {&target, &dx});
+  run_kernel(x.numel(), [&] {
+    cpu::mse_loss_backward(x.dtype, x.data, target.data, scale, dx.data, x.numel(), threads);
   });
 }
 
@@ -491,6 +506,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("sum_of_squares", &fastlm::sum_of_squares, "Over all elements of dense tensors.");
 
   // lower, diagonal: query i sees key j iff i + lower <= j <= i + diagonal. dbias is written where a query sees a key.
+  m.def("mse_loss_forward", &fastlm::mse_loss_forward);
+  m.def("mse_loss_backward", &fastlm::mse_loss_backward);
   m.def("embedding_backward", &fastlm::embedding_backward, "dweight (V, N) from dy (M, N) and int64 index (M,).");
   m.def("rope", &fastlm::rope);
   m.def("attention_forward", &fastlm::attention_forward);

@@ -13,6 +13,7 @@ from fastlm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from fastlm.ops.embedding import embedding
 from fastlm.ops.glu import glu
 from fastlm.ops.linear_act import linear_act
+from fastlm.ops.mse_loss import mse_loss
 from fastlm.ops.norm import layer_norm, rms_norm
 from fastlm.ops.relu import relu, relu_squared
 from fastlm.ops.rope import rope
@@ -44,6 +45,7 @@ __all__ = [
     "linear_act",
     "linear_cross_entropy",
     "models",
+    "mse_loss",
     "optim",
     "relu",
     "relu_squared",

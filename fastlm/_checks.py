@@ -8,27 +8,35 @@ import torch
 from torch import Tensor
 
 
+class ArgumentError(ValueError, RuntimeError):
+    """A ValueError, and also what torch itself raises: code around its functions catches either."""
+
+
+class DTypeError(TypeError, RuntimeError):
+    """A TypeError, and also what torch itself raises where dtypes do not fit."""
+
+
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+        raise DTypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
 
 
 def check_floating_point(op: str, name: str, value: object) -> None:
     check_tensor(op, name, value)
     if not value.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {value.dtype}")
+        raise DTypeError(f"{op}: {name} must be floating point, got {value.dtype}")
 
 
 def check_number(op: str, name: str, value: object) -> None:
     """A tensor is none: made a float, it would lose its gradient without a word."""
     if isinstance(value, Tensor) or not hasattr(value, "__float__"):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+        raise DTypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
 def check_dropout(op: str, dropout_p: object) -> None:
     check_number(op, "dropout_p", dropout_p)
     if not 0 <= dropout_p < 1:
-        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+        raise ArgumentError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
 
 
 def autocast_on(device: torch.device) -> bool:
@@ -43,14 +51,14 @@ def check_same_dtype(op: str, name: str, t: Tensor, first_name: str, first: Tens
     """Where autocast is on, it will make one dtype of all but float64, which it leaves."""
     if t.dtype == first.dtype or (autocast_on(first.device) and torch.float64 not in (t.dtype, first.dtype)):
         return
-    raise TypeError(f"{op}: {name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}")
+    raise DTypeError(f"{op}: {name} must have the dtype of {first_name}, {first.dtype}, got {t.dtype}")
 
 
 def check_device(op: str, name: str, t: Tensor | None, first_name: str, first: Tensor) -> None:
     if t is None or (t.is_cpu and first.is_cpu):  # asking for a device makes an object of it
         return
     if t.device != first.device:
-        raise ValueError(f"{op}: {name} must be on the device of {first_name}, {first.device}, got {t.device}")
+        raise ArgumentError(f"{op}: {name} must be on the device of {first_name}, {first.device}, got {t.device}")
 
 
 # --- of attention -----------------------------------------------------------------------------------------------------
@@ -58,7 +66,7 @@ def checked_window(op: str, window: object) -> tuple[int, int]:
     """(left, right), -1 for what is open."""
     pair = (-1, -1) if window is None else tuple(window) if isinstance(window, (tuple, list)) else (window, window)
     if len(pair) != 2 or not all(type(n) is int and n >= -1 for n in pair):
-        raise ValueError(f"{op}: window must be an int or (left, right), -1 or more each, got {window!r}")
+        raise ArgumentError(f"{op}: window must be an int or (left, right), -1 or more each, got {window!r}")
     return pair
 
 
@@ -67,7 +75,7 @@ def check_softcap(op: str, softcap: object) -> None:
         return
     check_number(op, "softcap", softcap)
     if not 0 < softcap < math.inf:
-        raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
+        raise ArgumentError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
 
 
 def check_per_head(op: str, q: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
@@ -75,10 +83,10 @@ def check_per_head(op: str, q: Tensor, alibi_slopes: Tensor | None, sinks: Tenso
     if alibi_slopes is not None:
         check_tensor(op, "alibi_slopes", alibi_slopes)
         if alibi_slopes.shape not in ((Hq,), (B, Hq)):
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: alibi_slopes must be (Hq,) = ({Hq},) or (B, Hq) = ({B}, {Hq}), got {tuple(alibi_slopes.shape)}"
             )
     if sinks is not None:
         check_tensor(op, "sinks", sinks)
         if sinks.shape != (Hq,):
-            raise ValueError(f"{op}: sinks must be (Hq,) = ({Hq},), got {tuple(sinks.shape)}")
+            raise ArgumentError(f"{op}: sinks must be (Hq,) = ({Hq},), got {tuple(sinks.shape)}")

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from fastlm._checks import (
+    ArgumentError,
+    DTypeError,
     autocast_on,
     check_device,
     check_dropout,
@@ -279,40 +281,40 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, t)
         if t.dim() != 4:
-            raise ValueError(f"{op}: {name} must have 4 dimensions (B, H, T, D), got {tuple(t.shape)}")
+            raise ArgumentError(f"{op}: {name} must have 4 dimensions (B, H, T, D), got {tuple(t.shape)}")
         if not t.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
+            raise DTypeError(f"{op}: {name} must be floating point, got {t.dtype}")
         check_device(op, name, t, "q", q)
         check_same_dtype(op, name, t, "q", q)
     B, Hq, _, D = q.shape
     _, Hk, Tk, _ = k.shape
     if D == 0:
-        raise ValueError(f"{op}: q must have a head dim D of at least 1, got {tuple(q.shape)}")
+        raise ArgumentError(f"{op}: q must have a head dim D of at least 1, got {tuple(q.shape)}")
     if Hq % Hk if Hk else Hq:  # no heads of either: as empty as no batch
-        raise ValueError(f"{op}: the heads of q must be a multiple of those of k, got {Hq} and {Hk}")
+        raise ArgumentError(f"{op}: the heads of q must be a multiple of those of k, got {Hq} and {Hk}")
     if k.shape != (B, Hk, Tk, D):
-        raise ValueError(f"{op}: k must be (B, Hk, Tk, D) = {(B, Hk, Tk, D)} to match q, got {tuple(k.shape)}")
+        raise ArgumentError(f"{op}: k must be (B, Hk, Tk, D) = {(B, Hk, Tk, D)} to match q, got {tuple(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"{op}: v must be (B, Hk, Tk, Dv) = ({B}, {Hk}, {Tk}, Dv) to match k, got {tuple(v.shape)}")
+        raise ArgumentError(f"{op}: v must be (B, Hk, Tk, Dv) = ({B}, {Hk}, {Tk}, Dv) to match k, got {tuple(v.shape)}")
 
 
 def _check_packed(op: str, name: str, cu_seqlens: Tensor, total: int, longest: int | None) -> None:
     """As far as the numbers can be read: on a GPU that would wait for it."""
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: cu_seqlens_{name} must be (sequences + 1,) int32 or int64, got {cu_seqlens.dtype} "
             f"{tuple(cu_seqlens.shape)}"
         )
     if longest is not None and not (type(longest) is int and longest >= 0):
-        raise ValueError(f"{op}: max_seqlen_{name} must be an int of at least 0, got {longest!r}")
+        raise ArgumentError(f"{op}: max_seqlen_{name} must be an int of at least 0, got {longest!r}")
     starts = readable_values(cu_seqlens)
     if starts is None:
         return
     if starts[0] != 0 or starts[-1] != total or any(a > b for a, b in itertools.pairwise(starts)):
-        raise ValueError(f"{op}: cu_seqlens_{name} must rise from 0 to the total of {total}, got {starts}")
+        raise ArgumentError(f"{op}: cu_seqlens_{name} must rise from 0 to the total of {total}, got {starts}")
     found = max(b - a for a, b in itertools.pairwise(starts))
     if longest is not None and longest < found:
-        raise ValueError(f"{op}: max_seqlen_{name} must be at least the longest sequence, {found}, got {longest}")
+        raise ArgumentError(f"{op}: max_seqlen_{name} must be at least the longest sequence, {found}, got {longest}")
 
 
 def _check_options(
@@ -328,37 +330,37 @@ def _check_options(
     for name, t in given:
         check_tensor(op, name, t)
     if not isinstance(causal, (bool, str)) or causal not in _CAUSAL:
-        raise ValueError(f"{op}: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}")
+        raise ArgumentError(f"{op}: causal must be False, True, 'bottom_right' or 'top_left', got {causal!r}")
     check_dropout(op, dropout_p)
     if scale is not None:
         check_number(op, "scale", scale)
     check_softcap(op, softcap)
     if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"{op}: mask must be bool (True: visible), got {mask.dtype}; an additive mask is called bias")
+        raise DTypeError(f"{op}: mask must be bool (True: visible), got {mask.dtype}; an additive mask is called bias")
     if bias is not None and not bias.is_floating_point():
-        raise TypeError(f"{op}: bias must be floating point, got {bias.dtype}")
+        raise DTypeError(f"{op}: bias must be floating point, got {bias.dtype}")
     for name, t in (("mask", mask), ("bias", bias)):
         fits = t is None or (
             t.dim() <= 4 and all(a in (1, b) for a, b in zip(reversed(t.shape), reversed(full), strict=False))
         )
         if not fits:
-            raise ValueError(f"{op}: {name} must broadcast to (B, Hq, Tq, Tk) = {full}, got {tuple(t.shape)}")
+            raise ArgumentError(f"{op}: {name} must broadcast to (B, Hq, Tq, Tk) = {full}, got {tuple(t.shape)}")
     check_per_head(op, q, alibi_slopes, sinks)
     check_seed(op, seed, q.device)
     if (cu_seqlens_q is None) != (cu_seqlens_k is None):
-        raise ValueError(f"{op}: cu_seqlens_q and cu_seqlens_k must be given together")
+        raise ArgumentError(f"{op}: cu_seqlens_q and cu_seqlens_k must be given together")
     if cu_seqlens_q is not None:
         if B != 1:
-            raise ValueError(f"{op}: packed sequences must come as one batch, q (1, H, total, D), got B = {B}")
+            raise ArgumentError(f"{op}: packed sequences must come as one batch, q (1, H, total, D), got B = {B}")
         _check_packed(op, "q", cu_seqlens_q, Tq, max_seqlen_q)
         _check_packed(op, "k", cu_seqlens_k, k.shape[2], max_seqlen_k)
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: cu_seqlens_k must have as many sequences as cu_seqlens_q, {cu_seqlens_q.numel() - 1}, "
                 f"got {cu_seqlens_k.numel() - 1}"
             )
     elif max_seqlen_q is not None or max_seqlen_k is not None:
-        raise ValueError(f"{op}: max_seqlen_q and max_seqlen_k belong to packed sequences, given by cu_seqlens_q")
+        raise ArgumentError(f"{op}: max_seqlen_q and max_seqlen_k belong to packed sequences, given by cu_seqlens_q")
     for name, t in given:
         check_device(op, name, t, "q", q)
 
@@ -470,14 +472,14 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, scale, en
     op = "fastlm.scaled_dot_product_attention"
     for name, flag in (("is_causal", is_causal), ("enable_gqa", enable_gqa)):
         if not isinstance(flag, (bool, torch.SymBool)):
-            raise TypeError(f"{op}: {name} must be a bool, got {flag!r}")
+            raise DTypeError(f"{op}: {name} must be a bool, got {flag!r}")
     heads = 1 if enable_gqa else 0
     for name, t in (("query", query), ("key", key), ("value", value)):
         check_tensor(op, name, t)
         if t.dim() < 2 + heads:
-            raise ValueError(f"{op}: {name} must have at least {2 + heads} dimensions, got {tuple(t.shape)}")
+            raise ArgumentError(f"{op}: {name} must have at least {2 + heads} dimensions, got {tuple(t.shape)}")
         if not t.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
+            raise DTypeError(f"{op}: {name} must be floating point, got {t.dtype}")
         check_same_dtype(op, name, t, "query", query)
         check_device(op, name, t, "query", query)
 
@@ -485,12 +487,12 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, scale, en
         return ", ".join(f"{name} {tuple(t.shape)}" for name, t in (("query", query), ("key", key), ("value", value)))
 
     if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0 or key.shape[-2] != value.shape[-2]:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), D at least 1, got {said()}"
         )
     Hq, Hk = query.shape[-3] if heads else 0, key.shape[-3] if heads else 0
     if heads and (value.shape[-3] != Hk or (Hq % Hk if Hk else Hq)):
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: with enable_gqa query must have a multiple of the heads of key and value, got {said()}"
         )
     lead, *others = (t.shape[: t.dim() - 2 - heads] for t in (query, key, value))
@@ -498,7 +500,7 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, scale, en
         try:
             lead = torch.broadcast_shapes(lead, *others)
         except RuntimeError:
-            raise ValueError(f"{op}: leading dimensions must broadcast, got {said()}") from None
+            raise ArgumentError(f"{op}: leading dimensions must broadcast, got {said()}") from None
     check_dropout(op, dropout_p)
     if scale is not None:
         check_number(op, "scale", scale)
@@ -506,14 +508,14 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, scale, en
         check_tensor(op, "attn_mask", attn_mask)
         autocast = attn_mask.dtype in (torch.bfloat16, torch.float16) and autocast_on(query.device)
         if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype) and not autocast:
-            raise TypeError(
+            raise DTypeError(
                 f"{op}: attn_mask must be bool, float32 or of the dtype of query, {query.dtype}, got {attn_mask.dtype}"
             )
         check_device(op, "attn_mask", attn_mask, "query", query)
         full = (*lead, *query.shape[query.dim() - 2 - heads : -2], query.shape[-2], key.shape[-2])
         sizes = zip(reversed(attn_mask.shape), reversed(full), strict=False)
         if attn_mask.dim() > len(full) or any(a not in (1, b) for a, b in sizes):
-            raise ValueError(f"{op}: attn_mask must broadcast to {full}, got {tuple(attn_mask.shape)}")
+            raise ArgumentError(f"{op}: attn_mask must broadcast to {full}, got {tuple(attn_mask.shape)}")
     return lead
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fastlm._checks import (
+    ArgumentError,
+    DTypeError,
     check_device,
     check_number,
     check_per_head,
@@ -104,43 +106,43 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, page_table, alibi_slopes, s
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(op, name, t)
         if t.dim() != 4:
-            raise ValueError(f"{op}: {name} must have 4 dimensions, got {tuple(t.shape)}")
+            raise ArgumentError(f"{op}: {name} must have 4 dimensions, got {tuple(t.shape)}")
         if not t.is_floating_point():
-            raise TypeError(f"{op}: {name} must be floating point, got {t.dtype}")
+            raise DTypeError(f"{op}: {name} must be floating point, got {t.dtype}")
         check_same_dtype(op, name, t, "q", q)
     check_tensor(op, "cache_seqlens", cache_seqlens)
     B, Hq, _, D = q.shape
     _, Hk, S, _ = k_cache.shape
     if page_table is None:
         if k_cache.shape[0] != B:
-            raise ValueError(f"{op}: k_cache must be (B, Hk, S, D) with B = {B} of q, got {tuple(k_cache.shape)}")
+            raise ArgumentError(f"{op}: k_cache must be (B, Hk, S, D) with B = {B} of q, got {tuple(k_cache.shape)}")
     else:
         check_tensor(op, "page_table", page_table)
         if page_table.dtype not in (torch.int32, torch.int64) or page_table.dim() != 2 or page_table.shape[0] != B:
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: page_table must be (B, n) of int32 or int64 with B = {B}, got {page_table.dtype} "
                 f"{tuple(page_table.shape)}"
             )
         S = S * page_table.shape[1]
     if D == 0 or k_cache.shape[3] != D:
-        raise ValueError(f"{op}: k_cache must have the head dim of q, {D}, at least 1, got {tuple(k_cache.shape)}")
+        raise ArgumentError(f"{op}: k_cache must have the head dim of q, {D}, at least 1, got {tuple(k_cache.shape)}")
     if Hq % Hk if Hk else Hq:
-        raise ValueError(f"{op}: the heads of q must be a multiple of those of k_cache, got {Hq} and {Hk}")
+        raise ArgumentError(f"{op}: the heads of q must be a multiple of those of k_cache, got {Hq} and {Hk}")
     if v_cache.shape[:3] != k_cache.shape[:3]:
-        raise ValueError(f"{op}: v_cache must have the sizes of k_cache but the last, got {tuple(v_cache.shape)}")
+        raise ArgumentError(f"{op}: v_cache must have the sizes of k_cache but the last, got {tuple(v_cache.shape)}")
     if cache_seqlens.dtype not in (torch.int32, torch.int64) or cache_seqlens.shape != (B,):
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: cache_seqlens must be (B,) = ({B},) of int32 or int64, got {cache_seqlens.dtype} "
             f"{tuple(cache_seqlens.shape)}"
         )
     if (k is None) != (v is None):
-        raise ValueError(f"{op}: k and v must be given together")
+        raise ArgumentError(f"{op}: k and v must be given together")
     new = 0
     if k is not None:
         for name, t, cache in (("k", k, k_cache), ("v", v, v_cache)):
             check_tensor(op, name, t)
             if t.dim() != 4 or t.shape != (B, Hk, k.shape[2], cache.shape[3]):
-                raise ValueError(
+                raise ArgumentError(
                     f"{op}: {name} must be (B, Hk, T, D) = ({B}, {Hk}, T, {cache.shape[3]}), got {tuple(t.shape)}"
                 )
             check_same_dtype(op, name, t, "q", q)
@@ -158,14 +160,14 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, page_table, alibi_slopes, s
         return
     for i, n in enumerate(lens):
         if not 0 <= n <= S - new:
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: cache_seqlens[{i}] must be from 0 to {S - new}, for {new} more keys to fit, got {n}"
             )
     table = None if page_table is None else readable_values(page_table)
     for i, pages in enumerate(table or ()):
         for p in pages[: -(-(lens[i] + new) // max(1, k_cache.shape[2]))]:
             if not 0 <= p < k_cache.shape[0]:
-                raise ValueError(f"{op}: page_table[{i}] must hold pages, 0 to {k_cache.shape[0] - 1}, got {p}")
+                raise ArgumentError(f"{op}: page_table[{i}] must hold pages, 0 to {k_cache.shape[0] - 1}, got {p}")
 
 
 def attention_decode(

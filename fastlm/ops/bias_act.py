@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT, check_activation
-from fastlm._checks import check_device, check_dropout, check_floating_point, check_same_dtype
+from fastlm._checks import ArgumentError, check_device, check_dropout, check_floating_point, check_same_dtype
 from fastlm._dropout import check_seed, draw_seed, keep_mask
 from fastlm._library import define_op, left_to_torch, small
 
@@ -52,7 +52,7 @@ def _arguments(x: Tensor, bias: Tensor, act: str = "relu", dropout_p: float = 0.
     check_activation("fastlm.bias_act", act)
     check_dropout("fastlm.bias_act", dropout_p)
     if x.dim() < 1 or bias.shape != x.shape[-1:]:
-        raise ValueError(
+        raise ArgumentError(
             f"fastlm.bias_act: bias must be (N,) for x (..., N) = {tuple(x.shape)}, got {tuple(bias.shape)}"
         )
     check_same_dtype("fastlm.bias_act", "bias", bias, "x", x)

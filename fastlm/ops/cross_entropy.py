@@ -20,7 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm._checks import autocast_on, check_device, check_floating_point, check_number, check_same_dtype, check_tensor
+from fastlm._checks import (
+    ArgumentError,
+    DTypeError,
+    autocast_on,
+    check_device,
+    check_floating_point,
+    check_number,
+    check_same_dtype,
+    check_tensor,
+)
 from fastlm._library import define_op, left_to_torch, readable_values, small
 
 # Logits, and multiplications of linear_cross_entropy, up to which plain torch is as fast.
@@ -34,11 +43,11 @@ def _check_options(op: str, reduction: str, label_smoothing: float, z_loss: floa
     if softcap is not None:
         check_number(op, "softcap", softcap)
         if not 0 < softcap < float("inf"):
-            raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
+            raise ArgumentError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
     if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
+        raise ArgumentError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in _REDUCTIONS:
-        raise ValueError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+        raise ArgumentError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -168,7 +177,7 @@ def _arguments(
     check_tensor(op, "target", target)
     _check_options(op, reduction, label_smoothing, z_loss, softcap)
     if input.dim() < 1:
-        raise ValueError(f"{op}: input must be (C,), (N, C) or (N, C, ...), got {tuple(input.shape)}")
+        raise ArgumentError(f"{op}: input must be (C,), (N, C) or (N, C, ...), got {tuple(input.shape)}")
     C = input.shape[min(input.dim() - 1, 1)]
     probabilities = target.is_floating_point()
     if probabilities:
@@ -177,15 +186,15 @@ def _arguments(
         expected = input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()
         target = target.long()
     else:
-        raise TypeError(f"{op}: target must be int64 classes, or probabilities, got {target.dtype}")
+        raise DTypeError(f"{op}: target must be int64 classes, or probabilities, got {target.dtype}")
     if target.shape != torch.Size(expected):
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: target must be {tuple(expected)} for input {tuple(input.shape)}, got {tuple(target.shape)}"
         )
     if weight is not None:
         check_floating_point(op, "weight", weight)
         if weight.shape != (C,):
-            raise ValueError(f"{op}: weight must be (C,) = ({C},), got {tuple(weight.shape)}")
+            raise ArgumentError(f"{op}: weight must be (C,) = ({C},), got {tuple(weight.shape)}")
     for name, t in (("target", target), ("weight", weight)):
         check_device(op, name, t, "input", input)
     x = input.movedim(1, -1).reshape(-1, C) if input.dim() > 1 else input[None]
@@ -339,16 +348,16 @@ def _linear_arguments(
     check_tensor(op, "target", target)
     _check_options(op, reduction, label_smoothing, z_loss, softcap)
     if weight.dim() != 2:
-        raise ValueError(f"{op}: weight must be (C, D), got {tuple(weight.shape)}")
+        raise ArgumentError(f"{op}: weight must be (C, D), got {tuple(weight.shape)}")
     C, D = weight.shape
     if x.dim() < 1 or x.shape[-1] != D:
-        raise ValueError(f"{op}: x must be (..., D) for weight (C, D) = {(C, D)}, got {tuple(x.shape)}")
+        raise ArgumentError(f"{op}: x must be (..., D) for weight (C, D) = {(C, D)}, got {tuple(x.shape)}")
     if bias is not None and bias.shape != (C,):
-        raise ValueError(f"{op}: bias must be (C,) = ({C},), got {tuple(bias.shape)}")
+        raise ArgumentError(f"{op}: bias must be (C,) = ({C},), got {tuple(bias.shape)}")
     if target.dtype not in (torch.int64, torch.uint8):
-        raise TypeError(f"{op}: target must be int64 classes, got {target.dtype}")
+        raise DTypeError(f"{op}: target must be int64 classes, got {target.dtype}")
     if target.shape != x.shape[:-1]:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: target must be {tuple(x.shape[:-1])} for x {tuple(x.shape)}, got {tuple(target.shape)}"
         )
     for name, t in (*operands[1:], ("target", target)):

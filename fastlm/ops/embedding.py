@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlm._checks import check_device, check_floating_point, check_tensor
+from fastlm._checks import ArgumentError, DTypeError, check_device, check_floating_point, check_tensor
 from fastlm._library import define_op, left_to_torch, small
 
 # Elements of the weight, and of the result, up to which torch is as fast. In 16 bits it sums in 16 bits.
@@ -69,13 +69,13 @@ def _arguments(input: Tensor, weight: Tensor, padding_idx: int | None = None) ->
     check_tensor(op, "input", input)
     check_floating_point(op, "weight", weight)
     if input.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: input must be int32 or int64, got {input.dtype}")
+        raise DTypeError(f"{op}: input must be int32 or int64, got {input.dtype}")
     if weight.dim() != 2:
-        raise ValueError(f"{op}: weight must be (V, N), got {tuple(weight.shape)}")
+        raise ArgumentError(f"{op}: weight must be (V, N), got {tuple(weight.shape)}")
     check_device(op, "weight", weight, "input", input)
     V = weight.shape[0]
     if padding_idx is not None and not -V <= padding_idx < V:
-        raise ValueError(f"{op}: padding_idx must be a row of weight, {-V} to {V - 1}, or None, got {padding_idx}")
+        raise ArgumentError(f"{op}: padding_idx must be a row of weight, {-V} to {V - 1}, or None, got {padding_idx}")
     return weight, input.reshape(-1).long(), -1 if padding_idx is None else padding_idx % V
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT, check_activation
-from fastlm._checks import check_device, check_floating_point, check_same_dtype
+from fastlm._checks import ArgumentError, check_device, check_floating_point, check_same_dtype
 from fastlm._library import define_op, left_to_torch, small
 
 # Elements up to which plain torch is as fast.
@@ -28,7 +28,7 @@ def _arguments(gate: Tensor, up: Tensor, act: str = "silu") -> tuple:
         check_floating_point("fastlm.glu", name, t)
     check_activation("fastlm.glu", act)
     if gate.shape != up.shape or gate.dim() < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"fastlm.glu: gate and up must have one shape (..., N), got {tuple(gate.shape)} and {tuple(up.shape)}"
         )
     check_same_dtype("fastlm.glu", "up", up, "gate", gate)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT, check_activation
-from fastlm._checks import autocast_on, check_device, check_floating_point, check_same_dtype
+from fastlm._checks import ArgumentError, autocast_on, check_device, check_floating_point, check_same_dtype
 from fastlm._library import backend_is_free, define_op, left_to_torch, small
 
 # Multiplications below which a layer is left to plain torch: the op costs what it saves (`fastlm bench linear_sweep`).
@@ -84,12 +84,12 @@ def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str =
         check_same_dtype(op, name, t, "x", x)
         check_device(op, name, t, "x", x)
     if weight.dim() != 2:
-        raise ValueError(f"{op}: weight must be (N, K), got {tuple(weight.shape)}")
+        raise ArgumentError(f"{op}: weight must be (N, K), got {tuple(weight.shape)}")
     N, K = weight.shape
     if x.dim() < 1 or x.shape[-1] != K:
-        raise ValueError(f"{op}: x must be (..., K) for weight (N, K) = {(N, K)}, got {tuple(x.shape)}")
+        raise ArgumentError(f"{op}: x must be (..., K) for weight (N, K) = {(N, K)}, got {tuple(x.shape)}")
     if bias is not None and bias.shape != (N,):
-        raise ValueError(f"{op}: bias must be (N,) = ({N},), got {tuple(bias.shape)}")
+        raise ArgumentError(f"{op}: bias must be (N,) = ({N},), got {tuple(bias.shape)}")
     keep = torch.is_grad_enabled() and any(t.requires_grad for _, t in given)
     rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), K)
     return rows, weight, bias, act, keep

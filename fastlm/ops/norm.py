@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlm._checks import check_device, check_floating_point, check_number
+from fastlm._checks import ArgumentError, DTypeError, check_device, check_floating_point, check_number
 from fastlm._library import define_op, left_to_torch, small
 
 _SMALL_LAYER_NORM = small(1 << 19, 1 << 18)  # elements up to which torch's is as fast
@@ -168,19 +168,19 @@ def _run(op: str, plain, added, x, normalized_shape, parameters: dict, eps: floa
     check_number(op, "eps", eps)
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or x.shape[-len(shape) :] != shape:
-        raise ValueError(f"{op}: normalized_shape must be the last sizes of x, {tuple(x.shape)}, got {shape}")
+        raise ArgumentError(f"{op}: normalized_shape must be the last sizes of x, {tuple(x.shape)}, got {shape}")
     for name, t in parameters.items():
         if t is not None:
             check_floating_point(op, name, t)
             if t.shape != shape:
-                raise ValueError(f"{op}: {name} must be of normalized_shape {shape}, got {tuple(t.shape)}")
+                raise ArgumentError(f"{op}: {name} must be of normalized_shape {shape}, got {tuple(t.shape)}")
             if t.dtype not in (x.dtype, torch.float32):
-                raise TypeError(f"{op}: {name} must be float32 or of the dtype of x, {x.dtype}, got {t.dtype}")
+                raise DTypeError(f"{op}: {name} must be float32 or of the dtype of x, {x.dtype}, got {t.dtype}")
             check_device(op, name, t, "x", x)
     if residual is not None:
         check_floating_point(op, "residual", residual)
         if residual.shape != x.shape:
-            raise ValueError(f"{op}: residual must be of x's shape, {tuple(x.shape)}, got {tuple(residual.shape)}")
+            raise ArgumentError(f"{op}: residual must be of x's shape, {tuple(x.shape)}, got {tuple(residual.shape)}")
         check_device(op, "residual", residual, "x", x)
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)

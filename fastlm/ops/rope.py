@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm._checks import check_device, check_floating_point
+from fastlm._checks import ArgumentError, DTypeError, check_device, check_floating_point
 from fastlm._library import define_op
 
 
@@ -47,11 +47,11 @@ def _arguments(
     for name, t in (("x", x), ("cos", cos), ("sin", sin)):
         check_floating_point(op, name, t)
     if x.dim() < 3:
-        raise ValueError(f"{op}: x must be (..., T, H, D), got {tuple(x.shape)}")
+        raise ArgumentError(f"{op}: x must be (..., T, H, D), got {tuple(x.shape)}")
     *lead, T, _, D = x.shape
     half = cos.shape[-1] if cos.dim() else 0
     if cos.dim() != 2 or cos.shape != sin.shape or not 1 <= 2 * half <= D:
-        raise ValueError(
+        raise ArgumentError(
             f"{op}: cos and sin must be (positions, R/2) with R from 2 to D = {D}, "
             f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
@@ -59,13 +59,13 @@ def _arguments(
         check_device(op, name, t, "x", x)
     if positions is None:
         if cos.shape[0] < T:
-            raise ValueError(f"{op}: cos and sin must have at least T = {T} rows, got {cos.shape[0]}")
+            raise ArgumentError(f"{op}: cos and sin must have at least T = {T} rows, got {cos.shape[0]}")
         cos, sin = cos[:T], sin[:T]
     else:
         if positions.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{op}: positions must be int32 or int64, got {positions.dtype}")
+            raise DTypeError(f"{op}: positions must be int32 or int64, got {positions.dtype}")
         if positions.shape not in ((T,), (*lead, T)):
-            raise ValueError(
+            raise ArgumentError(
                 f"{op}: positions must be (T,) = ({T},) or (..., T) = {(*lead, T)}, got {tuple(positions.shape)}"
             )
         cos, sin = cos[positions], sin[positions]

@@ -22,6 +22,7 @@ CALLS = {
     "rms_norm": (lambda x, w: fastlm.rms_norm(x, (8,), w), [x, vector]),
     "cross_entropy": (lambda x: fastlm.cross_entropy(x, target, label_smoothing=0.1), [x]),
     "embedding": (lambda w: fastlm.embedding(target, w), [x]),
+    "mse_loss": (lambda x: fastlm.mse_loss(x, up), [x]),
     "linear_act": (lambda x, w, b: fastlm.linear_act(x, w, b, "gelu"), [x, matrix, vector]),
     "linear_cross_entropy": (lambda x, w, b: fastlm.linear_cross_entropy(x, w, target, b), [x, matrix, vector]),
 }
@@ -57,7 +58,7 @@ def test_plain_torch_gives_what_the_op_gives(name, dtype):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-KEPT = {("embedding", torch.bfloat16)} | {  # see their files
+KEPT = {("embedding", torch.bfloat16), ("mse_loss", torch.bfloat16)} | {  # see their files
     (name, dtype) for name in ("layer_norm", "rms_norm") for dtype in (torch.float32, torch.bfloat16)
 }
 

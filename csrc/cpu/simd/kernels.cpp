@@ -8,6 +8,7 @@
 #include "embedding-inl.h"
 #include "limits-inl.h"
 #include "matmul-inl.h"
+#include "mse_loss-inl.h"
 #include "norm-inl.h"
 #include "rope-inl.h"
 
@@ -19,6 +20,6 @@ namespace fastlm::cpu::FASTLM_ISA {
 extern const Kernels kTable;
 const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels,   kAttentionKernels,
                         kCrossEntropyKernels,      kEmbeddingKernels,  kLimitsKernels, kMatmulKernels,
-                        kNormKernels,              kRopeKernels};
+                        kMseLossKernels,           kNormKernels,       kRopeKernels};
 
 }  // namespace fastlm::cpu::FASTLM_ISA

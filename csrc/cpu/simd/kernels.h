@@ -11,6 +11,7 @@
 #include "embedding.h"
 #include "limits.h"
 #include "matmul.h"
+#include "mse_loss.h"
 #include "norm.h"
 #include "rope.h"
 
@@ -25,6 +26,7 @@ struct Kernels {
   EmbeddingKernels embedding;
   LimitsKernels limits;
   MatmulKernels matmul;
+  MseLossKernels mse_loss;
   NormKernels norm;
   RopeKernels rope;
 };
