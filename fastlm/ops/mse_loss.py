@@ -16,7 +16,7 @@ from torch import Tensor
 from fastlm._checks import ArgumentError, autocast_on, check_device, check_floating_point
 from fastlm._library import define_op, left_to_torch, small
 
-_SMALL = small(1 << 16, 0)  # elements up to which torch's is as fast; in 16 bits it rounds the squares to 16 bits
+_SMALL = small(1 << 18, 0)  # elements up to which torch's is as fast; in 16 bits it rounds the squares to 16 bits
 _REDUCTIONS = ("mean", "sum", "none")
 
 

@@ -8,7 +8,7 @@ from fastlm.benchmarks.harness import Case
 
 GROUPS = (
     "import_time", "dispatch", "small", "relu", "activation", "bias_act", "glu", "norm", "rope", "embedding",
-    "cross_entropy", "linear_act", "linear_sweep", "attention", "attention_options", "adam", "train",
+    "mse_loss", "cross_entropy", "linear_act", "linear_sweep", "attention", "attention_options", "adam", "train",
 )  # fmt: skip
 
 
