@@ -2,7 +2,7 @@
 
 import importlib
 
-from fastlm import _library, models, optim
+from fastlm import _flops, _library, models, optim
 from fastlm._library import FallbackWarning, backends, use_backend
 from fastlm._version import __version__
 from fastlm.ops.activation import gelu, sigmoid, silu, tanh
@@ -29,6 +29,7 @@ def _load_kernels(backend: str, family: str, device: str) -> None:
 
 
 _library.load_kernels = _load_kernels
+_flops.register_when_needed()
 
 __all__ = [
     "FallbackWarning",

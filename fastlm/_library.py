@@ -173,6 +173,7 @@ class Op:
         samples: Callable[[str], Iterable[tuple]],
         autocast: Callable[[torch.dtype, Sequence[Any]], Sequence[Any]] | None,
         arguments: Callable[..., tuple] | None,
+        flops: Callable[..., int] | None,
     ):
         parsed = torch._C.parse_schema(f"fastlm::{schema}")
         self.name: str = parsed.name.split("::")[1]
@@ -191,6 +192,7 @@ class Op:
         self.samples = samples
         self.autocast = autocast
         self.arguments = arguments
+        self.flops = flops
         self._chosen: dict[tuple[str, str], tuple[list[tuple[str, Kernel]], list[BackendStatus]]] = {}
         self.overloads: dict[str, Any] = {}
         self.entries: dict[str, Callable[..., Any]] = {}
@@ -369,24 +371,24 @@ class Op:
         if not self.mutated:
             # This key comes before Autocast's.
             library.impl(
-                self.name, lambda *args: self._run_reference(*self._cast(self._fill(args))), "FuncTorchBatched"
+                self.name, lambda *args: self._run_reference(*self._cast(self.filled(args))), "FuncTorchBatched"
             )
         if self.autocast is not None:
             for device in _DEVICES:
                 library.impl(self.name, self._autocast_kernel(backend), f"Autocast{device.upper()}")
 
-    def _fill(self, args: Sequence[Any]) -> Sequence[Any]:
+    def filled(self, args: Sequence[Any]) -> Sequence[Any]:
         # The dispatcher leaves out trailing arguments that equal their defaults.
         return args if len(args) == self.arity else (*args, *self.defaults[len(args) :])
 
     def _filled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args: function(*self._fill(args))
+        return lambda *args: function(*self.filled(args))
 
     def _run_reference(self, *args: Any) -> Any:
         if _is_any_autocast_enabled():
             with _no_autocast():
-                return self.reference(*self._fill(args))
-        return self.reference(*self._fill(args))
+                return self.reference(*self.filled(args))
+        return self.reference(*self.filled(args))
 
     def _chooser(self, backend: str, device: str) -> Callable[..., Any]:
         candidates: list[tuple[str, Kernel]] = []  # of the last resolution
@@ -397,7 +399,7 @@ class Op:
             if only is not None:
                 return only(*args)
             if len(args) != self.arity:
-                args = self._fill(args)
+                args = self.filled(args)
             for name, (run, supports) in candidates:
                 if supports is None or supports(*args) is None:
                     if name == "reference" and name != candidates[0][0]:
@@ -450,7 +452,7 @@ class Op:
 
     def _autocast_kernel(self, backend: str) -> Callable[..., Any]:
         def cast(*args: Any) -> Any:
-            args = self._cast(self._fill(args))
+            args = self._cast(self.filled(args))
             with _no_autocast():
                 return self.overloads[backend](*args)
 
@@ -500,7 +502,7 @@ class Op:
         def forward(ctx, keyset, *args):
             out = below(keyset, *args)
             if len(args) != op.arity:
-                args = op._fill(args)
+                args = op.filled(args)
             saved = args if op.save is None else op.save(args, out)
             ctx.plain = [None if isinstance(s, Tensor) else s for s in saved]
             ctx.save_for_backward(*[s if isinstance(s, Tensor) else None for s in saved])
@@ -537,6 +539,7 @@ def define_op(
     backward: Callable[..., Sequence[Tensor | None] | None] | None = None,
     autocast: Callable[[torch.dtype, Sequence[Any]], Sequence[Any]] | None = None,
     arguments: Callable[..., tuple] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Op:
     """Define one op in all four namespaces.
 
@@ -552,10 +555,16 @@ def define_op(
             begins with all arguments.
         autocast: (dtype, args) -> args under torch.autocast; not given: the arguments stay as they are.
         arguments: the public function's arguments -> the schema's, where they differ.
+        flops: the schema's arguments -> the floating-point operations of its products, as torch.utils.flop_counter
+            counts them: two for a multiplication and its addition, hidden scores included. Not given: none.
     """
-    op = Op(schema, reference, fake, save, backward, samples, autocast, arguments)
+    op = Op(schema, reference, fake, save, backward, samples, autocast, arguments, flops)
     _ops[op.name] = op
     return op
+
+
+def all_ops() -> list[Op]:
+    return list(_ops.values())
 
 
 def backends(op: str | None = None, **example_args: Any) -> Any:

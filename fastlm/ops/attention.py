@@ -230,6 +230,15 @@ def _fake_backward(do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, *
     )
 
 
+def _flops(q, k, v, *_):
+    return 2 * q.shape[:3].numel() * k.shape[2] * (q.shape[3] + v.shape[3])
+
+
+def _flops_backward(do, dlse, q, k, v, *_):
+    """Scores again, dq and dk; dp and dv."""
+    return 2 * q.shape[:3].numel() * k.shape[2] * (3 * q.shape[3] + 2 * v.shape[3])
+
+
 def _save(args, outputs):
     return (*args[:3], *outputs, *args[3:])
 
@@ -268,6 +277,7 @@ define_op(
     reference=attention_backward_reference,
     fake=_fake_backward,
     samples=_samples_backward,
+    flops=_flops_backward,
 )
 
 
@@ -397,6 +407,7 @@ _attention = define_op(
     backward=_backward,
     autocast=_autocast,
     arguments=_arguments,
+    flops=_flops,
 )
 
 

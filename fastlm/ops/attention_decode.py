@@ -60,6 +60,12 @@ def _fake(q, k_cache, v_cache, *_):
     return empty_in_order_of(q, v_cache.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
 
 
+def _flops(q, k_cache, v_cache, cache_seqlens, page_table, *_):
+    """Of caches that are full: how full they are is not known without waiting for a GPU."""
+    S = k_cache.shape[2] * (1 if page_table is None else page_table.shape[1])
+    return 2 * q.shape[:3].numel() * S * (q.shape[3] + v_cache.shape[3])
+
+
 def _autocast(dtype, args):
     # As torch: float64 stays.
     return (*(t if t.dtype == torch.float64 else t.to(dtype) for t in args[:3]), *args[3:])
@@ -88,6 +94,7 @@ _attention_decode = define_op(
     fake=_fake,
     samples=_samples,
     autocast=_autocast,
+    flops=_flops,
 )
 
 

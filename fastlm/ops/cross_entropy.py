@@ -388,6 +388,7 @@ _linear_cross_entropy = define_op(
     backward=_backward_linear,
     autocast=_autocast_linear,
     arguments=_linear_arguments,
+    flops=lambda x, weight, *others: 2 * x.numel() * weight.shape[0] * (1 + sum(others[-1][:2])),
 )
 
 

@@ -118,6 +118,7 @@ define_op(
     reference=linear_act_backward_reference,
     fake=_fake_backward,
     samples=_samples_backward,
+    flops=lambda dy, x, weight, saved, act, wanted: 2 * x.numel() * weight.shape[0] * sum(wanted[:2]),
 )
 _linear_act = define_op(
     "linear_act(Tensor x, Tensor weight, Tensor? bias, str act, bool keep) -> (Tensor y, Tensor u)",
@@ -128,6 +129,7 @@ _linear_act = define_op(
     backward=_backward,
     autocast=_autocast,
     arguments=_arguments,
+    flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
 )
 
 

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "_library": {"_checks"},
     "_native": set(),
     "_layout": set(),
+    "_flops": {"_library"},
     "_dropout": {"_library"},
     "kernels": {"_library", "_native", "_activations", "_dropout", "_layout"},
     "ops": {"_library", "_activations", "_checks", "_dropout", "_layout"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     "benchmarks": {"", "train", "models", "optim", "data", "integrations", "_native", *MODELS},
     "cli": {"", "train", "benchmarks", "models", "optim", "data", "integrations", "_native", *MODELS},
     # __init__.py: ops and kernels meet
-    "": {"_library", "_native", "_version", "ops", "optim", "nn", "models", "integrations"},
+    "": {"_flops", "_library", "_native", "_version", "ops", "optim", "nn", "models", "integrations"},
 }
 OPTIONAL = {"numpy", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "triton"}
 FILES = sorted(PACKAGE.rglob("*.py"))
