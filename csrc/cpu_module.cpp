@@ -55,12 +55,27 @@ void act_backward(const TensorView& dy, const TensorView& saved, const TensorVie
   run_kernel(n, [&] { cpu::act_backward(a, dy.dtype, dy.data, saved.data, dx.data, n, threads); });
 }
 
-void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorView& y, int act, int threads) {
+// A share of [0, 1) as the kernels take it.
+cpu::Dropout check_dropout(const char* op, double p, uint64_t seed) {
+  FASTLM_CHECK(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), got ", p);
+  return cpu::dropout_of(p, seed);
+}
+
+void dropout(const TensorView& x, const TensorView& y, double p, uint64_t seed, int threads) {
+  border.check_same_dense("dropout", x, {&y});
+  FASTLM_CHECK(x.contiguous(), "dropout: x must be contiguous, got ", x.describe());
+  cpu::Dropout d = check_dropout("dropout", p, seed);
+  run_kernel(x.numel(), [&] { cpu::dropout(x.dtype, d, x.data, y.data, x.numel(), threads); });
+}
+
+void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorView& y, int act, double dropout_p,
+                      uint64_t seed, int threads) {
   border.check_same_dense("bias_act", x, {&y});
   auto [rows, cols] = border.check_rows("bias_act", x, bias);
   cpu::Act a = act_of("bias_act", act);
+  cpu::Dropout d = check_dropout("bias_act", dropout_p, seed);
   run_kernel(rows * cols, [&, rows = rows, cols = cols] {
-    cpu::bias_act_forward(a, x.dtype, x.data, bias.data, y.data, rows, cols, threads);
+    cpu::bias_act_forward(a, x.dtype, x.data, bias.data, y.data, rows, cols, d, threads);
   });
 }
 
@@ -259,9 +274,8 @@ cpu::AttentionBatch check_attention(const char* op, const Border::AttentionSizes
   b.shape.q_len = sizes.q.length, b.shape.k_len = sizes.k.length;
   b.shape.dim = sizes.q.width, b.shape.v_dim = sizes.v.width;
   b.shape.lower = options.lower, b.shape.diagonal = options.diagonal, b.shape.scale = options.scale;
-  FASTLM_CHECK(options.dropout_p >= 0 && options.dropout_p < 1, op, ": dropout_p must be in [0, 1), got ", options.dropout_p);
-  b.shape.drop_below = static_cast<uint32_t>(options.dropout_p * 4294967296.0);
-  b.shape.keep_scale = 1 / (1 - options.dropout_p), b.shape.seed = options.seed;
+  const cpu::Dropout dropout = check_dropout(op, options.dropout_p, options.seed);
+  b.shape.drop_below = dropout.drop_below, b.shape.keep_scale = dropout.keep_scale, b.shape.seed = dropout.seed;
   b.shape.softcap = options.softcap;
   b.slopes = check_per_head(op, "slopes", q, options.slopes), b.sinks = check_per_head(op, "sinks", q, options.sinks);
   b.scores.first_element = options.elements[0], b.element = {options.elements[1], options.elements[2]};
@@ -506,6 +520,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("sum_of_squares", &fastlm::sum_of_squares, "Over all elements of dense tensors.");
 
   // lower, diagonal: query i sees key j iff i + lower <= j <= i + diagonal. dbias is written where a query sees a key.
+  m.def("dropout", &fastlm::dropout);
   m.def("mse_loss_forward", &fastlm::mse_loss_forward);
   m.def("mse_loss_backward", &fastlm::mse_loss_backward);
   m.def("embedding_backward", &fastlm::embedding_backward, "dweight (V, N) from dy (M, N) and int64 index (M,).");

@@ -10,6 +10,7 @@ from fastlm.ops.attention import attention, scaled_dot_product_attention
 from fastlm.ops.attention_decode import attention_decode
 from fastlm.ops.bias_act import bias_act
 from fastlm.ops.cross_entropy import cross_entropy, linear_cross_entropy
+from fastlm.ops.dropout import dropout
 from fastlm.ops.embedding import embedding
 from fastlm.ops.glu import glu
 from fastlm.ops.linear_act import linear_act
@@ -39,6 +40,7 @@ __all__ = [
     "backends",
     "bias_act",
     "cross_entropy",
+    "dropout",
     "embedding",
     "gelu",
     "glu",

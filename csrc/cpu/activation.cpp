@@ -29,11 +29,20 @@ void act_backward(Act act, DType dtype, const void* dy, const void* saved, void*
 }
 
 void bias_act_forward(Act act, DType dtype, const void* x, const void* bias, void* y, int64_t rows, int64_t cols,
-                      int threads) {
+                      const Dropout& dropout, int threads) {
   auto kernel = kernel_of(act, dtype).bias_forward;
-  const bool past = past_caches(y, rows * cols, dtype);
+  auto drop = kernels_for(dtype).dropout.forward[static_cast<int>(dtype)];
+  const bool dropping = dropout.keep_scale != 1, past = !dropping && past_caches(y, rows * cols, dtype);
+  // What is dropped is written twice, the second time in the first cache.
+  constexpr int64_t kInCache = 4096;
+  const int64_t step = dropping ? std::max<int64_t>(1, kInCache / std::max<int64_t>(1, cols)) : rows;
   parallel_for(threads, rows, row_grain(cols), [&](int64_t begin, int64_t end) {
-    kernel(at(x, begin * cols, dtype), bias, at(y, begin * cols, dtype), end - begin, cols, past);
+    for (int64_t row = begin; row < end; row += step) {
+      const int64_t count = std::min(step, end - row);
+      void* to = at(y, row * cols, dtype);
+      kernel(at(x, row * cols, dtype), bias, to, count, cols, past);
+      if (dropping) drop(to, to, row * cols, count * cols, dropout.seed, dropout.drop_below, dropout.keep_scale);
+    }
   });
 }
 

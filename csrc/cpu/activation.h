@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../dtype.h"
+#include "dropout.h"
 #include "simd/activation.h"
 
 namespace fastlm::cpu {
@@ -11,7 +12,7 @@ namespace fastlm::cpu {
 void act_forward(Act act, DType dtype, const void* x, void* y, int64_t n, int threads);
 void act_backward(Act act, DType dtype, const void* dy, const void* saved, void* dx, int64_t n, int threads);
 void bias_act_forward(Act act, DType dtype, const void* x, const void* bias, void* y, int64_t rows, int64_t cols,
-                      int threads);
+                      const Dropout& dropout, int threads);
 // dbias is float (double for float64), or null where it is not wanted.
 void bias_act_backward(Act act, DType dtype, const void* dy, const void* saved, const void* bias, void* dx, void* dbias,
                        int64_t rows, int64_t cols, int threads);

@@ -40,9 +40,11 @@ def _save(args, y):
 
 
 def _backward(ops, saved, wanted, dy):
-    at, bias, act, dropout_p, _ = saved
+    at, bias, act, dropout_p, seed = saved
     if dropout_p > 0:
-        return None
+        dy = ops.dropout(dy, dropout_p, seed)
+        if act in SAVE_OUTPUT:  # from which dropout has taken a part
+            at = ops.bias_act(at, bias, act, 0.0, None)
     return ops.bias_act_backward(dy, at, bias, act)
 
 

@@ -5,6 +5,7 @@
 #include "adam-inl.h"
 #include "attention-inl.h"
 #include "cross_entropy-inl.h"
+#include "dropout-inl.h"
 #include "embedding-inl.h"
 #include "limits-inl.h"
 #include "matmul-inl.h"
@@ -19,7 +20,7 @@ namespace fastlm::cpu::FASTLM_ISA {
 
 extern const Kernels kTable;
 const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels,   kAttentionKernels,
-                        kCrossEntropyKernels,      kEmbeddingKernels,  kLimitsKernels, kMatmulKernels,
-                        kMseLossKernels,           kNormKernels,       kRopeKernels};
+                        kCrossEntropyKernels,      kDropoutKernels,    kEmbeddingKernels, kLimitsKernels,
+                        kMatmulKernels,            kMseLossKernels,    kNormKernels,   kRopeKernels};
 
 }  // namespace fastlm::cpu::FASTLM_ISA

@@ -8,6 +8,7 @@
 #include "adam.h"
 #include "attention.h"
 #include "cross_entropy.h"
+#include "dropout.h"
 #include "embedding.h"
 #include "limits.h"
 #include "matmul.h"
@@ -23,6 +24,7 @@ struct Kernels {
   AdamKernels adam;
   AttentionKernels attention;
   CrossEntropyKernels cross_entropy;
+  DropoutKernels dropout;
   EmbeddingKernels embedding;
   LimitsKernels limits;
   MatmulKernels matmul;

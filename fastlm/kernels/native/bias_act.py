@@ -17,14 +17,12 @@ from fastlm.kernels.native._common import current_stream
 if _native.cpu is not None:
     from fastlm.kernels.native.activation import ACTS
 
-    def _unsupported(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
-        return "does not do dropout" if dropout_p > 0 else unsupported_dtype(x)
-
-    @kernel("bias_act", backend="native", device="cpu", supports=_unsupported)
+    @kernel("bias_act", backend="native", device="cpu", supports=unsupported_dtype)
     def bias_act(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
         x, bias = x.contiguous(), bias.contiguous()
         y = torch.empty_like(x)
-        _native.cpu.bias_act_forward(x, bias, y, ACTS[act], torch.get_num_threads())
+        number = seed.item() % 2**64 if dropout_p > 0 else 0
+        _native.cpu.bias_act_forward(x, bias, y, ACTS[act], dropout_p, number, torch.get_num_threads())
         return y
 
     @kernel("bias_act_backward", backend="native", device="cpu", supports=unsupported_dtype)
