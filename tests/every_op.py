@@ -39,6 +39,8 @@ def _every_op_once():
         "relu": (fastlm.relu, [x]),
         "gelu": (fastlm.gelu, [x]),
         "bias_act": (lambda x, w: fastlm.bias_act(x, w, "silu"), [x, weight]),
+        "dropout": (lambda x: fastlm.dropout(x, 0.3, seed=torch.tensor(4)), [x]),
+        "bias_act with dropout": (lambda x, w: fastlm.bias_act(x, w, "tanh", 0.3, torch.tensor(4)), [x, weight]),
         "glu": (fastlm.glu, [x, up]),
         "layer_norm": (lambda x, w: fastlm.layer_norm(x, (512,), w), [x, weight]),
         "rms_norm": (lambda x, w: fastlm.rms_norm(x, (512,), w), [x, weight]),

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlm
+from fastlm import _native
 
 
 def counted(call, *inputs):
@@ -18,7 +19,7 @@ def counted(call, *inputs):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference"] + ["native"] * (_native.cpu is not None))
 def test_products_are_counted_as_torch_counts_its_own(backend):
     q, k, v = torch.randn(2, 6, 40, 16), torch.randn(2, 6, 50, 16), torch.randn(2, 6, 50, 16)
     x, weight, head = torch.randn(64, 48), torch.randn(80, 48), torch.arange(64)
