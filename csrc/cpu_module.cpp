@@ -222,9 +222,11 @@ double sum_of_squares(const TensorList& tensors, int threads) {
   return sum;
 }
 
+// For dropout: the number of the first element of the scores, and what batch, head and row add to it.
+using Elements = std::array<int64_t, 4>;
+
 // What a query sees, and what changes its scores. Mask and bias are (B, Hq, Tq, Tk), expanded where they are the same;
 // slopes and sinks (B, Hq) of double.
-using Elements = std::array<int64_t, 4>;  // for dropout: the number of the first, and what batch, head and row add to it
 struct AttentionOptions {
   OptionalTensor mask, bias, slopes, sinks;
   int64_t lower, diagonal;  // query i sees key j iff i + lower <= j <= i + diagonal

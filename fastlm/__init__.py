@@ -2,7 +2,7 @@
 
 import importlib
 
-from fastlm import _flops, _library, models, optim
+from fastlm import _flops, _library, compat, models, optim
 from fastlm._library import FallbackWarning, backends, use_backend
 from fastlm._version import __version__
 from fastlm.ops.activation import gelu, sigmoid, silu, tanh
@@ -39,6 +39,7 @@ __all__ = [
     "attention_decode",
     "backends",
     "bias_act",
+    "compat",
     "cross_entropy",
     "dropout",
     "embedding",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -74,19 +72,19 @@ def check_softcap(op: str, softcap: object) -> None:
     if softcap is None:
         return
     check_number(op, "softcap", softcap)
-    if not 0 < softcap < math.inf:
-        raise ArgumentError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
+    if not 1e-30 <= softcap <= 1e30:  # neither c log2(e) nor 1 / c may overflow in float32
+        raise ArgumentError(f"{op}: softcap must be from 1e-30 to 1e30, or None, got {softcap}")
 
 
 def check_per_head(op: str, q: Tensor, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
     B, Hq = q.shape[:2]
     if alibi_slopes is not None:
-        check_tensor(op, "alibi_slopes", alibi_slopes)
+        check_floating_point(op, "alibi_slopes", alibi_slopes)
         if alibi_slopes.shape not in ((Hq,), (B, Hq)):
             raise ArgumentError(
                 f"{op}: alibi_slopes must be (Hq,) = ({Hq},) or (B, Hq) = ({B}, {Hq}), got {tuple(alibi_slopes.shape)}"
             )
     if sinks is not None:
-        check_tensor(op, "sinks", sinks)
+        check_floating_point(op, "sinks", sinks)
         if sinks.shape != (Hq,):
             raise ArgumentError(f"{op}: sinks must be (Hq,) = ({Hq},), got {tuple(sinks.shape)}")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -256,6 +257,13 @@ class Op:
 
         return call
 
+    def refuse_early(self, *args: Any) -> None:
+        """Raises what the call would for want of a kernel, for functions that change something before it."""
+        if _state.backend != "auto" and not _is_compiling() and args[0].device.type in _DEVICES:
+            usable, _ = self.choices(_state.backend, args[0].device.type)
+            if all(candidate.refusal(args) is not None for _, candidate in usable):
+                self(*args)
+
     def bind(self, example_args: dict[str, Any]) -> tuple:
         """The schema's arguments for those of the public function, given by name."""
         if self.arguments is None:
@@ -433,7 +441,7 @@ class Op:
         if (name, device, why) not in _warned:
             _warned.add((name, device, why))
             said = f"fastlm.{name} on {device} runs on the reference, in plain torch: {why}"
-            warnings.warn(said, FallbackWarning, stacklevel=1)
+            warnings.warn(said, FallbackWarning, stacklevel=_callers_level())
 
     def _refuse_device(self, backend: str) -> Callable[..., Any]:
         def refuse(*args: Any) -> Any:
@@ -646,6 +654,17 @@ def readable_values(t: Tensor) -> Any:
     """The numbers of a tensor, or None where reading them would wait for a GPU or stand in the way of a trace."""
     plain = not _is_compiling() and _undisturbed() and _plain_cpu((t,)) is not None
     return t.tolist() if plain else None
+
+
+_OURS = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+
+
+def _callers_level() -> int:
+    """The stack level, for a warning of the function that asks, of the first frame outside of fastlm and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_OURS):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

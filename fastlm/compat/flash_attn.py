@@ -4,9 +4,9 @@
 CPU as on a GPU, in float32 and float64 too, with any head dim, with gradients of every order.
 
 Tensors are (B, T, H, D), packed ones (total, H, D). causal is aligned at the bottom right; a query that sees no key
-gets zeros. What stands here only by name is as in `fastlm.attention`: dropout_p, softmax_scale (there scale),
-window_size (window), softcap (0: none), alibi_slopes, deterministic, and what is raised. What cannot be honoured is
-refused with NotImplementedError.
+gets zeros, and an lse of -inf, where some of flash-attn's kernels have +inf. What stands here only by name is as in
+`fastlm.attention`: dropout_p, softmax_scale (there scale), window_size (window), softcap (0: none), alibi_slopes,
+deterministic, and what is raised. What cannot be honoured is refused with NotImplementedError.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm._checks import check_tensor
+from fastlm._checks import ArgumentError, check_tensor
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_decode import attention_decode
 from fastlm.ops.rope import rope
@@ -39,7 +39,7 @@ def _attend(
     for name, t in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, t)
         if t.dim() != 4:
-            raise ValueError(f"{op}: {name} must be {'(total, H, D)' if packed else '(B, T, H, D)'}")
+            raise ArgumentError(f"{op}: {name} must be {'(total, H, D)' if packed else '(B, T, H, D)'}")
     if return_attn_probs and dropout_p > 0:
         raise NotImplementedError(
             f"{op}: return_attn_probs gives the mask of dropout, which is never kept; with dropout_p = 0 it gives lse"
@@ -82,7 +82,7 @@ def _unpacked(op: str, name: str, x: Tensor, parts: int, dim: int) -> tuple[Tens
     check_tensor(op, name, x)
     if x.dim() != dim + 3 or x.shape[dim] != parts:
         lead = "(total, " if dim == 1 else "(B, T, "
-        raise ValueError(f"{op}: {name} must be {lead}{parts}, H, D), got {tuple(x.shape)}")
+        raise ArgumentError(f"{op}: {name} must be {lead}{parts}, H, D), got {tuple(x.shape)}")
     return x.unbind(dim)
 
 
@@ -272,26 +272,28 @@ def flash_attn_with_kvcache(
     ):
         check_tensor(op, name, t)
         if t.dim() != 4:
-            raise ValueError(f"{op}: {name} must have 4 dimensions, got {tuple(t.shape)}")
+            raise ArgumentError(f"{op}: {name} must have 4 dimensions, got {tuple(t.shape)}")
     if cache_leftpad is not None:
         raise NotImplementedError(f"{op}: cache_leftpad is not supported")
     if cache_batch_idx is not None and block_table is not None:
-        raise ValueError(f"{op}: cache_batch_idx and block_table exclude each other")
+        raise ArgumentError(f"{op}: cache_batch_idx and block_table exclude each other")
     B, T = q.shape[:2]
     if cache_seqlens is None:
         if k is not None:
-            raise ValueError(f"{op}: cache_seqlens must be given with k, for it says where k goes")
+            raise ArgumentError(f"{op}: cache_seqlens must be given with k, for it says where k goes")
         cache_seqlens = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if not isinstance(cache_seqlens, Tensor):
+        if type(cache_seqlens) is not int:
+            raise ArgumentError(f"{op}: cache_seqlens must be an int or a tensor, got {cache_seqlens!r}")
         cache_seqlens = torch.full((B,), cache_seqlens, dtype=torch.int32, device=q.device)
     table = block_table
     if cache_batch_idx is not None:  # each cache is a page
         table = cache_batch_idx[:, None]
     if (rotary_cos is None) != (rotary_sin is None):
-        raise ValueError(f"{op}: rotary_cos and rotary_sin must be given together")
+        raise ArgumentError(f"{op}: rotary_cos and rotary_sin must be given together")
     if rotary_cos is not None:
         if k is None:
-            raise ValueError(f"{op}: rotary_cos turns new keys, so k and v must be given with it")
+            raise ArgumentError(f"{op}: rotary_cos turns new keys, so k and v must be given with it")
         first = cache_seqlens.long()[:, None]
         ordered = causal or tuple(window_size) != (-1, -1)
         at_q = first + torch.arange(T, device=q.device) if ordered else first.expand(B, T)

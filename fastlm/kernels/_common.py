@@ -55,12 +55,3 @@ def matrix(x: Tensor) -> Tensor:
 def with_rows(x: Tensor) -> Tensor:
     """x with the elements of a row next to each other, as attention's kernels read them: itself or a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def sinks_gradient(do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """Of attention's sinks (Hq,): they have the probability exp(sink - lse) and the value 0. do, o: (B, Hq, Tq, Dv)."""
-    delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
-    p = torch.exp(sinks.to(lse.dtype)[None, :, None] - lse)
-    return -(p * delta).sum((0, 2), dtype=torch.float64).to(sinks.dtype)

@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastlm._attention import empty_in_order_of, in_order_of, sinks_gradient
 from fastlm._checks import (
     ArgumentError,
     DTypeError,
@@ -32,7 +33,6 @@ from fastlm._checks import (
     checked_window,
 )
 from fastlm._dropout import check_seed, draw_seed, keep_mask
-from fastlm._layout import empty_in_order_of, in_order_of
 from fastlm._library import define_op, readable_values
 
 CAUSAL_NONE, CAUSAL_BOTTOM_RIGHT, CAUSAL_TOP_LEFT = 0, 1, 2
@@ -210,7 +210,7 @@ def attention_backward_reference(
         dslopes = -(ds * offset.abs()).sum((2, 3))
         dslopes = (dslopes if alibi_slopes.dim() == 2 else dslopes.sum(0)).to(alibi_slopes.dtype)
     if wanted[5]:
-        dsinks = -(torch.exp(sinks.to(s.dtype)[None, :, None] - lse) * delta).sum((0, 2)).to(sinks.dtype)
+        dsinks = sinks_gradient(do, dlse, o, lse, sinks)
     return (*grads, *(g.contiguous() for g in (dbias, dslopes, dsinks)))
 
 
@@ -455,8 +455,8 @@ def attention(
         cu_seqlens_q, cu_seqlens_k: (n + 1,) int32 or int64, where each of n packed sequences begins, and the total;
             then q is (1, Hq, total, D), and a query sees keys of its own sequence alone. On a GPU their numbers are
             not checked, since that would wait for it; a query outside of all sequences sees nothing.
-        max_seqlen_q, max_seqlen_k: the longest of those, if known: saves a kernel from planning for more.
-        deterministic: False allows a faster backward whose last bits may differ from run to run.
+        max_seqlen_q, max_seqlen_k: the longest of those; checked, and of no use to today's kernels.
+        deterministic: False allows a backward whose last bits may differ from run to run; today's kernels have none.
         return_lse: also give lse (B, Hq, Tq), the natural log of the softmax's denominator; it has a gradient.
 
     Returns:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastlm._attention import empty_in_order_of
 from fastlm._checks import (
     ArgumentError,
     DTypeError,
@@ -22,7 +23,6 @@ from fastlm._checks import (
     check_tensor,
     checked_window,
 )
-from fastlm._layout import empty_in_order_of
 from fastlm._library import define_op, readable_values
 
 
@@ -84,18 +84,6 @@ def _samples(device: str) -> list[tuple]:
             filled = lens.clamp(max=48 if pages is not None else 16)
             made.append((q, k_cache, v_cache, filled, pages, None, None, -1, 0, 0.2, 0.0))
     return made
-
-
-_attention_decode = define_op(
-    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? page_table, "
-    "Tensor? alibi_slopes, Tensor? sinks, int window_left, int window_right, float scale, float softcap) "
-    "-> (Tensor o, Tensor lse)",
-    reference=attention_decode_reference,
-    fake=_fake,
-    samples=_samples,
-    autocast=_autocast,
-    flops=_flops,
-)
 
 
 def _append(cache: Tensor, new: Tensor, cache_seqlens: Tensor, page_table: Tensor | None) -> None:
@@ -170,11 +158,57 @@ def _check(q, k_cache, v_cache, cache_seqlens, k, v, page_table, alibi_slopes, s
             raise ArgumentError(
                 f"{op}: cache_seqlens[{i}] must be from 0 to {S - new}, for {new} more keys to fit, got {n}"
             )
-    table = None if page_table is None else readable_values(page_table)
-    for i, pages in enumerate(table or ()):
-        for p in pages[: -(-(lens[i] + new) // max(1, k_cache.shape[2]))]:
-            if not 0 <= p < k_cache.shape[0]:
-                raise ArgumentError(f"{op}: page_table[{i}] must hold pages, 0 to {k_cache.shape[0] - 1}, got {p}")
+    if page_table is None:
+        return
+    used = torch.arange(page_table.shape[1], device=q.device) * k_cache.shape[2] < (cache_seqlens + new)[:, None]
+    bad = used & ((page_table < 0) | (page_table >= k_cache.shape[0]))
+    if readable_values(bad.any()):
+        i, j = bad.nonzero()[0].tolist()
+        raise ArgumentError(
+            f"{op}: page_table[{i}] must hold pages, 0 to {k_cache.shape[0] - 1}, got {page_table[i, j].item()}"
+        )
+
+
+def _arguments(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    page_table: Tensor | None = None,
+    causal: bool | str = True,
+    scale: float | None = None,
+    window: int | tuple[int, int] | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+) -> tuple:
+    """The schema's arguments from the public ones, checked, as they are when k and v have been written."""
+    op = "fastlm.attention_decode"
+    _check(q, k_cache, v_cache, cache_seqlens, k, v, page_table, alibi_slopes, sinks, scale, softcap)
+    left, right = checked_window(op, window)
+    if not isinstance(causal, bool) and causal != "bottom_right":
+        raise ArgumentError(f"{op}: causal must be True, 'bottom_right' or False, got {causal!r}")
+    return (
+        q, k_cache, v_cache, cache_seqlens.long() + (0 if k is None else k.shape[2]),
+        None if page_table is None else page_table.long(), alibi_slopes, sinks, left, 0 if causal else right,
+        q.shape[-1] ** -0.5 if scale is None else float(scale), softcap or 0.0,
+    )  # fmt: skip
+
+
+_attention_decode = define_op(
+    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? page_table, "
+    "Tensor? alibi_slopes, Tensor? sinks, int window_left, int window_right, float scale, float softcap) "
+    "-> (Tensor o, Tensor lse)",
+    reference=attention_decode_reference,
+    fake=_fake,
+    samples=_samples,
+    autocast=_autocast,
+    arguments=_arguments,
+    flops=_flops,
+)
 
 
 def attention_decode(
@@ -186,7 +220,7 @@ def attention_decode(
     k: Tensor | None = None,
     v: Tensor | None = None,
     page_table: Tensor | None = None,
-    causal: bool = True,
+    causal: bool | str = True,
     scale: float | None = None,
     window: int | tuple[int, int] | None = None,
     alibi_slopes: Tensor | None = None,
@@ -206,29 +240,26 @@ def attention_decode(
         k, v: (B, Hk, T, D) and (B, Hk, T, Dv), the next T keys and values: written to the cache behind the others.
         page_table: (B, n) int32 or int64: page_table[b, i] holds keys i * page size and on of sequence b. Pages may be
             shared between sequences, but for those that are written.
-        causal: key j is visible to query i of a sequence of N keys iff j <= i + N - Tq; False: all N keys are.
+        causal: True or "bottom_right": key j is visible to query i of a sequence of N keys iff j <= i + N - Tq; False:
+            all N keys are.
         scale, window, alibi_slopes, sinks, softcap, return_lse: as in `fastlm.attention`.
 
     Returns:
         o (B, Hq, Tq, Dv) of q's dtype; with return_lse also lse (B, Hq, Tq), float32 (float64 for float64).
 
+    Gradients go to the arguments of one call, not through a chain of calls that write to one cache.
     On a GPU the numbers in cache_seqlens and page_table are not checked, since that would wait for it.
 
     Raises:
         ValueError: sizes, devices or options that do not fit, a cache without room. TypeError: dtypes that do not fit.
     """
-    _check(q, k_cache, v_cache, cache_seqlens, k, v, page_table, alibi_slopes, sinks, scale, softcap)
-    left, right = checked_window("fastlm.attention_decode", window)
-    if causal:
-        right = 0
-    lens = cache_seqlens.long()
-    table = None if page_table is None else page_table.long()
+    args = _arguments(
+        q, k_cache, v_cache, cache_seqlens, k, v, page_table, causal, scale, window, alibi_slopes, sinks, softcap
+    )
     if k is not None:
+        _attention_decode.refuse_early(*args)
+        lens, table = args[3] - k.shape[2], args[4]
         _append(k_cache, k, lens, table)
         _append(v_cache, v, lens, table)
-        lens = lens + k.shape[2]
-    o, lse = _attention_decode(
-        q, k_cache, v_cache, lens, table, alibi_slopes, sinks, left, right,
-        q.shape[-1] ** -0.5 if scale is None else float(scale), softcap or 0.0,
-    )  # fmt: skip
+    o, lse = _attention_decode(*args)
     return (o, lse) if return_lse else o

@@ -28,6 +28,7 @@ from fastlm._checks import (
     check_floating_point,
     check_number,
     check_same_dtype,
+    check_softcap,
     check_tensor,
 )
 from fastlm._library import define_op, left_to_torch, readable_values, small
@@ -40,10 +41,7 @@ _REDUCTIONS = ("mean", "sum", "none")
 def _check_options(op: str, reduction: str, label_smoothing: float, z_loss: float, softcap: float | None) -> None:
     for name, value in (("label_smoothing", label_smoothing), ("z_loss", z_loss)):
         check_number(op, name, value)
-    if softcap is not None:
-        check_number(op, "softcap", softcap)
-        if not 0 < softcap < float("inf"):
-            raise ArgumentError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
+    check_softcap(op, softcap)
     if not 0 <= label_smoothing <= 1:
         raise ArgumentError(f"{op}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in _REDUCTIONS:

@@ -47,12 +47,55 @@ def _backward(ops, saved, wanted, g):
     return (dx if wanted[0] else None, -dx if wanted[1] else None)
 
 
+def _checked(
+    input: Tensor, target: Tensor, size_average: bool | None, reduce: bool | None, reduction: str, weight: Tensor | None
+) -> tuple[Tensor, Tensor, str]:
+    """input and target of one shape, and the reduction."""
+    op = "fastlm.mse_loss"
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    check_floating_point(op, "input", input)
+    check_floating_point(op, "target", target)
+    check_device(op, "target", target, "input", input)
+    if reduction not in _REDUCTIONS:
+        raise ArgumentError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
+    if weight is not None:
+        check_floating_point(op, "weight", weight)
+        check_device(op, "weight", weight, "input", input)
+        if weight.shape != input.shape:
+            raise ArgumentError(
+                f"{op}: weight must be of input's shape, {tuple(input.shape)}, got {tuple(weight.shape)}"
+            )
+    if target.shape != input.shape:
+        shapes = f"input {tuple(input.shape)} and target {tuple(target.shape)}"
+        try:
+            input, target = torch.broadcast_tensors(input, target)
+        except RuntimeError:
+            raise ArgumentError(f"{op}: shapes must broadcast, got {shapes}") from None
+        warnings.warn(f"{op}: {shapes} are broadcast, which is seldom what is meant", stacklevel=3)
+    return input, target, reduction
+
+
+def _arguments(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    input, target, _ = _checked(input, target, size_average, reduce, reduction, weight)
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    return input.to(dtype), target.to(dtype)
+
+
 _mse_loss = define_op(
     "mse_loss(Tensor x, Tensor target) -> Tensor",
     reference=mse_loss_reference,
     fake=lambda x, target: x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)),
     samples=_samples,
     backward=_backward,
+    arguments=_arguments,
     autocast=lambda dtype, args: tuple(t if t.dtype == torch.float64 else t.float() for t in args),
 )
 
@@ -79,28 +122,7 @@ def mse_loss(
     Raises:
         ValueError: sizes, devices or options that do not fit. TypeError: dtypes that do not fit.
     """
-    op = "fastlm.mse_loss"
-    if size_average is not None or reduce is not None:
-        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
-    check_floating_point(op, "input", input)
-    check_floating_point(op, "target", target)
-    check_device(op, "target", target, "input", input)
-    if reduction not in _REDUCTIONS:
-        raise ArgumentError(f"{op}: reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
-    if weight is not None:
-        check_floating_point(op, "weight", weight)
-        check_device(op, "weight", weight, "input", input)
-        if weight.shape != input.shape:
-            raise ArgumentError(
-                f"{op}: weight must be of input's shape, {tuple(input.shape)}, got {tuple(weight.shape)}"
-            )
-    if target.shape != input.shape:
-        shapes = f"input {tuple(input.shape)} and target {tuple(target.shape)}"
-        try:
-            input, target = torch.broadcast_tensors(input, target)
-        except RuntimeError:
-            raise ArgumentError(f"{op}: shapes must broadcast, got {shapes}") from None
-        warnings.warn(f"{op}: {shapes} are broadcast, which is seldom what is meant", stacklevel=2)
+    input, target, reduction = _checked(input, target, size_average, reduce, reduction, weight)
     if weight is not None:
         squares = F.mse_loss(input, target, reduction="none") * weight
         return squares if reduction == "none" else squares.sum() / (weight.sum() if reduction == "mean" else 1)

@@ -158,6 +158,7 @@ def test_what_is_refused():
         (lambda: fa.flash_attn_varlen_func(q[0], q[0], q[0], cu, cu, 3, 4), ValueError, "max_seqlen_q"),
         (lambda: fa.flash_attn_with_kvcache(q, q, q, q, q), ValueError, "cache_seqlens must be given with k"),
         (lambda: fa.flash_attn_with_kvcache(q, q, q, q, q, cache_seqlens=1), ValueError, "from 0 to 0, for 4"),
+        (lambda: fa.flash_attn_with_kvcache(q, q, q, cache_seqlens=2.7), ValueError, "an int or a tensor, got 2.7"),
         (lambda: fa.flash_attn_with_kvcache(q, q, q, cache_leftpad=cu), NotImplementedError, "cache_leftpad"),
         (lambda: fa.flash_attn_with_kvcache(q, q, q, rotary_cos=q[0, 0], rotary_sin=q[0, 0]), ValueError, "new keys"),
     ]:  # fmt: skip

@@ -194,7 +194,9 @@ TABLE = torch.tensor([[0, 1], [0, 0]])
         ({"page_table": TABLE.float()}, ValueError, "page_table must be (B, n) of int32 or int64 with B = 2"),
         ({"page_table": 2 - TABLE}, ValueError, "page_table[0] must hold pages, 0 to 1, got 2"),
         ({"window": (1, 2, 3)}, ValueError, "window must be an int or (left, right), -1 or more each, got (1, 2, 3)"),
-        ({"softcap": 0.0}, ValueError, "softcap must be positive and finite, or None, got 0.0"),
+        ({"causal": "top_left"}, ValueError, "causal must be True, 'bottom_right' or False, got 'top_left'"),
+        ({"sinks": torch.ones(4, dtype=torch.bool)}, TypeError, "sinks must be floating point, got torch.bool"),
+        ({"softcap": 0.0}, ValueError, "softcap must be from 1e-30 to 1e30, or None, got 0.0"),
         ({"alibi_slopes": torch.ones(3)}, ValueError, "alibi_slopes must be (Hq,) = (4,) or (B, Hq) = (2, 4)"),
         ({"sinks": torch.ones(3)}, ValueError, "sinks must be (Hq,) = (4,), got (3,)"),
         ({"cache_seqlens": LENS.to("meta")}, ValueError, "cache_seqlens must be on the device of q, cpu, got meta"),
@@ -205,3 +207,29 @@ def test_bad_input(change, error, words):
     with pytest.raises(error) as raised:
         fastlm.attention_decode(**arguments)
     assert str(raised.value).startswith(f"fastlm.attention_decode: {words}")
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_threads(dtype):
+    """Pages end within tiles of keys, and the height of a block of queries follows the number of threads."""
+    q, k, v, lens, table, _ = caches((2, 2, 300, 1000, 16, 16, 200, [1000]), dtype, True)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            results.append(fastlm.attention_decode(q, k, v, cache_seqlens=lens, page_table=table, window=(100, 0)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
+def test_a_call_that_cannot_run_writes_nothing():
+    q, cache, new = torch.ones(1, 1, 1, 300), torch.zeros(1, 1, 4, 300), torch.ones(1, 1, 1, 300)
+    lens = torch.tensor([1])
+    with fastlm.use_backend("native"), pytest.raises(NotImplementedError, match="from 1 to 256, not 300"):
+        fastlm.attention_decode(q, cache, cache, cache_seqlens=lens, k=new, v=new)
+    assert not cache.any()
+    asked = fastlm.backends("attention_decode", q=q, k_cache=cache, v_cache=cache, cache_seqlens=lens, k=new, v=new)
+    assert (asked[0].backend, asked[0].usable) == ("native", False) and not cache.any()

@@ -213,3 +213,39 @@ def test_bits_do_not_depend_on_threads(name, threads):
         torch.set_num_threads(before)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 70), (1, 3, 70), (1, 1, 1)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_lse_in_any_order_of_strides(backend, sizes):
+    """A size-1 dimension may have any stride in what autograd hands back."""
+    B, H, T = sizes
+    weight = numbers((H, B, T), seed=5)
+    for turned, w in (((0, 1), weight), ((1, 2), weight.permute(1, 2, 0)), (None, None)):
+        found = []
+        for of in (torch.float32, torch.float64):
+            q, k, v = (numbers((B, H, T, 8), seed=i).to(of).requires_grad_() for i in range(3))
+            _, lse = fastlm.attention(q, k, v, causal=True, return_lse=True)
+            loss = lse.sum() if turned is None else (lse.transpose(*turned) * w.to(of)).sum()
+            found.append(torch.autograd.grad(loss, (q, k)))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("Tq", [3, 70])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sinks_without_bounds(backend, Tq):
+    """-inf is no sink, also for a query that sees no key; +inf has all of the weight."""
+    q, k, v = (t.requires_grad_() for t in operands(1, 2, 2, Tq, 90, 8, 8, torch.float32))
+    sinks = torch.tensor([float("-inf"), float("inf")])
+    mask = (torch.arange(Tq) != 1)[:, None]
+    o, lse = fastlm.attention(q, k, v, sinks=sinks, mask=mask, return_lse=True)
+    want, want_lse = fastlm.attention(q, k, v, mask=mask, return_lse=True)
+    torch.testing.assert_close(o[:, 0], want[:, 0])
+    torch.testing.assert_close(lse[:, 0], want_lse[:, 0])
+    assert not o[:, 1].any() and (lse[:, 1] == float("inf")).all()
+    dq, dk, dv = torch.autograd.grad(o.sum(), (q, k, v))
+    assert all(g.isfinite().all() for g in (dq, dk, dv)) and not dq[:, 1].any()
+    none = torch.full((2,), float("-inf"), requires_grad=True)
+    o = fastlm.attention(q, k, v, sinks=none, mask=mask)
+    assert torch.equal(torch.autograd.grad(o.sum(), none)[0], torch.zeros(2))

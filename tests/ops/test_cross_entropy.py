@@ -200,7 +200,7 @@ def test_a_target_that_is_no_class(backend):
         ({"weight": torch.ones(3)}, ValueError, "weight must be"),
         ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, none"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\]"),
-        ({"softcap": 0.0}, ValueError, "softcap must be positive"),
+        ({"softcap": 0.0}, ValueError, "softcap must be from 1e-30"),
         ({"z_loss": torch.ones(())}, TypeError, "z_loss must be a number, got Tensor"),
     ],
 )

@@ -223,7 +223,7 @@ def test_threads_change_no_more_than_the_rounding():
         ({"target": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError, "target must be on the device of x"),
         ({"reduction": "max"}, ValueError, "reduction must be one of"),
         ({"label_smoothing": 2.0}, ValueError, "label_smoothing must be in"),
-        ({"softcap": -1.0}, ValueError, "softcap must be positive"),
+        ({"softcap": -1.0}, ValueError, "softcap must be from 1e-30"),
     ],
 )
 def test_bad_input(wrong, error, message):

@@ -110,3 +110,7 @@ def test_bad_input(args, error, words):
     with pytest.raises(error) as raised:
         fastlm.mse_loss(*args)
     assert str(raised.value) == f"fastlm.mse_loss: {words}"
+
+
+def test_backends_takes_the_public_arguments():
+    assert fastlm.backends("mse_loss", input=torch.ones(2), target=torch.ones(2))[-1].backend == "reference"

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fastlm"
 # Each part of the package, and the parts that it may import besides itself.
-OPS = {"ops", "_library", "_activations", "_checks", "_dropout", "_layout", "_version"}
+OPS = {"ops", "_library", "_activations", "_checks", "_dropout", "_attention", "_version"}
 MODELS = {"nn", *OPS}
 MAY_IMPORT = {
     "_version": set(),
@@ -17,11 +17,11 @@ MAY_IMPORT = {
     "_checks": set(),
     "_library": {"_checks"},
     "_native": set(),
-    "_layout": set(),
+    "_attention": set(),
     "_flops": {"_library"},
     "_dropout": {"_library"},
-    "kernels": {"_library", "_native", "_activations", "_dropout", "_layout"},
-    "ops": {"_library", "_activations", "_checks", "_dropout", "_layout"},
+    "kernels": {"_library", "_native", "_activations", "_dropout", "_attention"},
+    "ops": {"_library", "_activations", "_checks", "_dropout", "_attention"},
     "compat": OPS,
     "nn": OPS,
     "models": MODELS,
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "benchmarks": {"", "train", "models", "optim", "data", "integrations", "_native", *MODELS},
     "cli": {"", "train", "benchmarks", "models", "optim", "data", "integrations", "_native", *MODELS},
     # __init__.py: ops and kernels meet
-    "": {"_flops", "_library", "_native", "_version", "ops", "optim", "nn", "models", "integrations"},
+    "": {"_flops", "compat", "_library", "_native", "_version", "ops", "optim", "nn", "models", "integrations"},
 }
 OPTIONAL = {"numpy", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "triton"}
 FILES = sorted(PACKAGE.rglob("*.py"))

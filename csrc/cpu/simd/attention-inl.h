@@ -419,6 +419,13 @@ void attention_forward_of(const AttentionShape& s, const AttentionScores& h, con
   using Tiles = ForwardTiles<T>;
   constexpr int kTerms = Tiles::kTerms;
   constexpr int64_t kPanel = Tiles::kPanel;
+  if (h.sink == INFINITY) {  // it has all of the weight; inf - inf would say nothing
+    for (int64_t i = begin; i < end; ++i) {
+      for_each_vector<vec_t<T>>(s.v_dim, [&](int64_t d, int count) { store_count(o + i * s.o_row + d, vec_t<T>{}, count); });
+      lse[i] = INFINITY;
+    }
+    return;
+  }
   if (s.q_len <= kFewQueries && s.drop_below == 0) {
     for (int64_t i = begin; i < end; ++i) attend_row(s, h, q + i * s.q_row, k, v, o + i * s.o_row, lse + i, i);
     return;
@@ -438,7 +445,10 @@ void attention_forward_of(const AttentionShape& s, const AttentionScores& h, con
   std::memset(t.o, 0, panels * kPanel * t.v_ld * sizeof(*t.o));
 
   const int64_t visible = smaller(s.k_len, end + s.diagonal);  // keys that the last query sees
-  const int64_t first = larger(0, begin + s.lower) / kKeyTile * kKeyTile;  // the tile of the first query's first
+  // The tile of the first query's first, counted from its page, so that tiles do not depend on where a block begins.
+  int64_t first = larger(0, begin + s.lower);
+  const int64_t page = s.page_size == 0 ? 0 : first / s.page_size * s.page_size;
+  first = page + (first - page) / kKeyTile * kKeyTile;
   for (int64_t j = first, keys = 0; j < visible; j += keys) {
     keys = keys_at(s, j, visible);
     pack_rows(row_at(s, h, k, j, s.k_row, s.k_page), s.k_row, keys, s.dim, t.k, t.k_ld, round_up(keys, kBlockRows<W>));

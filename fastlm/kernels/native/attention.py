@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastlm import _native
-from fastlm._layout import empty_in_order_of
+from fastlm._attention import empty_in_order_of, sinks_gradient
 from fastlm._library import kernel
-from fastlm.kernels._common import FLOATS, sinks_gradient, with_rows
+from fastlm.kernels._common import FLOATS, as_laid_out, with_rows
 from fastlm.kernels.native._common import capability, current_stream
 
 MAX_HEAD_DIM = 256
@@ -80,7 +80,7 @@ if _native.cpu is not None:
         def last(rows: slice | None, cols: slice | None, first: int, q_len: int, k_len: int) -> tuple:
             diagonals = band_of(causal, window_left, window_right, q_len, k_len)
             elements = first, Hq * Tq * Tk, Tq * Tk, Tk  # how dropout counts those of the scores
-            scores = _cut(mask, rows, cols), _cut(bias, rows, cols)
+            scores = _cut_scores(mask, rows, cols), _cut_scores(bias, rows, cols)
             return (*scores, *heads, *diagonals, *numbers, elements, torch.get_num_threads())
 
         if cu_seqlens_q is None:
@@ -91,9 +91,13 @@ if _native.cpu is not None:
             rows, cols = slice(i, i_end), slice(j, j_end)
             yield rows, cols, last(rows, cols, i * Tk + j, i_end - i, j_end - j)
 
-    def _cut(x: Tensor | None, rows: slice | None, cols: slice | None = slice(None)) -> Tensor | None:
-        """x (B, H, T, ...), or (B, H, Tq, Tk), for one piece."""
-        return x if x is None or rows is None else x[:, :, rows] if cols == slice(None) else x[:, :, rows, cols]
+    def _cut(x: Tensor | None, piece: slice | None) -> Tensor | None:
+        """x (B, H, T, ...) for one piece."""
+        return x if x is None or piece is None else x[:, :, piece]
+
+    def _cut_scores(x: Tensor | None, rows: slice | None, cols: slice | None) -> Tensor | None:
+        """x (B, H, Tq, Tk) for one piece."""
+        return x if x is None or rows is None else x[:, :, rows, cols]
 
     def _ends(name: str, cu_seqlens: Tensor, total: int) -> list[int]:
         """Checked, since under torch.compile the public function has not seen the numbers."""
@@ -125,7 +129,8 @@ if _native.cpu is not None:
         _, bias, slopes, sinks, *_ = options
         outputs = [empty_in_order_of(x, x.shape[-1]) for x in (q, k, v)]
         do = torch.zeros_like(o) if do is None else do
-        dlse, lse = None if dlse is None else dlse.contiguous(), lse.contiguous()
+        lse = lse.contiguous()
+        dlse = None if dlse is None else as_laid_out(dlse, lse)
         do, q, k, v, o = (with_rows(x) for x in (do, q, k, v, o))
         dbias = dslopes = None
         if bias is not None and wanted[3]:  # summed over the batch where it is the same for all
@@ -138,7 +143,7 @@ if _native.cpu is not None:
             for rows, cols, last in _pieces(q, k, options):
                 do_, dlse_, q_, o_, lse_, dq_ = (_cut(x, rows) for x in (do, dlse, q, o, lse, dq))
                 k_, v_, dk_, dv_ = (_cut(x, cols) for x in (k, v, dk, dv))
-                dbias_ = _cut(dbias, rows, cols)
+                dbias_ = _cut_scores(dbias, rows, cols)
                 _backward(do_, dlse_, q_, k_, v_, o_, lse_, dq_, dk_, dv_, dbias_, dslopes, *last)
 
         writing(run, *outputs)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlm import _native
-from fastlm._layout import empty_in_order_of
+from fastlm._attention import empty_in_order_of
 from fastlm._library import kernel
 from fastlm.kernels._common import with_rows
 from fastlm.kernels.native.attention import band_of, per_head, unsupported, writing

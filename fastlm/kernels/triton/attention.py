@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm._layout import empty_in_order_of
+from fastlm._attention import empty_in_order_of
 from fastlm.kernels._common import with_rows
 from fastlm.kernels.triton._common import capability, launch, loop_bound, triton_kernel
 

@@ -1,4 +1,4 @@
-"""The order of dimensions in memory of attention's results: that of its queries."""
+"""What attention's ops and kernels share: the order of dimensions of their results, the gradient of sinks."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def empty_in_order_of(like: Tensor, last: int) -> Tensor:
     if like.is_contiguous():  # the most frequent, and a tenth of the time
         return torch.empty(size, dtype=like.dtype, device=like.device)
     return torch.empty_permuted(size, _order(like), dtype=like.dtype, device=like.device)
+
+
+def sinks_gradient(do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Of sinks (Hq,), which have the probability exp(sink - lse) and the value 0. do, o: (B, Hq, Tq, Dv)."""
+    delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    finite = torch.where(lse == -math.inf, 0, lse)  # of queries that see nothing, nor a sink
+    p = torch.exp(sinks.to(lse.dtype)[None, :, None] - finite)
+    return -(p * delta).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
