@@ -247,3 +247,27 @@ def test_small_layers_are_left_to_torch(monkeypatch):
 def test_bad_input(wrong, error, message):
     with pytest.raises(error, match=f"fastlm.linear_act: {message}"):
         fastlm.linear_act(**{"x": torch.ones(3, 4), "weight": torch.ones(5, 4), **wrong})
+
+
+@pytest.mark.parametrize("layout", ["every second", "expanded", "rows apart", "turned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operands_in_any_layout(backend, dtype, layout):
+    """oneDNN was found to take a strided bias for a contiguous one."""
+    lay = {
+        "every second": lambda t: torch.stack([t, t + 1], -1)[..., 0],
+        "expanded": lambda t: t[..., :1].expand(t.shape),
+        "rows apart": lambda t: torch.cat([t, t + 1], -1)[..., : t.shape[-1]],
+        "turned": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    }[layout]
+    for M, N, K in ((5, 7, 3), (70, 130, 65)):
+        operands = [numbers(s, dtype, i) for i, s in enumerate(((M, K), (N, K), (N,)))]
+        for which in range(3):
+            laid = [lay(t) if i == which else t for i, t in enumerate(operands)]
+            target = torch.arange(M, device=operands[0].device) % N
+            for call in (
+                lambda x, w, b: fastlm.linear_act(x, w, b, "gelu"),
+                lambda x, w, b, target=target: fastlm.linear_cross_entropy(x, w, target, b),
+            ):
+                strided, dense = call(*laid), call(*(t.contiguous() for t in laid))
+                torch.testing.assert_close(strided, dense, atol=1e-5, rtol=1e-5 if dtype == torch.float32 else 0.02)

@@ -136,9 +136,9 @@ def attention(draw):
 
 
 def attention_decode(draw):
-    B, groups, Hk = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
-    Tq, D, Dv = draw(st.integers(1, 9) | st.integers(60, 200)), draw.size(40), draw.size(40)
-    page, pages = draw(st.integers(1, 40) | st.integers(100, 200)), draw(st.integers(1, 5))
+    B, groups, Hk = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    Tq, D, Dv = draw(st.integers(1, 9) | st.integers(60, 140)), draw.size(40), draw.size(40)
+    page, pages = draw(st.integers(1, 40) | st.integers(100, 140)), draw(st.integers(1, 3))
     paged = draw(st.booleans(), "paged")
     draw.tensor("q", B, groups * Hk, Tq, D)
     for name, width in (("k_cache", D), ("v_cache", Dv)):

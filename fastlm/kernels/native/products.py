@@ -46,6 +46,8 @@ def _wide(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (M, K), weight (N, K) -> x weight' + bias (M, N). Without an activation: oneDNN's ReLU makes 0 of NaN."""
     if _by_onednn(x, weight):
+        # oneDNN reads a bias as if it were contiguous, whatever its strides, and says nothing.
+        bias = None if bias is None else bias.contiguous()
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if _few_rows(x, weight) and bias is None:
         return add_product(x, weight.t(), x.new_empty(x.shape[0], weight.shape[0]), add=False)
