@@ -31,10 +31,10 @@ def check_number(op: str, name: str, value: object) -> None:
         raise DTypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
-def check_dropout(op: str, dropout_p: object) -> None:
-    check_number(op, "dropout_p", dropout_p)
+def check_dropout(op: str, dropout_p: object, name: str = "dropout_p") -> None:
+    check_number(op, name, dropout_p)
     if not 0 <= dropout_p < 1:
-        raise ArgumentError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+        raise ArgumentError(f"{op}: {name} must be in [0, 1), got {dropout_p}")
 
 
 def autocast_on(device: torch.device) -> bool:

@@ -306,7 +306,7 @@ def flash_attn_with_kvcache(
 
     o, lse = attention_decode(
         *map(heads_first, (q, k_cache, v_cache)), cache_seqlens=cache_seqlens, k=heads_first(k), v=heads_first(v),
-        page_table=table, causal=causal, scale=softmax_scale, window=tuple(window_size), alibi_slopes=alibi_slopes,
-        softcap=softcap or None, return_lse=True,
+        page_table=table, causal=bool(causal), scale=softmax_scale, window=tuple(window_size),
+        alibi_slopes=alibi_slopes, softcap=softcap or None, return_lse=True,
     )  # fmt: skip
     return (heads_first(o), lse) if return_softmax_lse else heads_first(o)

@@ -49,7 +49,7 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, *, seed: Tensor | 
     """
     op = "fastlm.dropout"
     check_floating_point(op, "x", x)
-    check_dropout(op, p)
+    check_dropout(op, p, "p")
     check_seed(op, seed, x.device)
     if not training or p == 0:
         return x.clone(memory_format=torch.contiguous_format)

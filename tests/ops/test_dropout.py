@@ -112,7 +112,7 @@ def test_transforms_and_compile():
     "args, options, error, words",
     [
         ((torch.ones(2).long(),), {}, TypeError, "x must be floating point, got torch.int64"),
-        ((torch.ones(2), 1.0), {}, ValueError, "dropout_p must be in [0, 1), got 1.0"),
+        ((torch.ones(2), 1.0), {}, ValueError, "p must be in [0, 1), got 1.0"),
         ((torch.ones(2),), {"seed": 3}, TypeError, "seed must be one int64 in a tensor, got 3"),
     ],
 )

@@ -129,16 +129,25 @@ template <class V> struct ScoreChange {
         inverse_cap(splat<V>(capped ? 1 / (s.softcap * kLog2E) : 0)), slope(splat<V>(h.slope * kLog2E)),
         shift(i + s.k_len - s.q_len - j) {}
   bool any() const { return capped || sloped; }
-  // tanh(s / c)
-  V saturation(V score) const { return tanh(score * inverse_cap); }
-  // What the slope is multiplied by, for a query and a key of the tile, of which one is a vector.
-  V distance(V query, V key) const {
-    const V d = query + splat<V>(shift) - key;
-    return max(d, -d);
-  }
-  V operator()(V score, V query, V key) const {
-    if (capped) score = cap * saturation(score);
-    return sloped ? score - slope * distance(query, key) : score;
+
+  // The changed score, the derivative of the cap, and what the slope is multiplied by, the last two where there are any.
+  struct Changed {
+    V score, passed, distance;
+  };
+  // For a query and a key of the tile, of which one is a vector.
+  Changed operator()(V score, V query, V key) const {
+    Changed to{score, V{}, V{}};
+    if (capped) {
+      const V u = tanh(score * inverse_cap);  // tanh(s / c)
+      to.score = cap * u;
+      to.passed = splat<V>(1) - u * u;
+    }
+    if (sloped) {
+      const V d = query + splat<V>(shift) - key;
+      to.distance = max(d, -d);
+      to.score -= slope * to.distance;
+    }
+    return to;
   }
 };
 
@@ -254,7 +263,7 @@ inline void forward_panel(const AttentionShape& s, const AttentionScores& h, con
     for (int64_t key = 0; key < keys; ++key) {
       for (int64_t n = 0; n < lanes; n += kL) {
         sum_t<W>* at = t.scores + key * kPanel + n;
-        store(at, change(load(at), lane_numbers<V>() + splat<V>(n), splat<V>(key)));
+        store(at, change(load(at), lane_numbers<V>() + splat<V>(n), splat<V>(key)).score);
       }
     }
   }
@@ -379,7 +388,7 @@ void attend_row(const AttentionShape& s, const AttentionScores& h, const T* q, c
       transpose_from<kL / 2>(products);
       V score{};
       for (int64_t d = 0; d < kL; ++d) score += products[d];
-      if (change.any()) score = change(score, V{}, lane_numbers<V>() + splat<V>(j + n));
+      if (change.any()) score = change(score, V{}, lane_numbers<V>() + splat<V>(j + n)).score;
       if (h.bias != nullptr) {
         const S* bias = static_cast<const S*>(h.bias) + i * s.bias_row + j + n;
         score = fma(load_count(bias, lanes), splat<V>(kLog2E), score);
@@ -542,16 +551,8 @@ inline void score_gradients(const AttentionShape& s, const AttentionScores& h, c
         for (int c = 0; c < kTerms; ++c) {
           const int64_t j = n + c * kL, at = (i + r) * kKeyTile + j;
           const int count = static_cast<int>(i + r < rows ? larger(0, smaller(kL, keys - j)) : 0);
-          V score = load(t.scores + at), dp = load(t.ds + at), passed{}, distance{};
-          if (change.capped) {
-            const V u = change.saturation(score);
-            score = change.cap * u;
-            passed = splat<V>(1) - u * u;  // the derivative of the cap
-          }
-          if (change.sloped) {
-            distance = change.distance(splat<V>(i + r), lane_numbers<V>() + splat<V>(j));
-            score -= change.slope * distance;
-          }
+          const auto changed = change(load(t.scores + at), splat<V>(i + r), lane_numbers<V>() + splat<V>(j));
+          V score = changed.score, dp = load(t.ds + at);
           if (bias != nullptr && count > 0) {
             score = fma(load_count(bias + (i + r) * s.bias_row + j, count), splat<V>(kLog2E), score);
           }
@@ -561,7 +562,7 @@ inline void score_gradients(const AttentionShape& s, const AttentionScores& h, c
             dropped = kept == V{} ? V{} : p * kept;
             dp = kept == V{} ? V{} : dp * kept;
           }
-          V ds = p * (dp - row_delta), raw = change.capped ? ds * passed : ds;
+          V ds = p * (dp - row_delta), raw = change.capped ? ds * changed.passed : ds;
           if (partial) {
             int64_t first = larger(i + r + band.lower, 0) - j, last = smaller(i + r + band.upper, j + count - 1) - j;
             auto visible = (lane_numbers<V>() >= splat<V>(first)) & (lane_numbers<V>() <= splat<V>(last));
@@ -575,7 +576,7 @@ inline void score_gradients(const AttentionShape& s, const AttentionScores& h, c
             auto* at = dbias + (i + r) * s.dbias_row + j;
             store_count(at, h.add_dbias ? load_count(at, count) + ds : ds, count);
           }
-          if (h.dslope != nullptr && count > 0) row_dslope[r] -= ds * distance;
+          if (h.dslope != nullptr && count > 0) row_dslope[r] -= ds * changed.distance;
           p_of[c][r] = p;
           ds_of[c][r] = ds_row[r][c] = raw;
         }
