@@ -60,11 +60,11 @@ def check_device(op: str, name: str, t: Tensor | None, first_name: str, first: T
 
 
 # --- of attention -----------------------------------------------------------------------------------------------------
-def checked_window(op: str, window: object) -> tuple[int, int]:
+def checked_window(op: str, window: object, name: str = "window") -> tuple[int, int]:
     """(left, right), -1 for what is open."""
     pair = (-1, -1) if window is None else tuple(window) if isinstance(window, (tuple, list)) else (window, window)
     if len(pair) != 2 or not all(type(n) is int and n >= -1 for n in pair):
-        raise ArgumentError(f"{op}: window must be an int or (left, right), -1 or more each, got {window!r}")
+        raise ArgumentError(f"{op}: {name} must be an int or (left, right), -1 or more each, got {window!r}")
     return pair
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm._checks import ArgumentError, check_tensor
+from fastlm._checks import ArgumentError, check_tensor, checked_window
 from fastlm.ops.attention import attention
 from fastlm.ops.attention_decode import attention_decode
 from fastlm.ops.rope import rope
@@ -44,9 +44,10 @@ def _attend(
         raise NotImplementedError(
             f"{op}: return_attn_probs gives the mask of dropout, which is never kept; with dropout_p = 0 it gives lse"
         )
+    window = checked_window(op, window_size, "window_size")
     o, lse = attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), causal=bool(causal), scale=softmax_scale,
-        window=tuple(window_size), alibi_slopes=alibi_slopes, softcap=softcap or None, dropout_p=dropout_p,
+        window=window, alibi_slopes=alibi_slopes, softcap=softcap or None, dropout_p=dropout_p,
         deterministic=deterministic, return_lse=True, **packed,
     )  # fmt: skip
     o = o.transpose(1, 2)
@@ -273,6 +274,7 @@ def flash_attn_with_kvcache(
         check_tensor(op, name, t)
         if t.dim() != 4:
             raise ArgumentError(f"{op}: {name} must have 4 dimensions, got {tuple(t.shape)}")
+    window = checked_window(op, window_size, "window_size")
     if cache_leftpad is not None:
         raise NotImplementedError(f"{op}: cache_leftpad is not supported")
     if cache_batch_idx is not None and block_table is not None:
@@ -295,7 +297,7 @@ def flash_attn_with_kvcache(
         if k is None:
             raise ArgumentError(f"{op}: rotary_cos turns new keys, so k and v must be given with it")
         first = cache_seqlens.long()[:, None]
-        ordered = causal or tuple(window_size) != (-1, -1)
+        ordered = causal or window != (-1, -1)
         at_q = first + torch.arange(T, device=q.device) if ordered else first.expand(B, T)
         at_k = first + torch.arange(k.shape[1], device=q.device)
         q = rope(q, rotary_cos, rotary_sin, interleaved=rotary_interleaved, positions=at_q)
@@ -306,7 +308,7 @@ def flash_attn_with_kvcache(
 
     o, lse = attention_decode(
         *map(heads_first, (q, k_cache, v_cache)), cache_seqlens=cache_seqlens, k=heads_first(k), v=heads_first(v),
-        page_table=table, causal=bool(causal), scale=softmax_scale, window=tuple(window_size),
+        page_table=table, causal=bool(causal), scale=softmax_scale, window=window,
         alibi_slopes=alibi_slopes, softcap=softcap or None, return_lse=True,
     )  # fmt: skip
     return (heads_first(o), lse) if return_softmax_lse else heads_first(o)
