@@ -2,7 +2,7 @@
 
 import importlib
 
-from fastlm import _flops, _library, compat, models, optim
+from fastlm import _flops, _imports, _library, _sharding, compat, models, optim
 from fastlm._library import FallbackWarning, backends, use_backend
 from fastlm._version import __version__
 from fastlm.ops.activation import gelu, sigmoid, silu, tanh
@@ -30,7 +30,8 @@ def _load_kernels(backend: str, family: str, device: str) -> None:
 
 
 _library.load_kernels = _load_kernels
-_flops.register_when_needed()
+_imports.when_imported("torch.utils.flop_counter", _flops.register)
+_imports.when_imported("torch.distributed.tensor", _sharding.register)
 
 __all__ = [
     "FallbackWarning",

@@ -27,6 +27,17 @@ def empty_in_order_of(like: Tensor, last: int) -> Tensor:
     return torch.empty_permuted(size, _order(like), dtype=like.dtype, device=like.device)
 
 
+def dims_of_broadcast(t: Tensor | None, names: str) -> str:
+    """For a sharding rule: the dimensions of t, which is broadcast against those of these names."""
+    if t is None:
+        return ""
+    return "".join("." if size == 1 else name for name, size in zip(names[len(names) - t.ndim :], t.shape, strict=True))
+
+
+def dims_of_heads(q: Tensor, k: Tensor) -> str:
+    return "b.K" if k.shape[1] == 1 < q.shape[1] else "bhK"
+
+
 def sinks_gradient(do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """Of sinks (Hq,), which have the probability exp(sink - lse) and the value 0. do, o: (B, Hq, Tq, Dv)."""
     delta = (do.to(lse.dtype) * o.to(lse.dtype)).sum(-1)

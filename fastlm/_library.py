@@ -175,6 +175,7 @@ class Op:
         autocast: Callable[[torch.dtype, Sequence[Any]], Sequence[Any]] | None,
         arguments: Callable[..., tuple] | None,
         flops: Callable[..., int] | None,
+        sharding: str | Callable[..., str | None] | None,
     ):
         parsed = torch._C.parse_schema(f"fastlm::{schema}")
         self.name: str = parsed.name.split("::")[1]
@@ -194,6 +195,8 @@ class Op:
         self.autocast = autocast
         self.arguments = arguments
         self.flops = flops
+        self.sharding = sharding
+        self.returns = len(parsed.returns)
         self._chosen: dict[tuple[str, str], tuple[list[tuple[str, Kernel]], list[BackendStatus]]] = {}
         self.overloads: dict[str, Any] = {}
         self.entries: dict[str, Callable[..., Any]] = {}
@@ -548,6 +551,7 @@ def define_op(
     autocast: Callable[[torch.dtype, Sequence[Any]], Sequence[Any]] | None = None,
     arguments: Callable[..., tuple] | None = None,
     flops: Callable[..., int] | None = None,
+    sharding: str | Callable[..., str | None] | None = None,
 ) -> Op:
     """Define one op in all four namespaces.
 
@@ -565,8 +569,10 @@ def define_op(
         arguments: the public function's arguments -> the schema's, where they differ.
         flops: the schema's arguments -> the floating-point operations of its products, as torch.utils.flop_counter
             counts them: two for a multiplication and its addition, hidden scores included. Not given: none.
+        sharding: which DTensors it takes as they are, a rule as in _sharding.py or the schema's arguments -> a rule, None
+            if they are to be replicated. Not given: torch refuses DTensors.
     """
-    op = Op(schema, reference, fake, save, backward, samples, autocast, arguments, flops)
+    op = Op(schema, reference, fake, save, backward, samples, autocast, arguments, flops, sharding)
     _ops[op.name] = op
     return op
 

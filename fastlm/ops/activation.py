@@ -44,6 +44,7 @@ define_op(
     reference=gelu_backward_reference,
     fake=lambda dy, x, approximate: torch.empty_like(x),
     samples=_samples_gelu(_samples_backward),
+    sharding="*, * -> *",
 )
 _gelu = define_op(
     "gelu(Tensor x, str approximate='none') -> Tensor",
@@ -52,6 +53,7 @@ _gelu = define_op(
     samples=_samples_gelu(_samples),
     save=lambda args, y: args,
     backward=lambda ops, saved, wanted, dy: (ops.gelu_backward(dy, *saved), None),
+    sharding="* -> *",
 )
 
 
@@ -68,6 +70,7 @@ def _define(name: str):
         reference=backward_reference,
         fake=lambda dy, saved: torch.empty_like(saved),
         samples=_samples_backward,
+        sharding="*, * -> *",
     )
     return define_op(
         f"{name}(Tensor x) -> Tensor",
@@ -76,6 +79,7 @@ def _define(name: str):
         samples=_samples,
         save=lambda args, y: (y,) if name in SAVE_OUTPUT else args,
         backward=lambda ops, saved, wanted, dy: (getattr(ops, f"{name}_backward")(dy, *saved),),
+        sharding="* -> *",
     ).unary()
 
 

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastlm._attention import empty_in_order_of, in_order_of, sinks_gradient
+from fastlm._attention import dims_of_broadcast, dims_of_heads, empty_in_order_of, in_order_of, sinks_gradient
 from fastlm._checks import (
     ArgumentError,
     DTypeError,
@@ -239,6 +239,29 @@ def _flops_backward(do, dlse, q, k, v, *_):
     return 2 * q.shape[:3].numel() * k.shape[2] * (3 * q.shape[3] + 2 * v.shape[3])
 
 
+def _sharding(q, k, v, mask, bias, alibi_slopes, sinks, *options):
+    if options[-2] > 0:  # what is dropped depends on a score's number in the whole
+        return None
+    heads, scores = dims_of_heads(q, k), (dims_of_broadcast(t, "bhQK") for t in (mask, bias))
+    slopes = "bh"[2 - alibi_slopes.ndim :] if alibi_slopes is not None else ""
+    return f"bhQD, {heads}D, {heads}E, {', '.join(scores)}, {slopes}, h, , ,  -> bhQE, bhQ"
+
+
+def _sharding_backward(do, dlse, q, k, v, o, lse, mask, bias, alibi_slopes, sinks, *options):
+    *options, wanted = options
+    rule = _sharding(q, k, v, mask, bias, alibi_slopes, sinks, *options)
+    if rule is None:
+        return None
+    inputs, outputs = (side.split(",") for side in rule.split("->"))
+
+    def gradient(name: str) -> str:
+        name = name.strip()
+        return f"{name}+{''.join(d for d in 'bh' if d not in name)}"
+
+    gradients = [gradient(n) if w else "" for n, w in zip((*inputs[:3], *inputs[4:7]), wanted, strict=True)]
+    return f"{', '.join((*outputs, *inputs[:3], *outputs, *inputs[3:]))} -> {', '.join(gradients)}"
+
+
 def _save(args, outputs):
     return (*args[:3], *outputs, *args[3:])
 
@@ -278,6 +301,7 @@ define_op(
     fake=_fake_backward,
     samples=_samples_backward,
     flops=_flops_backward,
+    sharding=_sharding_backward,
 )
 
 
@@ -408,6 +432,7 @@ _attention = define_op(
     autocast=_autocast,
     arguments=_arguments,
     flops=_flops,
+    sharding=_sharding,
 )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastlm._attention import empty_in_order_of
+from fastlm._attention import dims_of_heads, empty_in_order_of
 from fastlm._checks import (
     ArgumentError,
     DTypeError,
@@ -198,6 +198,14 @@ def _arguments(
     )  # fmt: skip
 
 
+def _sharding(q, k_cache, v_cache, cache_seqlens, page_table, alibi_slopes, sinks, *options):
+    cache = dims_of_heads(q, k_cache)
+    if page_table is not None:
+        cache = cache.replace("b", "P")
+    slopes = "bh"[2 - alibi_slopes.ndim :] if alibi_slopes is not None else ""
+    return f"bhQD, {cache}D, {cache}E, b, bN, {slopes}, h -> bhQE, bhQ"
+
+
 _attention_decode = define_op(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? page_table, "
     "Tensor? alibi_slopes, Tensor? sinks, int window_left, int window_right, float scale, float softcap) "
@@ -208,6 +216,7 @@ _attention_decode = define_op(
     autocast=_autocast,
     arguments=_arguments,
     flops=_flops,
+    sharding=_sharding,
 )
 
 

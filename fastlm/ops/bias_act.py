@@ -79,6 +79,7 @@ define_op(
     reference=bias_act_backward_reference,
     fake=lambda dy, saved, bias, act: (_contiguous_like(saved), _contiguous_like(bias)),
     samples=lambda device: [(x.flip(0), x, bias, act) for x, bias, act, _, _ in _samples(device)],
+    sharding="*n, *n, n -> *n, n+*",
 )
 _bias_act = define_op(
     "bias_act(Tensor x, Tensor bias, str act='relu', float dropout_p=0.0, Tensor? seed=None) -> Tensor",
@@ -89,6 +90,8 @@ _bias_act = define_op(
     backward=_backward,
     autocast=lambda dtype, args: (args[0], args[1].to(args[0].dtype), *args[2:]),
     arguments=_arguments,
+    # What is dropped depends on an element's number in the whole.
+    sharding=lambda x, bias, act, dropout_p, seed: None if dropout_p > 0 else "*n, n, -> *n",
 )
 
 

@@ -142,6 +142,7 @@ define_op(
     reference=cross_entropy_backward_reference,
     fake=lambda g, dlse, x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
     samples=_samples_backward,
+    sharding=lambda g, dlse, x, target, *_: f"r, r, rC, {'rC'[: target.ndim]}, C, r -> rC",
 )
 
 
@@ -211,6 +212,7 @@ _cross_entropy = define_op(
     save=_save,
     backward=_backward,
     arguments=_arguments,
+    sharding=lambda x, target, *_: f"rC, {'rC'[: target.ndim]}, C -> r, r",
 )
 
 
@@ -337,7 +339,9 @@ def _linear_arguments(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    class_weight: Tensor | None = None,
 ) -> tuple:
+    """The schema's arguments from the public ones, checked; the target as rows of classes or of probabilities."""
     op = "fastlm.linear_cross_entropy"
     operands = [("x", x), ("weight", weight)] + ([("bias", bias)] if bias is not None else [])
     for name, t in operands:
@@ -352,16 +356,21 @@ def _linear_arguments(
         raise ArgumentError(f"{op}: x must be (..., D) for weight (C, D) = {(C, D)}, got {tuple(x.shape)}")
     if bias is not None and bias.shape != (C,):
         raise ArgumentError(f"{op}: bias must be (C,) = ({C},), got {tuple(bias.shape)}")
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise DTypeError(f"{op}: target must be int64 classes, got {target.dtype}")
-    if target.shape != x.shape[:-1]:
-        raise ArgumentError(
-            f"{op}: target must be {tuple(x.shape[:-1])} for x {tuple(x.shape)}, got {tuple(target.shape)}"
-        )
-    for name, t in (*operands[1:], ("target", target)):
+    probabilities = target.is_floating_point()
+    if not probabilities and target.dtype not in (torch.int64, torch.uint8):
+        raise DTypeError(f"{op}: target must be int64 classes, or probabilities, got {target.dtype}")
+    expected = (*x.shape[:-1], C) if probabilities else tuple(x.shape[:-1])
+    if target.shape != expected:
+        raise ArgumentError(f"{op}: target must be {expected} for x {tuple(x.shape)}, got {tuple(target.shape)}")
+    if class_weight is not None:
+        check_floating_point(op, "class_weight", class_weight)
+        if class_weight.shape != (C,):
+            raise ArgumentError(f"{op}: class_weight must be (C,) = ({C},), got {tuple(class_weight.shape)}")
+    for name, t in (*operands[1:], ("target", target), ("class_weight", class_weight)):
         check_device(op, name, t, "x", x)
     wanted = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (x, weight, bias)]
-    rows, target = x.reshape(target.numel(), D), target.reshape(-1).long()
+    rows = x.reshape(x.shape[:-1].numel(), D)
+    target = target.reshape(len(rows), C) if probabilities else target.reshape(-1).long()
     return (rows, weight, bias, target, ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0.0),
             reduction == "mean", wanted)  # fmt: skip
 
@@ -373,6 +382,14 @@ def _samples_linear(device: str) -> list[tuple]:
         target = torch.where(target > 0, target % 33, target)
         made.append((rows, weight, None, target, ignore_index, smoothing, 1e-3, softcap, True, [True, True, False]))
     return made
+
+
+def _sharding_linear(*args):
+    *_, mean, wanted = args
+    if mean:  # over the rows that count, in the whole
+        return None
+    outputs = (name if w else "" for name, w in zip(("rD", "CD+r", "C+r"), wanted, strict=True))
+    return f"rD, CD, C, r -> +r, {', '.join(outputs)}"
 
 
 _linear_cross_entropy = define_op(
@@ -387,6 +404,7 @@ _linear_cross_entropy = define_op(
     autocast=_autocast_linear,
     arguments=_linear_arguments,
     flops=lambda x, weight, *others: 2 * x.numel() * weight.shape[0] * (1 + sum(others[-1][:2])),
+    sharding=_sharding_linear,
 )
 
 
@@ -401,18 +419,20 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    class_weight: Tensor | None = None,
 ) -> Tensor:
     """cross_entropy(x weight' + bias, target) without holding all logits: a language model's last layer and loss.
 
     Their gradients are made together with the loss, some rows at a time (a tenth, or 4 Mi logits if that is more), and
-    only scaled in backward. With reduction none, in second derivatives and on a GPU, where the reference runs, all
-    logits are held.
+    only scaled in backward. All logits are held with reduction none, class weights or probabilities, in second
+    derivatives and on a GPU, where the reference runs.
 
     Args:
         x: (..., D), floating point.
         weight: (C, D), of x's dtype; its gradient is summed in float32.
-        target: (...), int64 classes.
+        target: (...), int64 classes; or (..., C), probabilities.
         bias: (C,), of x's dtype.
+        class_weight: (C,), the weight of each class.
         ignore_index, reduction, label_smoothing, z_loss, softcap: as in `fastlm.cross_entropy`.
 
     Returns:
@@ -426,6 +446,7 @@ def linear_cross_entropy(
         C, D = weight.shape
         if (
             reduction != "none"
+            and class_weight is None
             and left_to_torch(x, _SMALL_LINEAR, C)
             and x.shape[-1] == D
             and x.numel() * C <= D << 22  # 4 Mi logits
@@ -442,12 +463,13 @@ def linear_cross_entropy(
             )  # fmt: skip
     except Exception:
         pass  # is said below
-    args = _linear_arguments(x, weight, target, bias, ignore_index, reduction, label_smoothing, z_loss, softcap)
-    if reduction == "none":
+    options = (ignore_index, reduction, label_smoothing, z_loss, softcap, class_weight)
+    args = _linear_arguments(x, weight, target, bias, *options)
+    if reduction == "none" or class_weight is not None or target.is_floating_point():
         losses = cross_entropy(
-            F.linear(x.reshape(-1, x.shape[-1]), weight, bias), args[3], ignore_index=ignore_index, reduction="none",
+            F.linear(args[0], weight, bias), args[3], class_weight, ignore_index=ignore_index, reduction=reduction,
             label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
         )  # fmt: skip
-        return losses.view(target.shape)
+        return losses.view(x.shape[:-1]) if reduction == "none" else losses
     loss = _linear_cross_entropy(*args)[0]
     return loss if autocast_on(x.device) else loss.to(x.dtype)

@@ -29,6 +29,7 @@ _dropout = define_op(
     samples=_samples,
     save=lambda args, y: args[1:],
     backward=lambda ops, saved, wanted, dy: (ops.dropout(dy, *saved), None, None),
+    sharding=lambda *_: None,  # what is dropped depends on an element's number in the whole
 )
 
 

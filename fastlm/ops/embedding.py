@@ -51,6 +51,7 @@ define_op(
     samples=_samples_backward,
     save=lambda args, dweight: (args[1], args[3]),
     backward=_backward_of_backward,
+    sharding="in, i -> Vn+i",
 )
 
 
@@ -87,6 +88,7 @@ _embedding = define_op(
     save=_save,
     backward=_backward,
     arguments=_arguments,
+    sharding="Vn, i -> in",
 )
 
 

@@ -50,6 +50,7 @@ define_op(
     reference=glu_backward_reference,
     fake=lambda dy, gate, up, act: (_contiguous_like(gate), _contiguous_like(up)),
     samples=lambda device: [(gate.flip(1), gate, up, act) for gate, up, act in _samples(device)],
+    sharding="*, *, * -> *, *",
 )
 _glu = define_op(
     "glu(Tensor gate, Tensor up, str act='silu') -> Tensor",
@@ -60,6 +61,7 @@ _glu = define_op(
     backward=lambda ops, saved, wanted, dy: (*ops.glu_backward(dy, *saved), None),
     autocast=lambda dtype, args: (args[0], args[1].to(args[0].dtype), args[2]),
     arguments=_arguments,
+    sharding="*, * -> *",
 )
 
 

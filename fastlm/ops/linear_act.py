@@ -112,6 +112,17 @@ def _samples_backward(device: str) -> list[tuple]:
     return made
 
 
+def _sharding(x, weight, bias, act, keep):
+    if act == "none":  # the only one that can take a part of the sum
+        return "mk, nk, n+k -> mn+k, "
+    return f"mK, nK, n -> mn, {'mn' if _keeps(act, keep) else ''}"
+
+
+def _sharding_backward(*args):
+    outputs = (name if w else "" for name, w in zip(("mk+n", "nk+m", "n+m"), args[-1], strict=True))
+    return f"mn, mk, nk, mn -> {', '.join(outputs)}"
+
+
 define_op(
     "linear_act_backward(Tensor dy, Tensor x, Tensor weight, Tensor saved, str act, bool[] wanted) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
@@ -119,6 +130,7 @@ define_op(
     fake=_fake_backward,
     samples=_samples_backward,
     flops=lambda dy, x, weight, saved, act, wanted: 2 * x.numel() * weight.shape[0] * sum(wanted[:2]),
+    sharding=_sharding_backward,
 )
 _linear_act = define_op(
     "linear_act(Tensor x, Tensor weight, Tensor? bias, str act, bool keep) -> (Tensor y, Tensor u)",
@@ -130,6 +142,7 @@ _linear_act = define_op(
     autocast=_autocast,
     arguments=_arguments,
     flops=lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
+    sharding=_sharding,
 )
 
 

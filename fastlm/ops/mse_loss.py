@@ -39,6 +39,7 @@ define_op(
     reference=mse_loss_backward_reference,
     fake=lambda g, x, target: torch.empty_like(x, memory_format=torch.contiguous_format),
     samples=lambda device: [(torch.tensor(0.3, device=device), *sample) for sample in _samples(device)],
+    sharding=", *, * -> *",
 )
 
 
@@ -97,6 +98,7 @@ _mse_loss = define_op(
     backward=_backward,
     arguments=_arguments,
     autocast=lambda dtype, args: tuple(t if t.dtype == torch.float64 else t.float() for t in args),
+    sharding="*, * -> +*",
 )
 
 

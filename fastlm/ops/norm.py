@@ -116,6 +116,7 @@ define_op(
     reference=norm_backward_reference,
     fake=_fake_backward,
     samples=_samples_backward,
+    sharding=lambda *args: "*N, *N, *N, N -> *N, {}, {}".format(*("N+*" if w else "" for w in args[-1])),
 )
 
 
@@ -145,6 +146,17 @@ def _define(name: str, centred: bool, residual: bool, reference):
     def fake(x, *_):
         return (_contiguous_like(x), _contiguous_like(x)) if residual else _contiguous_like(x)
 
+    def arguments(x, normalized_shape, parameters, eps, residual):
+        public = name.removeprefix("add_")
+        rows, other, *extras = _checked(public, x, normalized_shape, parameters, eps or 0.0, residual)
+        return (rows, *([rows if other is None else other] * (first - 1)), *extras, eps)
+
+    def layer_arguments(x, normalized_shape, weight=None, bias=None, eps=1e-5, residual=None):
+        return arguments(x, normalized_shape, {"weight": weight, "bias": bias}, eps, residual)
+
+    def rms_arguments(x, normalized_shape, weight=None, eps=None, residual=None):
+        return arguments(x, normalized_shape, {"weight": weight}, eps, residual)
+
     return define_op(
         f"{name}({', '.join(tensors)}, float eps) -> {'(Tensor y, Tensor sum)' if residual else 'Tensor'}",
         reference=reference,
@@ -152,6 +164,8 @@ def _define(name: str, centred: bool, residual: bool, reference):
         samples=lambda device: _samples(device, residual, centred),
         save=save,
         backward=backward,
+        arguments=layer_arguments if centred else rms_arguments,
+        sharding=f"{'*N, ' * first}{'N, N' if centred else 'N'} -> {', '.join(['*N'] * first)}",
     )
 
 
@@ -161,8 +175,8 @@ _add_layer_norm = _define("add_layer_norm", True, True, add_layer_norm_reference
 _add_rms_norm = _define("add_rms_norm", False, True, add_rms_norm_reference)
 
 
-def _run(op: str, plain, added, x, normalized_shape, parameters: dict, eps: float, residual):
-    """Checks, and the last dimensions as one."""
+def _checked(op: str, x, normalized_shape, parameters: dict, eps: float, residual) -> tuple:
+    """x, residual and the parameters, checked, of the dtypes that the op takes and with the last dimensions as one."""
     op = f"fastlm.{op}"
     check_floating_point(op, "x", x)
     check_number(op, "eps", eps)
@@ -185,14 +199,17 @@ def _run(op: str, plain, added, x, normalized_shape, parameters: dict, eps: floa
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     if len(shape) == 1:
-        extras = parameters.values()
-        return plain(x, *extras, float(eps)) if residual is None else added(x, residual, *extras, float(eps))
-    size = x.shape
-    x, residual, *extras = (t if t is None else t.flatten(-len(shape)) for t in (x, residual, *parameters.values()))
-    if residual is None:
-        return plain(x, *extras, float(eps)).view(size)
-    y, s = added(x, residual, *extras, float(eps))
-    return y.view(size), s.view(size)
+        return x, residual, *parameters.values()
+    return tuple(t if t is None else t.flatten(-len(shape)) for t in (x, residual, *parameters.values()))
+
+
+def _run(op: str, plain, added, x, normalized_shape, parameters: dict, eps: float, residual):
+    rows, added_rows, *extras = _checked(op, x, normalized_shape, parameters, eps, residual)
+    if added_rows is None:
+        y = plain(rows, *extras, float(eps))
+        return y if rows.dim() == x.dim() else y.view(x.shape)
+    y, s = added(rows, added_rows, *extras, float(eps))
+    return (y, s) if rows.dim() == x.dim() else (y.view(x.shape), s.view(x.shape))
 
 
 def layer_norm(

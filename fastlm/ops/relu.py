@@ -49,6 +49,7 @@ define_op(
     reference=relu_backward_reference,
     fake=_fake_backward,
     samples=_samples_backward,
+    sharding="*, * -> *",
 )
 _relu = define_op(
     "relu(Tensor x) -> Tensor",
@@ -57,12 +58,14 @@ _relu = define_op(
     samples=_samples,
     save=lambda args, y: (y,),
     backward=lambda ops, saved, wanted, dy: (ops.relu_backward(dy, *saved),),
+    sharding="* -> *",
 )
 define_op(
     "relu_squared_backward(Tensor dy, Tensor x) -> Tensor",
     reference=relu_squared_backward_reference,
     fake=_fake_backward,
     samples=_samples_backward,
+    sharding="*, * -> *",
 )
 _relu_squared = define_op(
     "relu_squared(Tensor x) -> Tensor",
@@ -71,6 +74,7 @@ _relu_squared = define_op(
     samples=_samples,
     save=lambda args, y: args,
     backward=lambda ops, saved, wanted, dy: (ops.relu_squared_backward(dy, *saved),),
+    sharding="* -> *",
 )
 
 

@@ -81,6 +81,7 @@ _rope = define_op(
     samples=_samples,
     backward=_backward,
     arguments=_arguments,
+    sharding=lambda x, cos, *_: "bthD, {0}tR, {0}tR -> bthD".format("." if cos.shape[0] < x.shape[0] else "b"),
 )
 
 

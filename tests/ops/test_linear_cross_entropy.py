@@ -86,6 +86,31 @@ def test_shapes_and_reductions(reduction, backend):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_class_weights_and_probabilities(reduction, probabilities, backend):
+    x, weight, bias = numbers((2, 3, 6)), numbers((9, 6), seed=1), numbers((9,), seed=2)
+    target = numbers((2, 3, 9), seed=3).softmax(-1) if probabilities else torch.tensor([[0, 8, -100], [4, 4, 1]])
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    class_weight = numbers((9,), seed=4).abs()
+
+    def gradients(call):
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        loss = call(*leaves)
+        return loss.detach(), torch.autograd.grad(loss.square().sum(), leaves)
+
+    def stock(x, weight, bias):
+        rows = target.flatten(0, 1) if probabilities else target.flatten()
+        losses = F.cross_entropy(F.linear(x, weight, bias).flatten(0, 1), rows, class_weight, **options)
+        return losses.view(2, 3) if reduction == "none" else losses
+
+    def ours(x, weight, bias):
+        return fastlm.linear_cross_entropy(x, weight, target, bias, class_weight=class_weight, **options)
+
+    torch.testing.assert_close(gradients(ours), gradients(stock))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_without_gradients_and_with_some(backend):
     target = targets(400, 33)
@@ -219,7 +244,10 @@ def test_threads_change_no_more_than_the_rounding():
         ({"weight": torch.ones(5, 4).double()}, TypeError, "weight must have the dtype of x"),
         ({"bias": torch.ones(4)}, ValueError, r"bias must be \(C,\)"),
         ({"target": torch.zeros(4, dtype=torch.int64)}, ValueError, r"target must be \(3,\)"),
-        ({"target": torch.zeros(3)}, TypeError, "target must be int64 classes"),
+        ({"target": torch.zeros(3, dtype=torch.int32)}, TypeError, "target must be int64 classes, or probabilities"),
+        ({"target": torch.zeros(3)}, ValueError, r"target must be \(3, 5\)"),
+        ({"class_weight": torch.zeros(3)}, ValueError, r"class_weight must be \(C,\) = \(5,\), got \(3,\)"),
+        ({"class_weight": torch.zeros(5, dtype=torch.int64)}, TypeError, "class_weight must be floating point"),
         ({"target": torch.zeros(3, dtype=torch.int64, device="meta")}, ValueError, "target must be on the device of x"),
         ({"reduction": "max"}, ValueError, "reduction must be one of"),
         ({"label_smoothing": 2.0}, ValueError, "label_smoothing must be in"),

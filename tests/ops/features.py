@@ -1,0 +1,139 @@
+"""Every feature of every differentiable op, once: what the tests of features and transforms run, and docs/features.md lists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from op_testing import numbers
+from torch import Tensor
+
+import fastlm
+
+
+class Feature(NamedTuple):
+    op: str
+    call: Callable[..., Tensor]
+    inputs: list[Tensor]  # float32, differentiable
+
+
+def _activation(name: str, call: Callable[[Tensor], Tensor]) -> dict[str, Feature]:
+    return {name: Feature(name.partition(",")[0].split()[0], call, [numbers((4, 6)) + 0.05])}
+
+
+def _attention(name: str, more: tuple[str, ...] = (), shape=(2, 2, 5, 7), **options) -> dict[str, Feature]:
+    """shape: query heads, key heads, queries, keys. `more`: options that are tensors with a gradient."""
+    heads, key_heads, queries, keys = shape
+    batch = 1 if "cu_seqlens_q" in options else 2
+    sizes = {"bias": (heads, queries, keys), "alibi_slopes": (heads,), "sinks": (heads,)}
+    tensors = [numbers((batch, heads, queries, 8)), *(numbers((batch, key_heads, keys, 8), seed=s) for s in (1, 2))]
+    tensors += [numbers(sizes[name], seed=3) for name in more]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, *extras: Tensor) -> Tensor:
+        with_device = {n: o.to(q.device) if isinstance(o, Tensor) else o for n, o in options.items()}
+        return fastlm.attention(q, k, v, **with_device, **dict(zip(more, extras, strict=True)))
+
+    return {f"attention, {name}" if name else "attention": Feature("attention", call, tensors)}
+
+
+def features() -> dict[str, Feature]:
+    """By name, on the default device."""
+    x, up, row = numbers((4, 6)) + 0.05, numbers((4, 6), seed=1), numbers((6,), seed=2)
+    weight, bias = numbers((5, 6), seed=3), numbers((5,), seed=4)
+    classes, seed = torch.tensor([3, -100, 0, 4]), torch.tensor(5)
+    angle = torch.linspace(0, 4, 9).view(3, 3)
+    query = numbers((2, 3, 2, 8))
+    lens = torch.tensor([6, 4])
+    everything = {
+        "causal": True, "window": (4, 0), "mask": numbers((5, 7), seed=6) > -1, "softcap": 2.0, "dropout_p": 0.2,
+        "seed": seed,
+    }  # fmt: skip
+
+    def decode(q, k, v):
+        return fastlm.attention_decode(q, k, v, cache_seqlens=lens.to(q.device))
+
+    found = {
+        **_activation("relu", fastlm.relu),
+        **_activation("relu_squared", fastlm.relu_squared),
+        **_activation("gelu", fastlm.gelu),
+        **_activation("gelu, tanh", lambda x: fastlm.gelu(x, "tanh")),
+        **_activation("silu", fastlm.silu),
+        **_activation("sigmoid", fastlm.sigmoid),
+        **_activation("tanh", fastlm.tanh),
+        "glu (SwiGLU)": Feature("glu", fastlm.glu, [x, up]),
+        "glu, gelu (GEGLU)": Feature("glu", lambda g, u: fastlm.glu(g, u, "gelu"), [x, up]),
+        "glu, relu (ReGLU)": Feature("glu", lambda g, u: fastlm.glu(g, u, "relu"), [x, up]),
+        "bias_act": Feature("bias_act", fastlm.bias_act, [x, row]),
+        "bias_act, gelu, dropout": Feature(
+            "bias_act", lambda x, b: fastlm.bias_act(x, b, "gelu", 0.3, seed.to(x.device)), [x, row]
+        ),
+        "dropout": Feature("dropout", lambda x: fastlm.dropout(x, 0.3, seed=seed.to(x.device)), [x]),
+        "layer_norm": Feature("layer_norm", lambda x: fastlm.layer_norm(x, (6,)), [x]),
+        "layer_norm, affine": Feature("layer_norm", lambda x, w, b: fastlm.layer_norm(x, (6,), w, b), [x, row, up[0]]),
+        "layer_norm, residual": Feature(
+            "add_layer_norm", lambda x, r, w: fastlm.layer_norm(x, (6,), w, residual=r)[0], [x, up, row]
+        ),
+        "rms_norm": Feature("rms_norm", lambda x: fastlm.rms_norm(x, (6,)), [x]),
+        "rms_norm, affine": Feature("rms_norm", lambda x, w: fastlm.rms_norm(x, (6,), w), [x, row]),
+        "rms_norm, residual": Feature(
+            "add_rms_norm", lambda x, r, w: fastlm.rms_norm(x, (6,), w, residual=r)[0], [x, up, row]
+        ),
+        "rope": Feature("rope", lambda q, a: fastlm.rope(q.transpose(1, 2), a.cos(), a.sin()), [query, angle[:2]]),
+        "rope, interleaved, positions": Feature(
+            "rope",
+            lambda q, a: fastlm.rope(
+                q.transpose(1, 2), a.cos(), a.sin(), interleaved=True, positions=torch.tensor([2, 0], device=q.device)
+            ),
+            [query, angle],
+        ),
+        "embedding": Feature("embedding", lambda w: fastlm.embedding(classes.clamp(0).to(w.device), w), [weight]),
+        "linear_act": Feature("linear_act", lambda x, w, b: fastlm.linear_act(x, w, b), [x, weight, bias]),
+        "linear_act, gelu": Feature("linear_act", lambda x, w: fastlm.linear_act(x, w, act="gelu"), [x, weight]),
+        "cross_entropy": Feature("cross_entropy", lambda x: fastlm.cross_entropy(x, classes.to(x.device)), [x]),
+        "cross_entropy, class weights, smoothing, z-loss, softcap": Feature(
+            "cross_entropy",
+            lambda x: fastlm.cross_entropy(
+                x, classes.to(x.device), row.abs().to(x), label_smoothing=0.1, z_loss=0.01, softcap=3.0
+            ),
+            [x],
+        ),
+        "cross_entropy, probabilities": Feature(
+            "cross_entropy", lambda x, t: fastlm.cross_entropy(x, t, reduction="sum"), [x, up.softmax(1)]
+        ),
+        "linear_cross_entropy": Feature(
+            "linear_cross_entropy", lambda x, w: fastlm.linear_cross_entropy(x, w, classes.to(x.device)), [x, weight]
+        ),
+        "linear_cross_entropy, bias, smoothing, z-loss, softcap": Feature(
+            "linear_cross_entropy",
+            lambda x, w, b: fastlm.linear_cross_entropy(
+                x, w, classes.to(x.device), b, label_smoothing=0.1, z_loss=0.01, softcap=3.0, reduction="sum"
+            ),
+            [x, weight, bias],
+        ),
+        "mse_loss": Feature("mse_loss", fastlm.mse_loss, [x, up]),
+        **_attention(""),
+        **_attention("causal", causal=True),
+        **_attention("causal, top-left", causal="top_left"),
+        **_attention("window", window=(2, 1)),
+        **_attention("mask", mask=numbers((5, 7), seed=5) > -1),
+        **_attention("bias", ("bias",)),
+        **_attention("ALiBi", ("alibi_slopes",)),
+        **_attention("sinks", ("sinks",)),
+        **_attention("softcap", softcap=2.0),
+        **_attention("dropout", dropout_p=0.3, seed=seed),
+        **_attention("grouped heads", shape=(4, 2, 5, 5)),
+        **_attention("one query", shape=(4, 2, 1, 9)),
+        **_attention(
+            "packed sequences", causal=True, cu_seqlens_q=torch.tensor([0, 2, 2, 5]),
+            cu_seqlens_k=torch.tensor([0, 3, 4, 7]),
+        ),
+        **_attention("all together", ("bias", "alibi_slopes", "sinks"), shape=(4, 2, 5, 7), **everything),
+        "attention, log-sum-exp": Feature(
+            "attention",
+            lambda q, k, v: torch.cat([t.flatten() for t in fastlm.attention(q, k, v, return_lse=True)]),
+            [query, query.flip(2), query.flip(3)],
+        ),
+        "attention_decode": Feature("attention_decode", decode, [query, *(numbers((2, 3, 6, 8), seed=s) for s in (7, 8))]),
+    }  # fmt: skip
+    return found
