@@ -49,6 +49,18 @@ sanitize: $(VENV)/test  ## Run the ops' tests on CPU kernels built with the addr
 bench: $(VENV)/test  ## Measure the ops and the training step beside torch; ARGS="attention --quick" and the like
 	cd $(VENV) && bin/fastlm bench --out "$(CURDIR)/runs/bench" $(ARGS)
 
+.PHONY: features
+features: $(VENV)/test  ## Write docs/features.md anew: what each backend does, found by running it
+	mkdir -p build && cd $(VENV) && bin/python -W ignore "$(CURDIR)/tests/ops/feature_matrix.py" > "$(CURDIR)/build/features.md"
+	mv build/features.md docs/features.md
+
+# An hour, and 20 GiB of memory.
+.PHONY: nightly
+nightly: export FASTLM_PROPERTY_CASES = 2000
+nightly: export FASTLM_TEST_LARGE = 1
+nightly: TESTS = tests/ops/test_properties.py tests/ops/test_past_32_bits.py
+nightly: test  ## Run 2,000 random cases of every op, and ops on more than 2^31 elements
+
 .PHONY: lint
 lint: $(VENV)/lint  ## Check style and format
 	$(VENV)/bin/ruff check .

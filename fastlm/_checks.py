@@ -27,7 +27,8 @@ def check_floating_point(op: str, name: str, value: object) -> None:
 
 def check_number(op: str, name: str, value: object) -> None:
     """A tensor is none: made a float, it would lose its gradient without a word."""
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+    # The first question is for torch.compile, whose symbolic numbers cannot be asked the last.
+    if not isinstance(value, (int, float)) and (isinstance(value, Tensor) or not hasattr(value, "__float__")):
         raise DTypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
 
 
@@ -80,7 +81,7 @@ def check_per_head(op: str, q: Tensor, alibi_slopes: Tensor | None, sinks: Tenso
     B, Hq = q.shape[:2]
     if alibi_slopes is not None:
         check_floating_point(op, "alibi_slopes", alibi_slopes)
-        if alibi_slopes.shape not in ((Hq,), (B, Hq)):
+        if alibi_slopes.shape != (Hq,) and alibi_slopes.shape != (B, Hq):  # `in` fails in dynamic graphs
             raise ArgumentError(
                 f"{op}: alibi_slopes must be (Hq,) = ({Hq},) or (B, Hq) = ({B}, {Hq}), got {tuple(alibi_slopes.shape)}"
             )

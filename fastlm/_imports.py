@@ -1,4 +1,4 @@
-"""Tells torch's optional parts about our ops once somebody imports those parts: importing them here would take seconds."""
+"""Tells torch's optional parts about our ops once somebody imports those parts: that would take seconds here."""
 
 from __future__ import annotations
 

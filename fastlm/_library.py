@@ -569,8 +569,8 @@ def define_op(
         arguments: the public function's arguments -> the schema's, where they differ.
         flops: the schema's arguments -> the floating-point operations of its products, as torch.utils.flop_counter
             counts them: two for a multiplication and its addition, hidden scores included. Not given: none.
-        sharding: which DTensors it takes as they are, a rule as in _sharding.py or the schema's arguments -> a rule, None
-            if they are to be replicated. Not given: torch refuses DTensors.
+        sharding: which DTensors it takes as they are: a rule as in _sharding.py, or the schema's arguments -> a rule,
+            None if they are to be replicated. Not given: torch refuses DTensors.
     """
     op = Op(schema, reference, fake, save, backward, samples, autocast, arguments, flops, sharding)
     _ops[op.name] = op

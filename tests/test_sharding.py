@@ -1,4 +1,4 @@
-"""DTensors: every op takes them as its sharding rule says, without communication, and gives what it gives on the whole."""
+"""DTensors: every op takes them as its sharding rule says, without communication, and gives what the whole gives."""
 
 import os
 import subprocess
@@ -56,7 +56,10 @@ def more_samples():
     for bias in (None, numbers(8)):
         yield "linear_act", (x, weight, bias, "none", True)
         yield "linear_act", (x, weight, bias, "relu", False)
-        yield "linear_cross_entropy", (x, weight, bias, target, -100, 0.1, 1e-3, 0.0, False, [True, False, bias is not None])
+        yield (
+            "linear_cross_entropy",
+            (x, weight, bias, target, -100, 0.1, 1e-3, 0.0, False, [True, False, bias is not None]),
+        )
     yield "linear_act_backward", (numbers(5, 8), x, weight, numbers(5, 8), "none", [True, True, True])
     yield "linear_act_backward", (numbers(5, 8), x, weight, numbers(5, 8), "relu", [False, True, False])
     yield "cross_entropy", (numbers(5, 8), numbers(5, 8, seed=1).softmax(1), numbers(8).abs(), -100, 0.1, 0.0)
@@ -92,11 +95,10 @@ def check_rules(mesh, namespace):
         want = as_list(run(*args))
         allowed = shardings(op, args, RANKS, placements)
         for outputs, inputs in allowed:
-            given = [
-                a if not isinstance(a, torch.Tensor)
-                else placements.distribute_tensor(a, mesh, [p if isinstance(p, placements.Shard) else placements.Replicate()])
-                for a, p in zip(args, inputs, strict=True)
-            ]  # fmt: skip
+            given = []
+            for a, p in zip(args, inputs, strict=True):
+                p = p if isinstance(p, placements.Shard) else placements.Replicate()
+                given.append(placements.distribute_tensor(a, mesh, [p]) if isinstance(a, torch.Tensor) else a)
             with CommDebugMode() as communication:
                 found = as_list(run(*given))
             what = f"{name} {inputs} -> {outputs}"
@@ -107,7 +109,9 @@ def check_rules(mesh, namespace):
                 eps = torch.finfo(w.dtype).eps
                 got = f.full_tensor()
                 assert got.dtype == w.dtype, what
-                torch.testing.assert_close(got, w, rtol=8 * eps, atol=8 * eps * max(scale, 1.0), msg=lambda m, s=what: f"{s}: {m}")
+                torch.testing.assert_close(
+                    got, w, rtol=8 * eps, atol=8 * eps * max(scale, 1.0), msg=lambda m, s=what: f"{s}: {m}"
+                )
         tried[name] = max(tried.get(name, 0), len(allowed) - 1)
     assert tried.keys() == {op.name for op in _library.all_ops()} - NOT_YET
     assert {name for name, count in tried.items() if count == 0} == {"dropout"}
@@ -179,4 +183,6 @@ def test_an_interface_that_has_changed_costs_dtensors_alone():
         print(fastlm.relu(torch.ones(1)).item())
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert done.stdout == "1.0\n" and "fastlm's ops take no DTensors in this version of torch" in done.stderr, done.stderr
+    assert done.stdout == "1.0\n" and "fastlm's ops take no DTensors in this version of torch" in done.stderr, (
+        done.stderr
+    )

@@ -295,11 +295,11 @@ def linear_cross_entropy_reference(
     losses, lse = cross_entropy_reference(logits, target, None, ignore_index, label_smoothing, softcap)
     if z_loss:
         losses = losses + z_loss * lse.square()
-    share = 1 / (target != ignore_index).sum() if mean else losses.new_ones(())
+    share = 1 / (target != ignore_index).sum().to(losses.dtype) if mean else losses.new_ones(())
     dx, dweight, dbias = (x.new_empty(0) for _ in range(3))
     if any(wanted):
         dlogits = cross_entropy_backward_reference(
-            share.to(losses.dtype).expand(losses.shape), 2 * z_loss * share * lse if z_loss else None, logits, target,
+            share.expand(losses.shape), 2 * z_loss * share * lse if z_loss else None, logits, target,
             None, lse, ignore_index, label_smoothing, softcap,
         )  # fmt: skip
         dx = dlogits @ weight if wanted[0] else dx

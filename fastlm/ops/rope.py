@@ -64,7 +64,7 @@ def _arguments(
     else:
         if positions.dtype not in (torch.int32, torch.int64):
             raise DTypeError(f"{op}: positions must be int32 or int64, got {positions.dtype}")
-        if positions.shape not in ((T,), (*lead, T)):
+        if positions.shape != (T,) and positions.shape != (*lead, T):  # `in` fails in dynamic graphs
             raise ArgumentError(
                 f"{op}: positions must be (T,) = ({T},) or (..., T) = {(*lead, T)}, got {tuple(positions.shape)}"
             )

@@ -1,6 +1,6 @@
 """Writes docs/features.md, by running every feature on every backend; test_features.py compares.
 
-    python tests/ops/feature_matrix.py > docs/features.md
+python tests/ops/feature_matrix.py > docs/features.md
 """
 
 import os
@@ -20,14 +20,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, 
 HEAD = """\
 # Features
 
-What each backend does itself, forward and backward, found by running it: `tests/ops/feature_matrix.py` writes this file and
-the tests compare it. What a backend does not do falls to the reference, which does all of it, on every device and in every
-dtype; `fastlm.backends(op, **arguments)` tells for a call. Triton ran in its interpreter here, and CUDA is not in the table:
-its kernels are those of `relu`, `relu_squared`, `bias_act` (no dropout), `attention` (causal, windows, grouped heads) and Adam.
+What each backend does itself, forward and backward, found by running it: `tests/ops/feature_matrix.py` writes this
+file and the tests compare it. What a backend does not do falls to the reference, which does all of it, on every device
+and in every dtype; `fastlm.backends(op, **arguments)` tells for a call. Triton ran in its interpreter here, and CUDA is
+not in the table: its kernels are those of `relu`, `relu_squared`, `bias_act` (no dropout), `attention` (causal,
+windows, grouped heads) and Adam.
 
 """
 PROOFS = """
-Every feature above is run by these tests, on every instruction set that the machine has:
+Each of them is run by these tests (those of transforms on the best instruction set that the machine has), beside the
+tests of the op's own file, torch's samples and error inputs for the functions that it has too (`test_opinfo.py`),
+random shapes, layouts and options (`test_properties.py`; 2,000 cases an op with `make nightly`), more than 2^31
+elements (`test_past_32_bits.py`, there too), and for DTensors `tests/test_sharding.py`:
 
 | test | what it shows |
 |---|---|
@@ -49,22 +53,37 @@ def dtypes_on(backend: str, name: str) -> str:
     return "all" if len(does) == len(DTYPES) else ", ".join(does) or "–"
 
 
+def under_autocast(name: str) -> str:
+    """The dtype of the result, by that of what is given."""
+    _, call, inputs = features()[name]
+    labels = {dtype: label for label, dtype in DTYPES.items()}
+    found = []
+    for label in ("fp32", "bf16"):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.append(f"{label} → {labels[call(*(t.to(DTYPES[label]) for t in inputs)).dtype]}")
+    return ", ".join(found)
+
+
 def proofs() -> str:
-    """The tests of all features, with their first sentences or names."""
+    """The tests of all features, and what they say of themselves."""
     rows = []
     for file in ("test_features.py", "test_transforms.py"):
         tree = ast.parse(Path(__file__).with_name(file).read_text())
         for test in tree.body:
-            if isinstance(test, ast.FunctionDef) and "name" in [a.arg for a in test.args.args] and test.name[:5] == "test_":
-                said = ast.get_docstring(test) or test.name[5:].replace("_", " ")
-                rows.append(f"| `{file}::{test.name}` | {said.splitlines()[0]} |")
+            if (
+                isinstance(test, ast.FunctionDef)
+                and "name" in [a.arg for a in test.args.args]
+                and test.name[:5] == "test_"
+            ):
+                said = " ".join(ast.get_docstring(test).split())
+                rows.append(f"| `{file}::{test.name}` | {said} |")
     return "\n".join(rows) + "\n"
 
 
 def matrix() -> str:
-    rows = ["| feature | native, CPU | Triton |", "|---|---|---|"]
+    rows = ["| feature | native, CPU | Triton | under autocast to bf16 |", "|---|---|---|---|"]
     for name in features():
-        rows.append(f"| {name} | {dtypes_on('native', name)} | {dtypes_on('triton', name)} |")
+        rows.append(f"| {name} | {dtypes_on('native', name)} | {dtypes_on('triton', name)} | {under_autocast(name)} |")
     return HEAD + "\n".join(rows) + "\n" + PROOFS + proofs()
 
 

@@ -1,4 +1,4 @@
-"""Every feature of every differentiable op, once: what the tests of features and transforms run, and docs/features.md lists."""
+"""Every feature of every differentiable op, for the tests of features and transforms and for docs/features.md."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def features() -> dict[str, Feature]:
             [x],
         ),
         "cross_entropy, probabilities": Feature(
-            "cross_entropy", lambda x, t: fastlm.cross_entropy(x, t, reduction="sum"), [x, up.softmax(1)]
+            "cross_entropy", lambda x: fastlm.cross_entropy(x, up.softmax(1).to(x), reduction="sum"), [x]
         ),
         "linear_cross_entropy": Feature(
             "linear_cross_entropy", lambda x, w: fastlm.linear_cross_entropy(x, w, classes.to(x.device)), [x, weight]
@@ -134,6 +134,8 @@ def features() -> dict[str, Feature]:
             lambda q, k, v: torch.cat([t.flatten() for t in fastlm.attention(q, k, v, return_lse=True)]),
             [query, query.flip(2), query.flip(3)],
         ),
-        "attention_decode": Feature("attention_decode", decode, [query, *(numbers((2, 3, 6, 8), seed=s) for s in (7, 8))]),
+        "attention_decode": Feature(
+            "attention_decode", decode, [query, *(numbers((2, 3, 6, 8), seed=s) for s in (7, 8))]
+        ),
     }  # fmt: skip
     return found

@@ -18,7 +18,9 @@ MAY_IMPORT = {
     "_library": {"_checks"},
     "_native": set(),
     "_attention": set(),
+    "_imports": set(),
     "_flops": {"_library"},
+    "_sharding": {"_library"},
     "_dropout": {"_library"},
     "kernels": {"_library", "_native", "_activations", "_dropout", "_attention"},
     "ops": {"_library", "_activations", "_checks", "_dropout", "_attention"},
@@ -33,7 +35,20 @@ MAY_IMPORT = {
     "benchmarks": {"", "train", "models", "optim", "data", "integrations", "_native", *MODELS},
     "cli": {"", "train", "benchmarks", "models", "optim", "data", "integrations", "_native", *MODELS},
     # __init__.py: ops and kernels meet
-    "": {"_flops", "compat", "_library", "_native", "_version", "ops", "optim", "nn", "models", "integrations"},
+    "": {
+        "_flops",
+        "_imports",
+        "_sharding",
+        "compat",
+        "_library",
+        "_native",
+        "_version",
+        "ops",
+        "optim",
+        "nn",
+        "models",
+        "integrations",
+    },
 }
 OPTIONAL = {"numpy", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "triton"}
 FILES = sorted(PACKAGE.rglob("*.py"))
