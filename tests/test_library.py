@@ -351,3 +351,11 @@ def test_every_op_has_a_cpu_kernel_that_passes_its_self_check(name):
     assert backend == "native"
     assert op.mismatch(kernel, "cpu") is None
     assert any(kernel.refusal(args) is None for args in op.samples("cpu"))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", _library._ops)
+def test_every_op_passes_opcheck(name, backend):
+    op = _library._ops[name]
+    for args in op.samples("cpu"):
+        torch.library.opcheck(op.overloads[backend], op.filled(args))

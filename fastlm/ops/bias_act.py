@@ -29,6 +29,7 @@ def bias_act_reference(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed
 
 def bias_act_backward_reference(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
     dx = GRADIENTS[act](dy, saved if act in SAVE_OUTPUT else saved + bias)
+    dx = dx.clone() if act == "none" else dx  # an op's output is no argument of it
     return dx.contiguous(), dx.sum_to_size(bias.shape).contiguous()
 
 

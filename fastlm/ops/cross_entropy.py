@@ -170,7 +170,10 @@ def _arguments(
     z_loss: float = 0.0,
     softcap: float | None = None,
 ) -> tuple:
-    """The schema's arguments from the public ones, checked: rows of classes."""
+    """The schema's arguments from the public ones, checked: rows of classes.
+
+    No weight where it is a factor of each row alone, which the public function puts to the op's losses.
+    """
     op = "fastlm.cross_entropy"
     check_floating_point(op, "input", input)
     check_tensor(op, "target", target)
@@ -200,6 +203,8 @@ def _arguments(
     if probabilities and target.dim() > 1:
         target = target.movedim(1, -1)
     target = target.reshape(-1, C) if probabilities else target.reshape(-1)
+    if not probabilities and label_smoothing == 0:
+        weight = None
     return x, target, weight, ignore_index, float(label_smoothing), float(softcap or 0.0)
 
 
@@ -264,10 +269,15 @@ def cross_entropy(
         except Exception:
             pass  # is said below
     options = (weight, None, ignore_index, None, reduction, label_smoothing, z_loss, softcap)
-    x, rows, weight, ignore_index, *rest = _arguments(input, target, *options)
-    differentiate = any(t is not None and t.requires_grad for t in (rows, weight))
+    x, rows, within, ignore_index, *rest = _arguments(input, target, *options)
+    differentiate = any(t is not None and t.requires_grad for t in (rows, within))
     run = cross_entropy_reference if differentiate else _cross_entropy
-    losses, lse = run(x, rows, weight, ignore_index, *rest)
+    losses, lse = run(x, rows, within, ignore_index, *rest)
+    if weight is not None and not rows.is_floating_point():
+        ignored = rows == ignore_index
+        of_row = torch.where(ignored, 0, _wide(weight)[torch.where(ignored, 0, rows)])
+        if within is None:
+            losses = losses * of_row
     if z_loss:
         losses = losses + z_loss * lse.square()
     dtype = losses.dtype if autocast_on(input.device) else input.dtype
@@ -281,8 +291,7 @@ def cross_entropy(
         elif weight is None:
             total = total / (rows != ignore_index).sum()
         else:
-            counts = rows != ignore_index
-            total = total / (weight[torch.where(counts, rows, 0)] * counts).sum()
+            total = total / of_row.sum()
     return total.to(dtype)
 
 

@@ -91,11 +91,17 @@ def features() -> dict[str, Feature]:
         "linear_act": Feature("linear_act", lambda x, w, b: fastlm.linear_act(x, w, b), [x, weight, bias]),
         "linear_act, gelu": Feature("linear_act", lambda x, w: fastlm.linear_act(x, w, act="gelu"), [x, weight]),
         "cross_entropy": Feature("cross_entropy", lambda x: fastlm.cross_entropy(x, classes.to(x.device)), [x]),
-        "cross_entropy, class weights, smoothing, z-loss, softcap": Feature(
+        "cross_entropy, smoothing, z-loss, softcap": Feature(
             "cross_entropy",
-            lambda x: fastlm.cross_entropy(
-                x, classes.to(x.device), row.abs().to(x), label_smoothing=0.1, z_loss=0.01, softcap=3.0
-            ),
+            lambda x: fastlm.cross_entropy(x, classes.to(x.device), label_smoothing=0.1, z_loss=0.01, softcap=3.0),
+            [x],
+        ),
+        "cross_entropy, class weights": Feature(
+            "cross_entropy", lambda x: fastlm.cross_entropy(x, classes.to(x.device), row.abs().to(x)), [x]
+        ),
+        "cross_entropy, class weights, smoothing": Feature(
+            "cross_entropy",
+            lambda x: fastlm.cross_entropy(x, classes.to(x.device), row.abs().to(x), label_smoothing=0.1),
             [x],
         ),
         "cross_entropy, probabilities": Feature(

@@ -14,7 +14,7 @@ from fastlm import _native
 FEATURES = list(features())
 ON_THE_REFERENCE = {
     "rope, interleaved, positions",
-    "cross_entropy, class weights, smoothing, z-loss, softcap",
+    "cross_entropy, class weights, smoothing",
     "cross_entropy, probabilities",
 }
 

@@ -15,10 +15,10 @@ if _native.cpu is not None:
     from fastlm.kernels.native.products import add_product, input_gradient, linear
 
     def _unsupported(x: Tensor, target: Tensor, weight: Tensor | None, *_: object) -> str | None:
-        if weight is not None:
-            return "does not do class weights"
         if target.is_floating_point():
             return "does not do probabilities as targets"
+        if weight is not None:
+            return "does not do class weights with label smoothing"
         return unsupported_dtype(x)
 
     @kernel("cross_entropy", backend="native", device="cpu", supports=_unsupported)
