@@ -17,7 +17,7 @@ from fastlm.ops.linear_act import linear_act
 from fastlm.ops.mse_loss import mse_loss
 from fastlm.ops.norm import layer_norm, rms_norm
 from fastlm.ops.relu import relu, relu_squared
-from fastlm.ops.rope import rope
+from fastlm.ops.rope import rope, rope_tables
 
 
 def _load_kernels(backend: str, family: str, device: str) -> None:
@@ -56,6 +56,7 @@ __all__ = [
     "relu_squared",
     "rms_norm",
     "rope",
+    "rope_tables",
     "scaled_dot_product_attention",
     "sigmoid",
     "silu",

@@ -23,7 +23,7 @@ from fastlm.nn import LayerNorm, apply_embedding, apply_linear, is_plain
 from fastlm.ops.attention import attention
 from fastlm.ops.cross_entropy import cross_entropy, linear_cross_entropy
 from fastlm.ops.norm import rms_norm
-from fastlm.ops.rope import rope
+from fastlm.ops.rope import rope, rope_tables
 
 ACTIVATIONS = ("relu_squared", "relu", "gelu")
 # From here on the loss does without holding them: memory for some 2 % of the head's time (bench/LOG.md).
@@ -164,11 +164,9 @@ class GPT(nn.Module):
     def _make_rope_tables(self) -> None:
         """Angles of every position, computed once; not weights, so not in the state_dict."""
         config, device = self.config, self.embed.weight.device
-        half = config.n_embd // config.n_head // 2
-        frequency = config.rope_base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
-        angle = torch.arange(config.block_size, dtype=torch.float64, device=device)[:, None] * frequency
-        self.register_buffer("rope_cos", angle.cos().float(), persistent=False)  # (block_size, D/2)
-        self.register_buffer("rope_sin", angle.sin().float(), persistent=False)
+        cos, sin = rope_tables(config.block_size, config.n_embd // config.n_head, config.rope_base, device=device)
+        self.register_buffer("rope_cos", cos, persistent=False)  # (block_size, D/2)
+        self.register_buffer("rope_sin", sin, persistent=False)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GPT:
         """What .to() and its like do. The tables stay float32: in bfloat16 far positions would share an angle."""

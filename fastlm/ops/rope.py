@@ -104,3 +104,38 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, posi
     args = _arguments(x, cos, sin, interleaved, positions)
     y = _rope.pointwise(*args)
     return y if x.dim() == 4 else y.view(x.shape)
+
+
+def rope_tables(
+    length: int,
+    dim: int,
+    base: float = 10_000.0,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """The tables for `rope`: cosines and sines of the angles t base^(-2i / dim) of positions t < length, i < dim / 2.
+
+    Args:
+        length: how many positions, from 0.
+        dim: R, how many elements of a head are turned; even.
+        base: above 1; the longest wavelength is about 2π base positions.
+        dtype: of the tables. The angles are computed in float64, since in float32 those of far positions are off.
+
+    Returns:
+        cos, sin: (length, dim / 2) each.
+
+    Raises:
+        ValueError: a length below 0, a dim that is odd or below 2, a base that is not above 1.
+    """
+    op = "fastlm.rope_tables"
+    if length < 0:
+        raise ArgumentError(f"{op}: length must be at least 0, got {length}")
+    if dim < 2 or dim % 2:
+        raise ArgumentError(f"{op}: dim must be even and at least 2, got {dim}")
+    if not base > 1:
+        raise ArgumentError(f"{op}: base must be above 1, got {base}")
+    half = dim // 2
+    frequency = base ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)

@@ -1,5 +1,7 @@
 """rope: every test on every backend."""
 
+import math
+
 import pytest
 import torch
 from op_testing import BACKENDS, DTYPES, assert_as_exact_as_torch, numbers, overload, poisoned  # noqa: F401
@@ -110,6 +112,30 @@ def test_empty():
     cos, sin = tables(3, 6)
     assert fastlm.rope(torch.empty(0, 3, 2, 8), cos, sin).shape == (0, 3, 2, 8)
     assert fastlm.rope(torch.empty(2, 0, 2, 8), cos, sin).shape == (2, 0, 2, 8)
+
+
+def test_tables_keep_far_positions_apart():
+    cos, sin = fastlm.rope_tables(1 << 17, 8, 100.0, dtype=torch.float64)
+    assert cos.shape == sin.shape == (1 << 17, 4)
+    for t in (0, 1, 131_071):
+        want = torch.tensor([math.remainder(t * 100.0 ** (-i / 4), 2 * math.pi) for i in range(4)], dtype=torch.float64)
+        torch.testing.assert_close(torch.atan2(sin[t], cos[t]), want, rtol=0, atol=1e-10)
+    assert fastlm.rope_tables(3, 2)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 8), "fastlm.rope_tables: length must be at least 0, got -1"),
+        ((4, 7), "fastlm.rope_tables: dim must be even and at least 2, got 7"),
+        ((4, 0), "fastlm.rope_tables: dim must be even and at least 2, got 0"),
+        ((4, 8, 1.0), "fastlm.rope_tables: base must be above 1, got 1.0"),
+    ],
+)
+def test_wrong_tables_are_named(arguments, message):
+    with pytest.raises(ValueError) as caught:
+        fastlm.rope_tables(*arguments)
+    assert str(caught.value) == message
 
 
 WRONG = [
