@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fastlm._checks import autocast_on
+from fastlm._checks import autocast_on, check_floating_point
 
 NAMESPACES = {"auto": "fastlm", "native": "fastlm_native", "triton": "fastlm_triton", "reference": "fastlm_reference"}
 _KERNEL_BACKENDS = ("native", "triton")  # in order of preference; the reference always comes last
@@ -221,6 +221,7 @@ class Op:
     def unary(self) -> Callable[[Tensor], Tensor]:
         """The same, made for an op of one tensor and no autocast rule, where small tensors feel every Python call."""
         on_cpu, apply, state, pointwise = self._on_cpu, self._apply["auto"], _state, self.pointwise
+        name = f"fastlm.{self.name}"
 
         def call(x: Tensor) -> Tensor:
             kind = type(x)
@@ -235,7 +236,12 @@ class Op:
             ):
                 if x.requires_grad and _is_grad_enabled():
                     return apply(None, x)
-                return on_cpu["auto"](x)
+                try:
+                    return on_cpu["auto"](x)
+                except TypeError:  # asked now, since it costs as much as other parts of a small call
+                    check_floating_point(name, "x", x)
+                    raise
+            check_floating_point(name, "x", x)
             return pointwise(x)
 
         return call

@@ -12,7 +12,7 @@ namespace {
 void check_targets(const int64_t* target, int64_t rows, const CrossEntropyShape& shape) {
   for (int64_t r = 0; r < rows; ++r) {
     if (target[r] == shape.ignored || (target[r] >= 0 && target[r] < shape.classes)) continue;
-    throw std::out_of_range("fastlm: cross_entropy: a target must be a class, 0 to " + std::to_string(shape.classes - 1) +
+    throw std::out_of_range("fastlm.cross_entropy: a target must be a class, 0 to " + std::to_string(shape.classes - 1) +
                             ", or ignore_index, " + std::to_string(shape.ignored) + ", got " + std::to_string(target[r]));
   }
 }

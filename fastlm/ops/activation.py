@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT
-from fastlm._checks import ArgumentError, check_floating_point
+from fastlm._checks import ArgumentError, check_floating_point, check_tensor
 from fastlm._library import define_op, left_to_torch, small
 
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}  # by `approximate`
@@ -104,6 +104,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
 
     Under torch.compile it becomes torch's gelu, so that Inductor fuses it with its neighbours.
     """
+    check_tensor("fastlm.gelu", "x", x)
     if approximate not in _GELU:
         raise ArgumentError(f"fastlm.gelu: approximate must be one of {', '.join(_GELU)}, got {approximate!r}")
     return _gelu.pointwise(x, approximate)

@@ -63,7 +63,10 @@ def _ignored(x: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     ignored = target == ignore_index
     wrong = ((target < 0) | (target >= x.shape[1])) & ~ignored
     if readable_values(wrong.any()) is True:  # elsewhere, gather complains
-        raise IndexError(f"fastlm.cross_entropy: a target must be a class, 0 to {x.shape[1] - 1}, or {ignore_index}")
+        raise IndexError(
+            f"fastlm.cross_entropy: a target must be a class, 0 to {x.shape[1] - 1}, or ignore_index, {ignore_index}, "
+            f"got {target[wrong][0].item()}"
+        )
     return ignored
 
 
