@@ -91,7 +91,10 @@ def test_new_keys_go_behind_the_others(paged, backend):
     want = [rows(c).clone() for c in (k, v)]
     for b, n in enumerate(lens.tolist()):
         want[0][b, :, n : n + 3], want[1][b, :, n : n + 3] = new_k[b], new_v[b]
+    versions = [t._version for t in (k, v, q, lens, new_k, new_v)]
     o = fastlm.attention_decode(q, k, v, cache_seqlens=lens, k=new_k, v=new_v, page_table=table)
+    risen = [t._version > was for t, was in zip((k, v, q, lens, new_k, new_v), versions, strict=True)]
+    assert risen == [True, True, False, False, False, False]
     for cache, expected in zip((k, v), want, strict=True):
         torch.testing.assert_close(rows(cache), expected)
     torch.testing.assert_close(o, fastlm.attention_decode(q, k, v, cache_seqlens=lens + 3, page_table=table))

@@ -1,5 +1,7 @@
 """Every feature under everything that torch does to a function."""
 
+import os
+
 import pytest
 import torch
 from features import features
@@ -95,6 +97,22 @@ def test_compiled_in_one_graph(name, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     torch.testing.assert_close(gradients(compiled, inputs), gradients(call, inputs))
+
+
+@pytest.mark.skipif(
+    any(os.environ.get(f"FASTLM_{name}") for name in ("BACKEND", "CPU_ISA", "TEST_EXCHANGE")),
+    reason="half a minute, and the graph is the same",
+)
+def test_all_features_in_one_graph_through_inductor():
+    calls = [(call, len(inputs)) for _, call, inputs in features().values()]
+
+    def everything(*inputs):
+        rest = iter(inputs)
+        return torch.stack([call(*(next(rest) for _ in range(n))).square().sum() for call, n in calls])
+
+    inputs = [t for _, _, inputs in features().values() for t in inputs]
+    compiled = torch.compile(everything, fullgraph=True, dynamic=True)
+    torch.testing.assert_close(gradients(compiled, inputs), gradients(everything, inputs))
 
 
 @every_feature
