@@ -3,11 +3,8 @@
 python tests/ops/feature_matrix.py > docs/features.md
 """
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import ast
+import os
 from pathlib import Path
 
 import torch
@@ -88,5 +85,6 @@ def matrix() -> str:
 
 
 if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, at the first call
     _library._small_calls_to_torch = False
     print(matrix(), end="")
