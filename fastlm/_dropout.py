@@ -15,9 +15,11 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A 0-d int64 tensor from torch's generator of that device."""
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+def draw_seed(op: str, x: Tensor) -> Tensor:
+    """A 0-d int64 tensor from torch's generator of x's device."""
+    if type(x) is not Tensor and hasattr(x, "placements"):
+        raise ValueError(f"{op}: with a DTensor seed must be given, the same on every rank: each would draw its own")
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
 
 
 def check_seed(op: str, seed: object, device: torch.device) -> None:

@@ -12,23 +12,32 @@ from typing import Any
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Finds one module as all other finders do, and calls `then` with it when it has run."""
+    """Finds one module as all other finders do, and calls `then` with it when it has run.
+
+    Until then it stays: that a module is looked for does not mean that it will be imported.
+    """
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]):
         self.name, self.then = name, then
+        self.asking = False
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
+        if name != self.name or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        self.asking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.asking = False
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def run_and_tell(module: ModuleType) -> None:
             run(module)
-            self.then(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.then(module)
 
         spec.loader.exec_module = run_and_tell  # type: ignore[method-assign]
         return spec

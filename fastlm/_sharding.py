@@ -7,7 +7,8 @@ A rule names the dimensions of each tensor of the schema, one letter each: ``mK,
 * ``.`` is a dimension of size 1 that others are broadcast against. An empty name: the tensor is replicated.
 * ``nk+m``: where m is sharded, each shard holds a part of the sum. A tensor that is to have neither is replicated.
 
-What no rule allows is gathered first, as torch.distributed.tensor does.
+What no rule allows is gathered first, as torch.distributed.tensor does. Groups of heads are sharded where the mesh's
+ranks, all of its dimensions together, divide the key heads.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def shardings(op: Op, args: Sequence[Any], ranks: int, placements: Any) -> list[
         return placements.Shard(kept.index(d)) if d in kept else placements.Partial() if d in summed else replicate
 
     for d, size in sizes.items():
-        # Groups of heads stay together where every size is cut evenly.
+        # Groups of heads stay together where every size is cut evenly, whatever part of the mesh they are cut over.
         if (d[0] == "*" or d.islower()) and (len(size) == 1 or all(n % ranks == 0 for n in size)):
             found.append(placed([place(dims, d) for dims in inputs], [place(dims, d) for dims in outputs]))
     return found
@@ -78,13 +79,16 @@ def shardings(op: Op, args: Sequence[Any], ranks: int, placements: Any) -> list[
 
 def register(dtensor: ModuleType) -> None:
     try:
-        from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
-        from torch.distributed.tensor.experimental import register_sharding
-
-        schema_info = dtensor.DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
-    except (ImportError, AttributeError) as error:  # its interface is said to be experimental
+        _register(dtensor)
+    except (ImportError, AttributeError, TypeError) as error:  # its interface is said to be experimental
         warnings.warn(f"fastlm's ops take no DTensors in this version of torch: {error}", RuntimeWarning, stacklevel=2)
-        return
+
+
+def _register(dtensor: ModuleType) -> None:
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+    from torch.distributed.tensor.experimental import register_sharding
+
+    schema_info = dtensor.DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
     for op in all_ops():
         if op.sharding is None:
             continue

@@ -48,6 +48,18 @@ def test_whichever_is_imported_first(order):
     assert int(found.stdout) == 2 * 2 * 2 * 3 * 3 * 8
 
 
+def test_looking_for_it_is_not_importing_it():
+    code = """if True:
+        import importlib.util, sys, fastlm, torch
+        assert importlib.util.find_spec("torch.utils.flop_counter") and "torch.utils.flop_counter" not in sys.modules
+        import torch.utils.flop_counter
+        print(torch.ops.fastlm.attention in torch.utils.flop_counter.flop_registry, len(sys.meta_path))
+        print(importlib.util.find_spec("torch.distributed.tensor") is not None)
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split()[::2] == ["True", "True"]
+
+
 def test_importing_fastlm_does_not_import_it():
     code = "import sys, fastlm; print('torch.utils.flop_counter' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -34,11 +34,14 @@ def more_samples():
     seed, bias = torch.tensor(4), numbers(3, 1, 5, 6)
     options = [
         {"mask": numbers(4, 1, 6) > -1},
-        {"bias": numbers(4, 1, 6)},  # beside the one before, which differs by its place alone
+        {"bias": numbers(4, 1, 6)},
+        {"alibi_slopes": numbers(4).abs()},
+        {"sinks": numbers(4).abs()},  # which differ by their place alone
         {"bias": bias, "alibi_slopes": numbers(4).abs(), "sinks": numbers(4), "softcap": 3.0, "causal": True},
         {"alibi_slopes": numbers(3, 4).abs(), "dropout_p": 0.0},
         {"key_heads": 1},
         {"heads": 3, "key_heads": 3},
+        {"heads": 6, "key_heads": 3},  # groups that two ranks would cut
         {"dropout_p": 0.3, "seed": seed},
     ]
     for more in options:
@@ -51,6 +54,8 @@ def more_samples():
     q, cache = numbers(4, 6, 1, 8), numbers(9, 2, 4, 8)
     lens, table = torch.tensor([3, 4, 1, 2]), torch.tensor([[8, 1], [2, 3], [4, 5], [6, 7]])
     yield "attention_decode", (q, cache[:4], cache[:4], lens, None, None, None, -1, 0, 0.3, 0.0)
+    three = numbers(4, 3, 4, 8)
+    yield "attention_decode", (q, three, three, lens, None, None, None, -1, 0, 0.3, 0.0)
     yield "attention_decode", (q, cache, cache, lens, table, numbers(4, 6).abs(), numbers(6), -1, 0, 0.3, 0.0)
     x, weight, target = numbers(5, 6), numbers(8, 6, seed=1), torch.tensor([1, 7, -100, 0, 2])
     for bias in (None, numbers(8)):
@@ -152,6 +157,10 @@ def check_public(mesh):
         founds = torch.autograd.grad(found, parts, distribute_tensor(dy, mesh, [Replicate()]))
         for f, w in zip(founds, wants, strict=True):
             torch.testing.assert_close(f.full_tensor(), w, msg=lambda m, i=i: f"gradient of call {i}: {m}")
+    part = distribute_tensor(x, mesh, [Shard(0)])
+    for call in (fastlm.dropout, lambda x: fastlm.bias_act(x, x[0], dropout_p=0.5)):
+        with pytest.raises(ValueError, match="with a DTensor seed must be given, the same on every rank"):
+            call(part)
     logits, classes = (distribute_tensor(t, mesh, [Shard(0)]) for t in (x, target))
     torch.testing.assert_close(fastlm.cross_entropy(logits, classes).full_tensor(), fastlm.cross_entropy(x, target))
 

@@ -414,7 +414,7 @@ def _arguments(
     if dropout_p == 0:
         seed = None
     elif seed is None:
-        seed = draw_seed(q.device)
+        seed = draw_seed("fastlm.attention", q)
     return (
         q, k, v, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0,
         max_seqlen_k or 0, _CAUSAL[causal], left, right,

@@ -62,7 +62,7 @@ def _arguments(x: Tensor, bias: Tensor, act: str = "relu", dropout_p: float = 0.
     check_device("fastlm.bias_act", "bias", bias, "x", x)
     check_seed("fastlm.bias_act", seed, x.device)
     if dropout_p > 0 and seed is None:
-        seed = draw_seed(x.device)
+        seed = draw_seed("fastlm.bias_act", x)
     return x, bias, act, dropout_p, seed if dropout_p > 0 else None
 
 

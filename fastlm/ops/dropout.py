@@ -54,4 +54,4 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, *, seed: Tensor | 
     check_seed(op, seed, x.device)
     if not training or p == 0:
         return x.clone(memory_format=torch.contiguous_format)
-    return _dropout.pointwise(x, float(p), draw_seed(x.device) if seed is None else seed)
+    return _dropout.pointwise(x, float(p), draw_seed(op, x) if seed is None else seed)

@@ -128,6 +128,13 @@ def _gradients(ops, dy, dsum, s, weight, bias_dtype, eps, centred, wanted):
     return dx, _to(dweight, weight.dtype) if wanted[0] else None, _to(dbias, bias_dtype) if wanted[1] else None
 
 
+def _rms_eps(x: Tensor, eps: float | None) -> float:
+    if eps is None:
+        check_floating_point("fastlm.rms_norm", "x", x)
+        return _EPS.get(x.dtype, _EPS[torch.float32])
+    return eps
+
+
 def _define(name: str, centred: bool, residual: bool, reference):
     tensors = ["Tensor x", *(["Tensor residual"] if residual else []), "Tensor? weight"]
     tensors += ["Tensor? bias"] if centred else []
@@ -146,16 +153,18 @@ def _define(name: str, centred: bool, residual: bool, reference):
     def fake(x, *_):
         return (_contiguous_like(x), _contiguous_like(x)) if residual else _contiguous_like(x)
 
-    def arguments(x, normalized_shape, parameters, eps, residual):
+    def arguments(x, normalized_shape, parameters, eps, given):
         public = name.removeprefix("add_")
-        rows, other, *extras = _checked(public, x, normalized_shape, parameters, eps or 0.0, residual)
-        return (rows, *([rows if other is None else other] * (first - 1)), *extras, eps)
+        rows, other, *extras = _checked(public, x, normalized_shape, parameters, eps, given)
+        if residual != (given is not None):
+            raise TypeError(f"fastlm.backends: add_{public} is what runs with a residual, and {public} without")
+        return (rows, *([other] if residual else []), *extras, float(eps))
 
     def layer_arguments(x, normalized_shape, weight=None, bias=None, eps=1e-5, residual=None):
         return arguments(x, normalized_shape, {"weight": weight, "bias": bias}, eps, residual)
 
     def rms_arguments(x, normalized_shape, weight=None, eps=None, residual=None):
-        return arguments(x, normalized_shape, {"weight": weight}, eps, residual)
+        return arguments(x, normalized_shape, {"weight": weight}, _rms_eps(x, eps), residual)
 
     return define_op(
         f"{name}({', '.join(tensors)}, float eps) -> {'(Tensor y, Tensor sum)' if residual else 'Tensor'}",
@@ -271,7 +280,5 @@ def rms_norm(
     Raises:
         ValueError: sizes or devices that do not fit. TypeError: dtypes that do not fit.
     """
-    if eps is None:
-        check_floating_point("fastlm.rms_norm", "x", x)
-        eps = _EPS.get(x.dtype, _EPS[torch.float32])
-    return _run("rms_norm", _rms_norm, _add_rms_norm, x, normalized_shape, {"weight": weight}, eps, residual)
+    parameters = {"weight": weight}
+    return _run("rms_norm", _rms_norm, _add_rms_norm, x, normalized_shape, parameters, _rms_eps(x, eps), residual)

@@ -4,6 +4,7 @@ python tests/ops/feature_matrix.py > docs/features.md
 """
 
 import ast
+import contextlib
 import os
 from pathlib import Path
 
@@ -18,10 +19,10 @@ HEAD = """\
 # Features
 
 What each backend does itself, forward and backward, found by running it: `tests/ops/feature_matrix.py` writes this
-file and the tests compare it. What a backend does not do falls to the reference, which does all of it, on every device
-and in every dtype; `fastlm.backends(op, **arguments)` tells for a call. Triton ran in its interpreter here, and CUDA is
-not in the table: its kernels are those of `relu`, `relu_squared`, `bias_act` (no dropout), `attention` (causal,
-windows, grouped heads) and Adam.
+file and the tests compare it ("forward": the gradient is the reference's). What a backend does not do falls to the
+reference, which does all of it, on every device and in every dtype; `fastlm.backends(op, **arguments)` tells for a
+call. Triton ran in its interpreter here, and CUDA is not in the table: its kernels are those of `relu`,
+`relu_squared`, `bias_act` with these two, `attention` (causal, windows, grouped heads; no float64) and Adam.
 
 """
 PROOFS = """
@@ -37,17 +38,36 @@ elements (`test_past_32_bits.py`, there too), and for DTensors `tests/test_shard
 
 def dtypes_on(backend: str, name: str) -> str:
     """The dtypes that a backend does."""
-    _, call, inputs = features()[name]
-    does = []
+    op, call, inputs = features()[name]
+    forward, both = [], []
     for label, dtype in DTYPES.items():
         leaves = [t.to(dtype).requires_grad_() for t in inputs]
         try:
             with fastlm.use_backend(backend):
-                torch.autograd.grad(call(*leaves).sum(), leaves)
+                y = call(*leaves)
+            forward.append(label)
+            with _no_reference(op):
+                torch.autograd.grad(y.sum(), leaves)
         except NotImplementedError:
             continue
-        does.append(label)
-    return "all" if len(does) == len(DTYPES) else ", ".join(does) or "–"
+        both.append(label)
+    found, which = (both, "") if both else (forward, ", forward")
+    return ("all" if len(found) == len(DTYPES) else ", ".join(found)) + which if found else "–"
+
+
+@contextlib.contextmanager
+def _no_reference(op: str):
+    """A backward that would differentiate the reference raises NotImplementedError."""
+
+    def refuse(*args):
+        raise NotImplementedError
+
+    op, reference = _library._ops[op], _library._ops[op].reference
+    op.reference = refuse
+    try:
+        yield
+    finally:
+        op.reference = reference
 
 
 def under_autocast(name: str) -> str:

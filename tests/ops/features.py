@@ -1,4 +1,4 @@
-"""Every feature of every differentiable op, for the tests of features and transforms and for docs/features.md."""
+"""The features of every differentiable op, for the tests of features and transforms and for docs/features.md."""
 
 from __future__ import annotations
 
@@ -79,7 +79,12 @@ def features() -> dict[str, Feature]:
         "rms_norm, residual": Feature(
             "add_rms_norm", lambda x, r, w: fastlm.rms_norm(x, (6,), w, residual=r)[0], [x, up, row]
         ),
-        "rope": Feature("rope", lambda q, a: fastlm.rope(q.transpose(1, 2), a.cos(), a.sin()), [query, angle[:2]]),
+        "rope": Feature(
+            "rope", lambda q: fastlm.rope(q.transpose(1, 2), angle.cos().to(q), angle.sin().to(q)), [query]
+        ),
+        "rope, gradient of the tables": Feature(
+            "rope", lambda q, a: fastlm.rope(q.transpose(1, 2), a.cos(), a.sin()), [query, angle[:2]]
+        ),
         "rope, interleaved, positions": Feature(
             "rope",
             lambda q, a: fastlm.rope(
@@ -88,6 +93,9 @@ def features() -> dict[str, Feature]:
             [query, angle],
         ),
         "embedding": Feature("embedding", lambda w: fastlm.embedding(classes.clamp(0).to(w.device), w), [weight]),
+        "embedding, padding": Feature(
+            "embedding", lambda w: fastlm.embedding(classes.clamp(0).to(w.device), w, padding_idx=3), [weight]
+        ),
         "linear_act": Feature("linear_act", lambda x, w, b: fastlm.linear_act(x, w, b), [x, weight, bias]),
         "linear_act, gelu": Feature("linear_act", lambda x, w: fastlm.linear_act(x, w, act="gelu"), [x, weight]),
         "cross_entropy": Feature("cross_entropy", lambda x: fastlm.cross_entropy(x, classes.to(x.device)), [x]),
@@ -117,6 +125,11 @@ def features() -> dict[str, Feature]:
             ),
             [x, weight, bias],
         ),
+        "linear_cross_entropy, class weights": Feature(
+            "cross_entropy",
+            lambda x, w: fastlm.linear_cross_entropy(x, w, classes.to(x.device), class_weight=bias.abs().to(x)),
+            [x, weight],
+        ),
         "mse_loss": Feature("mse_loss", fastlm.mse_loss, [x, up]),
         **_attention(""),
         **_attention("causal", causal=True),
@@ -125,6 +138,8 @@ def features() -> dict[str, Feature]:
         **_attention("mask", mask=numbers((5, 7), seed=5) > -1),
         **_attention("bias", ("bias",)),
         **_attention("ALiBi", ("alibi_slopes",)),
+        **_attention("ALiBi of each sequence", alibi_slopes=numbers((2, 2), seed=5).abs()),
+        **_attention("bias, broadcast, no gradient", bias=numbers((2, 1, 1, 7), seed=5)),
         **_attention("sinks", ("sinks",)),
         **_attention("softcap", softcap=2.0),
         **_attention("dropout", dropout_p=0.3, seed=seed),

@@ -13,10 +13,27 @@ import fastlm
 x, row, classes = torch.ones(4, 6), torch.ones(6), torch.tensor([0, 1, 2, 3])
 ints, soft = torch.ones(4, 6, dtype=torch.int64), torch.full((4, 6), 1 / 6).requires_grad_()
 q, k, v = torch.ones(2, 4, 4, 8), torch.ones(2, 2, 4, 8), torch.ones(2, 2, 4, 8)
+
+
+class Placed(torch.Tensor):
+    placements = ()  # as a DTensor has
+
+
+placed = x.as_subclass(Placed)
 cos, lens, starts = torch.ones(4, 4), torch.tensor([4, 2]), torch.tensor([0, 1, 4])
 
 # The call, the error, and what it says.
 WRONG = [
+    (
+        "fastlm.dropout(placed, 0.5)",
+        "ValueError",
+        "fastlm.dropout: with a DTensor seed must be given, the same on every rank: each would draw its own",
+    ),
+    (
+        'fastlm.backends("layer_norm", x=x, normalized_shape=6, residual=x)',
+        "TypeError",
+        "fastlm.backends: add_layer_norm is what runs with a residual, and layer_norm without",
+    ),
     ("fastlm.relu(3)", "DTypeError", "fastlm.relu: x must be a tensor, got int"),
     ("fastlm.relu(ints)", "DTypeError", "fastlm.relu: x must be floating point, got torch.int64"),
     ("fastlm.relu_squared(ints)", "DTypeError", "fastlm.relu_squared: x must be floating point, got torch.int64"),

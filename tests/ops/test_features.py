@@ -26,11 +26,11 @@ def value_and_gradients(call, inputs, dy):
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
 @pytest.mark.parametrize("name", FEATURES)
 def test_feature(name, backend, dtype):
-    """Values and gradients against float64, in float64, float32, bfloat16 and float16, on every instruction set and on
-    the reference: the error is at most twice that of plain torch in the same dtype."""
+    """Values and gradients against float64, in float64, float32, bfloat16 and float16, on every instruction set: the
+    error is at most twice that of the reference, plain torch, in the same dtype."""
     _, call, inputs = features()[name]
     inputs = [t.to(dtype) for t in inputs]
     with fastlm.use_backend("reference"):
