@@ -93,9 +93,6 @@ def features() -> dict[str, Feature]:
             [query, angle],
         ),
         "embedding": Feature("embedding", lambda w: fastlm.embedding(classes.clamp(0).to(w.device), w), [weight]),
-        "embedding, padding": Feature(
-            "embedding", lambda w: fastlm.embedding(classes.clamp(0).to(w.device), w, padding_idx=3), [weight]
-        ),
         "linear_act": Feature("linear_act", lambda x, w, b: fastlm.linear_act(x, w, b), [x, weight, bias]),
         "linear_act, gelu": Feature("linear_act", lambda x, w: fastlm.linear_act(x, w, act="gelu"), [x, weight]),
         "cross_entropy": Feature("cross_entropy", lambda x: fastlm.cross_entropy(x, classes.to(x.device)), [x]),
