@@ -16,6 +16,7 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm._attention import dims_of_broadcast, dims_of_heads, empty_in_order_of, in_order_of, sinks_gradient
@@ -522,9 +523,9 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, scale, en
     def said() -> str:
         return ", ".join(f"{name} {tuple(t.shape)}" for name, t in (("query", query), ("key", key), ("value", value)))
 
-    if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0 or key.shape[-2] != value.shape[-2]:
+    if query.shape[-1] != key.shape[-1] or key.shape[-2] != value.shape[-2]:
         raise ArgumentError(
-            f"{op}: sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), D at least 1, got {said()}"
+            f"{op}: sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), got {said()}"
         )
     Hq, Hk = query.shape[-3] if heads else 0, key.shape[-3] if heads else 0
     if heads and (value.shape[-3] != Hk or (Hq % Hk if Hk else Hq)):
@@ -537,7 +538,9 @@ def _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, scale, en
             lead = torch.broadcast_shapes(lead, *others)
         except RuntimeError:
             raise ArgumentError(f"{op}: leading dimensions must broadcast, got {said()}") from None
-    check_dropout(op, dropout_p)
+    check_number(op, "dropout_p", dropout_p)
+    if not 0 <= dropout_p <= 1:
+        raise ArgumentError(f"{op}: dropout_p must be in [0, 1], got {dropout_p}")
     if scale is not None:
         check_number(op, "scale", scale)
     if attn_mask is not None:
@@ -584,6 +587,9 @@ def scaled_dot_product_attention(
         ValueError: sizes or options that do not fit. TypeError: dtypes that do not fit.
     """
     lead = _check_drop_in(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if dropout_p == 1 or query.shape[-1] == 0:  # no scores to speak of: what attention refuses
+        options = (attn_mask, float(dropout_p), is_causal)
+        return F.scaled_dot_product_attention(query, key, value, *options, scale=scale, enable_gqa=enable_gqa)
     heads = 1 if enable_gqa else 0  # dimensions, left of (T, D), that do not broadcast
 
     def as_4d(t: Tensor) -> Tensor:

@@ -361,7 +361,7 @@ def test_unchecked_packed_sequences_stay_within_bounds(starts):
         ({"key": torch.ones(2, 4, 7, 3).double()}, TypeError,
          "key must have the dtype of query, torch.float32, got torch.float64"),
         ({"key": torch.ones(2, 4, 7, 2)}, ValueError,
-         "sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), D at least 1, "
+         "sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), "
          "got query (2, 4, 5, 3), key (2, 4, 7, 2), value (2, 4, 7, 3)"),
         ({"key": torch.ones(2, 3, 7, 3)}, ValueError,
          "leading dimensions must broadcast, got query (2, 4, 5, 3), key (2, 3, 7, 3), value (2, 4, 7, 3)"),
@@ -379,7 +379,7 @@ def test_unchecked_packed_sequences_stay_within_bounds(starts):
         ({"enable_gqa": "no"}, TypeError, "enable_gqa must be a bool, got 'no'"),
         ({"query": torch.ones(5, 3), "key": torch.ones(7, 3), "value": torch.ones(7, 3), "enable_gqa": True},
          ValueError, "query must have at least 3 dimensions, got (5, 3)"),
-        ({"dropout_p": 1.5}, ValueError, "dropout_p must be in [0, 1), got 1.5"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p must be in [0, 1], got 1.5"),
     ],
 )  # fmt: skip
 def test_the_drop_in_speaks_of_its_own_arguments(change, error, text):
@@ -453,3 +453,18 @@ def test_autocast_leaves_float64_to_itself():
                 attend(q[:, :2], k.float(), v)
     with pytest.raises(TypeError, match="must have the dtype of q"):
         fastlm.attention(*(t.to("meta") for t in (q, k.float(), v)))
+
+
+def test_drop_in_takes_what_has_no_scores_as_torch_does():
+    q, nothing = numbers((2, 3, 4, 5)).requires_grad_(), numbers((2, 3, 4, 0))
+    for query, options in (
+        (q, {"dropout_p": 1.0}),
+        (q, {"dropout_p": 1}),
+        (nothing, {}),
+        (nothing, {"is_causal": True}),
+    ):
+        found = fastlm.scaled_dot_product_attention(query, query, q, **options)
+        want = F.scaled_dot_product_attention(query, query, q, **options)
+        torch.testing.assert_close(found, want, equal_nan=True)
+        pair = (torch.autograd.grad(y.sum(), q) for y in (found, want))
+        torch.testing.assert_close(*pair, equal_nan=True)

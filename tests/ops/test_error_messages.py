@@ -25,6 +25,11 @@ cos, lens, starts = torch.ones(4, 4), torch.tensor([4, 2]), torch.tensor([0, 1, 
 # The call, the error, and what it says.
 WRONG = [
     (
+        "fastlm.scaled_dot_product_attention(k, k, v, dropout_p=1.5)",
+        "ArgumentError",
+        "fastlm.scaled_dot_product_attention: dropout_p must be in [0, 1], got 1.5",
+    ),
+    (
         "fastlm.dropout(placed, 0.5)",
         "ValueError",
         "fastlm.dropout: with a DTensor seed must be given, the same on every rank: each would draw its own",
@@ -429,7 +434,7 @@ WRONG = [
     (
         "fastlm.scaled_dot_product_attention(q, k[..., :3], v)",
         "ArgumentError",
-        "fastlm.scaled_dot_product_attention: sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), D at least 1, got query (2, 4, 4, 8), key (2, 2, 4, 3), value (2, 2, 4, 8)",
+        "fastlm.scaled_dot_product_attention: sizes must be query (..., Tq, D), key (..., Tk, D), value (..., Tk, Dv), got query (2, 4, 4, 8), key (2, 2, 4, 3), value (2, 2, 4, 8)",
     ),
     (
         "fastlm.scaled_dot_product_attention(q, k[:, :3], v)",
