@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "arguments.h"
 #include "cuda/adam.h"
 #include "cuda/attention.h"
@@ -47,35 +49,95 @@ void bias_act_backward(const TensorView& dy, const TensorView& saved, const Tens
 // --- attention --------------------------------------------------------------------------------------------------------
 cuda::attention::Operand operand(const TensorView& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
 
-cuda::attention::Problem problem_of(const char* op, const Border::AttentionSizes& sizes, DType dtype, int64_t lower,
-                                    int64_t upper, double scale) {
-  FASTLM_CHECK(dtype != DType::kF64, op, ": q must be float32, float16 or bfloat16, got float64");
+// Lower and upper from the last key for the last query, and upper from the first key for the first query, as in
+// attention_index.h; from kFar on: none.
+using Diagonals = std::array<int64_t, 3>;
+
+// What the bindings take besides the tensors of every call.
+struct AttentionOptions {
+  const OptionalTensor &mask, &bias, &slopes, &sinks, &seed, &ends_q, &ends_k;
+  const Diagonals& diagonals;
+  double scale, softcap, dropout_p;
+};
+
+// (B, Hq, Tq, Tk) with strides of any kind.
+cuda::attention::ScoresOperand check_scores(const char* op, const char* name, const TensorView& q, int64_t keys, DType dtype,
+                                            const OptionalTensor& t) {
+  if (!t) return {};
+  border.check_device(op, q, *t);
+  FASTLM_CHECK(t->dtype == dtype && t->ndim == 4 && t->shape[0] == q.shape[0] && t->shape[1] == q.shape[1] &&
+                   t->shape[2] == q.shape[2] && t->shape[3] == keys,
+               op, ": ", name, " must be ", dtype_name(dtype), " (", q.shape[0], ", ", q.shape[1], ", ", q.shape[2], ", ", keys,
+               "), got ", t->describe());
+  return {t->data, t->strides[0], t->strides[1], t->strides[2], t->strides[3]};
+}
+
+// A number for each query head, (B, Hq).
+const float* check_per_head(const char* op, const char* name, const TensorView& q, const OptionalTensor& t) {
+  if (!t) return nullptr;
+  border.check_sums(op, name, q, *t, q.shape[0] * q.shape[1]);
+  return static_cast<const float*>(t->data);
+}
+
+const int64_t* check_integers(const char* op, const char* name, const TensorView& q, const TensorView& t, int64_t numel) {
+  border.check_device(op, q, t);
+  FASTLM_CHECK(t.dtype == DType::kI64 && t.contiguous() && t.numel() == numel, op, ": ", name, " must be ", numel,
+               " contiguous int64, got ", t.describe());
+  return static_cast<const int64_t*>(t.data);
+}
+
+cuda::attention::Problem problem_of(const char* op, const Border::AttentionSizes& sizes, const TensorView& q,
+                                    const AttentionOptions& options) {
+  using cuda::attention::kFar;
+  FASTLM_CHECK(q.dtype != DType::kF64, op, ": q must be float32, float16 or bfloat16, got float64");
   for (const Border::Sizes* s : {&sizes.q, &sizes.k}) {
-    FASTLM_CHECK(std::max({s->batch, s->heads, s->length}) < 1 << 30, op, ": no dimension may reach 2^30, got (", s->batch,
+    FASTLM_CHECK(std::max({s->batch, s->heads, s->length}) < kFar, op, ": no dimension may reach 2^30, got (", s->batch,
                  ", ", s->heads, ", ", s->length, ", ", s->width, ")");
   }
   FASTLM_CHECK(std::max(sizes.q.width, sizes.v.width) <= cuda::attention::kMaxWidth, op, ": head dims may be at most ",
                cuda::attention::kMaxWidth, ", got ", sizes.q.width, " and ", sizes.v.width);
-  // Diagonals farther out than the corners mean the same as the corners.
-  int queries = int(sizes.q.length), keys = int(sizes.k.length);
-  cuda::attention::Mask mask{queries, keys, int(std::clamp<int64_t>(lower, -queries, keys)),
-                             int(std::clamp<int64_t>(upper, -queries, keys))};
-  return {dtype,
-          int(sizes.q.batch),
-          int(sizes.q.heads),
-          int(sizes.k.heads),
-          int(sizes.q.width),
-          int(sizes.v.width),
-          mask,
-          float(scale)};
+  FASTLM_CHECK(options.dropout_p >= 0 && options.dropout_p < 1, op, ": dropout_p must be in [0, 1), got ", options.dropout_p);
+  auto near = [](int64_t x) { return int(std::clamp<int64_t>(x, -kFar, kFar)); };
+  cuda::attention::Problem problem{};
+  problem.dtype = q.dtype;
+  problem.batch = int(sizes.q.batch), problem.heads_q = int(sizes.q.heads), problem.heads_k = int(sizes.k.heads);
+  problem.queries = int(sizes.q.length), problem.keys = int(sizes.k.length);
+  problem.width = int(sizes.q.width), problem.width_v = int(sizes.v.width);
+  problem.band = {near(options.diagonals[0]), near(options.diagonals[1]), near(options.diagonals[2])};
+  problem.scale = float(options.scale);
+  FASTLM_CHECK(options.ends_q.has_value() == options.ends_k.has_value(), op, ": the ends of packed queries and keys go together");
+  if (options.ends_q) {
+    int64_t ends = options.ends_q->numel();
+    FASTLM_CHECK(ends >= 2 && ends < kFar && sizes.q.batch == 1, op, ": packed sequences have two ends or more and a batch of 1");
+    problem.packed = {check_integers(op, "ends of queries", q, *options.ends_q, ends),
+                      check_integers(op, "ends of keys", q, *options.ends_k, ends), int(ends - 1)};
+  }
+  cuda::attention::ScoreTerms& terms = problem.terms;
+  terms.mask = check_scores(op, "mask", q, sizes.k.length, DType::kBool, options.mask);
+  terms.bias = check_scores(op, "bias", q, sizes.k.length, DType::kF32, options.bias);
+  terms.slopes = check_per_head(op, "slopes", q, options.slopes);
+  terms.sinks = check_per_head(op, "sinks", q, options.sinks);
+  terms.softcap = float(options.softcap);
+  if (options.dropout_p > 0) {
+    FASTLM_CHECK(options.seed.has_value(), op, ": dropout needs a seed");
+    terms.drop_below = static_cast<uint32_t>(options.dropout_p * 4294967296.0);
+    terms.keep_scale = float(1 / (1 - options.dropout_p));
+    terms.seed = check_integers(op, "seed", q, *options.seed, 1);
+  }
+  return problem;
 }
 
 void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
-                       const TensorView& lse, int64_t lower, int64_t upper, double scale, uintptr_t stream) {
+                       const TensorView& lse, const OptionalTensor& mask, const OptionalTensor& bias,
+                       const OptionalTensor& slopes, const OptionalTensor& sinks, const OptionalTensor& seed,
+                       const OptionalTensor& ends_q, const OptionalTensor& ends_k, const Diagonals& diagonals,
+                       double scale, double softcap, double dropout_p, uintptr_t stream) {
   const char* op = "attention";
   border.check_device(op, q, q);
   Border::AttentionSizes sizes = border.check_attention(op, q, k, v);
-  cuda::attention::Problem problem = problem_of(op, sizes, q.dtype, lower, upper, scale);
+  cuda::attention::Problem problem = problem_of(op, sizes, q,
+                                                {mask, bias, slopes, sinks, seed, ends_q, ends_k, diagonals, scale,
+                                                 softcap, dropout_p});
   border.check_operand(op, "o", q, o, sizes.o);
   border.check_per_query(op, "lse", q, lse);
   cuda::attention::forward({q.device, stream}, problem, operand(q), operand(k), operand(v), operand(o),
@@ -84,12 +146,19 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
 
 void attention_backward(const TensorView& d_o, const OptionalTensor& dlse, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& o, const TensorView& lse, const OptionalTensor& dq,
-                        const OptionalTensor& dk, const OptionalTensor& dv, const TensorView& stats, int64_t lower,
-                        int64_t upper, double scale, uintptr_t stream) {
+                        const OptionalTensor& dk, const OptionalTensor& dv, const OptionalTensor& dbias,
+                        const OptionalTensor& dslopes, const TensorView& stats, const OptionalTensor& mask,
+                        const OptionalTensor& bias, const OptionalTensor& slopes, const OptionalTensor& sinks,
+                        const OptionalTensor& seed, const OptionalTensor& ends_q, const OptionalTensor& ends_k,
+                        const Diagonals& diagonals, double scale, double softcap, double dropout_p,
+                        uintptr_t stream) {
   const char* op = "attention_backward";
   Border::AttentionSizes sizes = border.check_attention(op, q, k, v);
-  cuda::attention::Problem problem = problem_of(op, sizes, q.dtype, lower, upper, scale);
+  cuda::attention::Problem problem = problem_of(op, sizes, q,
+                                                {mask, bias, slopes, sinks, seed, ends_q, ends_k, diagonals, scale,
+                                                 softcap, dropout_p});
   FASTLM_CHECK(dk.has_value() == dv.has_value(), op, ": dk and dv are computed together, got only one of them");
+  FASTLM_CHECK(dq || (!dbias && !dslopes), op, ": dbias and dslopes are computed together with dq");
   border.check_operand(op, "do", q, d_o, sizes.o);
   border.check_operand(op, "o", q, o, sizes.o);
   border.check_per_query(op, "lse", q, lse);
@@ -97,12 +166,51 @@ void attention_backward(const TensorView& d_o, const OptionalTensor& dlse, const
   if (dq) border.check_operand(op, "dq", q, *dq, sizes.q);
   if (dk) border.check_operand(op, "dk", q, *dk, sizes.k);
   if (dv) border.check_operand(op, "dv", q, *dv, sizes.v);
+  if (dbias) border.check_sums(op, "dbias", q, *dbias, lse.numel() * sizes.k.length);
+  if (dslopes) border.check_per_query(op, "dslopes", q, *dslopes);
   border.check_sums(op, "stats", q, stats, 2 * lse.numel());
   auto optional = [](const OptionalTensor& t) { return t ? operand(*t) : cuda::attention::Operand{}; };
-  cuda::attention::backward({q.device, stream}, problem, operand(d_o),
-                            dlse ? static_cast<const float*>(dlse->data) : nullptr, operand(q), operand(k), operand(v),
+  auto floats = [](const OptionalTensor& t) { return t ? static_cast<float*>(t->data) : nullptr; };
+  cuda::attention::backward({q.device, stream}, problem, operand(d_o), floats(dlse), operand(q), operand(k), operand(v),
                             operand(o), static_cast<const float*>(lse.data), optional(dq), optional(dk), optional(dv),
-                            stats.data);
+                            floats(dbias), floats(dslopes), stats.data);
+}
+
+// Attention of few queries to a cache, and the room that it works in: called twice, first for how many floats that is.
+int64_t attention_decode(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
+                         const TensorView& lse, const OptionalTensor& partial, const TensorView& lens,
+                         const OptionalTensor& pages, const OptionalTensor& slopes, const OptionalTensor& sinks,
+                         const Diagonals& diagonals, double scale, double softcap, uintptr_t stream) {
+  const char* op = "attention_decode";
+  border.check_device(op, q, q);
+  FASTLM_CHECK(q.ndim == 4 && k.ndim == 4 && v.ndim == 4, op, ": q, k and v must have 4 dimensions");
+  cuda::attention::Cache cache{operand(k), operand(v), check_integers(op, "lens", q, lens, q.shape[0]), nullptr, 0, 0, 0};
+  // As if all pages of a sequence lay one behind the other.
+  TensorView k_rows = k, v_rows = v;
+  if (pages) {
+    FASTLM_CHECK(pages->ndim == 2 && pages->shape[0] == q.shape[0], op, ": pages must be (B, n) with B = ", q.shape[0], ", got ",
+                 pages->describe());
+    FASTLM_CHECK(v.shape[0] == k.shape[0] && v.shape[2] == k.shape[2], op, ": v must have the pages of k");
+    FASTLM_CHECK(k.shape[0] > 0 || pages->numel() == 0, op, ": there must be pages");
+    cache.pages = check_integers(op, "pages", q, *pages, pages->numel());
+    cache.pages_row = pages->shape[1], cache.page_count = k.shape[0], cache.page_size = int(k.shape[2]);
+    k_rows.shape[0] = v_rows.shape[0] = q.shape[0];
+    k_rows.shape[2] = v_rows.shape[2] = pages->shape[1] * k.shape[2];
+  }
+  static const OptionalTensor none;
+  Border::AttentionSizes sizes = border.check_attention(op, q, k_rows, v_rows);
+  cuda::attention::Problem problem = problem_of(
+      op, sizes, q, {none, none, slopes, sinks, none, none, none, diagonals, scale, softcap, 0.0});
+  border.check_operand(op, "o", q, o, sizes.o);
+  border.check_per_query(op, "lse", q, lse);
+  cuda::Target target{q.device, stream};
+  int splits = cuda::attention::decode_splits(target, problem);
+  int64_t numel = splits * lse.numel() * (sizes.v.width + 2);
+  if (!partial) return numel;
+  border.check_sums(op, "partial", q, *partial, numel);
+  cuda::attention::decode(target, problem, operand(q), cache, operand(o), static_cast<float*>(lse.data),
+                          static_cast<float*>(partial->data), splits);
+  return numel;
 }
 
 // --- Adam -------------------------------------------------------------------------------------------------------------
@@ -143,6 +251,8 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   kernel("bias_act_backward", &fastlm::bias_act_backward);
   m.def("bias_act_chunks", &cuda::bias_act_chunks, "Rows of `partial` that bias_act_backward works in.");
   kernel("adam_step", &fastlm::adam_step, "steps stay on the CPU; everything else is on one device.");
-  kernel("attention_forward", &fastlm::attention_forward, "Query i sees key j where i + lower <= j <= i + upper.");
+  kernel("attention_forward", &fastlm::attention_forward, "Diagonals (lower, upper, upper from the start) as in attention_index.h.");
   kernel("attention_backward", &fastlm::attention_backward);
+  kernel("attention_decode", &fastlm::attention_decode,
+         "Returns the elements that `partial`, float32, must have; without it, does nothing else.");
 }

@@ -15,6 +15,7 @@ which happens at the op's first call on a device: importing fastlm loads no Trit
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -100,6 +101,23 @@ def small(elements: int, in_16_bits: int) -> dict[torch.dtype, int]:
     return dict.fromkeys((torch.float32, torch.float64), elements) | dict.fromkeys(
         (torch.bfloat16, torch.float16), in_16_bits
     )
+
+
+@functools.cache
+def torch_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch's products of a 16-bit dtype use instructions of this CPU. Else they take up to a hundred times as
+    long as in float32."""
+    name = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    try:
+        return bool(getattr(torch.ops.mkldnn, name)())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def small_product(multiplications: int, in_16_bits: int) -> dict[torch.dtype, int]:
+    """Bounds for `left_to_torch` of ops that are mostly a product."""
+    slow = [dtype for dtype in (torch.bfloat16, torch.float16) if not torch_multiplies(dtype)]
+    return small(multiplications, in_16_bits) | dict.fromkeys(slow, 1 << 18)
 
 
 def left_to_torch(x: Tensor, bounds: dict[torch.dtype, int], work: int = 1) -> bool:

@@ -12,8 +12,8 @@ __global__ void __launch_bounds__(kStatsThreads)
                  int64_t rows) {
   int64_t row = int64_t(blockIdx.x) * (kStatsThreads / kWarp) + threadIdx.x / kWarp;
   if (row >= rows) return;  // the whole warp
-  int64_t i = row % problem.mask.queries, head = row / problem.mask.queries % problem.heads_q,
-          batch = row / problem.mask.queries / problem.heads_q;
+  int64_t i = row % problem.queries, head = row / problem.queries % problem.heads_q,
+          batch = row / problem.queries / problem.heads_q;
   const T* a = static_cast<const T*>(d_o.data) + batch * d_o.batch + head * d_o.head + i * d_o.row;
   const T* b = static_cast<const T*>(o.data) + batch * o.batch + head * o.head + i * o.row;
   float sum = 0;
@@ -25,6 +25,8 @@ __global__ void __launch_bounds__(kStatsThreads)
   }
 }
 
+}  // namespace
+
 bool aligned(const Operand& x, int width, DType dtype) {
   int64_t size = size_of(dtype);
   return aligned16(x.data) && x.batch * size % 16 == 0 && x.head * size % 16 == 0 && x.row * size % 16 == 0 &&
@@ -32,8 +34,6 @@ bool aligned(const Operand& x, int width, DType dtype) {
 }
 
 bool on_tensor_cores(const Target& target, DType dtype) { return dtype != DType::kF32 && mma_runs(target); }
-
-}  // namespace
 
 void forward(const Target& target, const Problem& problem, const Operand& q, const Operand& k, const Operand& v,
              const Operand& o, float* lse) {
@@ -45,8 +45,8 @@ void forward(const Target& target, const Problem& problem, const Operand& q, con
 
 void backward(const Target& target, const Problem& problem, const Operand& d_o, const float* dlse, const Operand& q,
               const Operand& k, const Operand& v, const Operand& o, const float* lse, const Operand& dq,
-              const Operand& dk, const Operand& dv, void* stats) {
-  int64_t rows = int64_t(problem.batch) * problem.heads_q * problem.mask.queries;
+              const Operand& dk, const Operand& dv, float* dbias, float* dslopes, void* stats) {
+  int64_t rows = int64_t(problem.batch) * problem.heads_q * problem.queries;
   dispatch_float(problem.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     if constexpr (!std::is_same_v<T, double>) {
@@ -54,7 +54,7 @@ void backward(const Target& target, const Problem& problem, const Operand& d_o, 
              0, problem, d_o, o, lse, dlse, static_cast<float2*>(stats), rows);
     }
   });
-  BackwardArgs args{problem, q, k, v, d_o, dq, dk, dv, static_cast<const float2*>(stats), true};
+  BackwardArgs args{problem, q, k, v, d_o, dq, dk, dv, static_cast<const float2*>(stats), dbias, dslopes, true};
   for (const Operand* x : {&q, &k, &dq, &dk}) {
     if (x->data != nullptr) args.aligned &= aligned(*x, problem.width, problem.dtype);
   }

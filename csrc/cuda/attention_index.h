@@ -2,11 +2,9 @@
 // each function by itself.
 #pragma once
 
-#ifdef __CUDACC__
-#define FASTLM_HOST_DEVICE __host__ __device__
-#else
-#define FASTLM_HOST_DEVICE
-#endif
+#include <cstdint>
+
+#include "host_device.h"
 
 namespace fastlm::cuda::attention {
 
@@ -42,11 +40,65 @@ struct Mask {
   FASTLM_HOST_DEVICE static int clamp(int at, int end) { return at < 0 ? 0 : at < end ? at : end; }
 };
 
+// The diagonals before lengths are known, which packed sequences have one by one: from the last key for the last query,
+// and, for a mask aligned top-left, from the first for the first. kFar: unbounded.
+constexpr int kFar = 1 << 30;
+struct Band {
+  int lower, upper, upper_from_start;
+
+  FASTLM_HOST_DEVICE Mask mask(int queries, int keys) const {
+    int last = keys - queries;
+    int high = upper < kFar ? last + upper : kFar;
+    if (upper_from_start < high) high = upper_from_start;
+    return {queries, keys, within(lower > -kFar ? last + lower : -kFar, queries, keys), within(high, queries, keys)};
+  }
+
+ private:
+  // Diagonals farther out than the corners mean the same as the corners.
+  FASTLM_HOST_DEVICE static int within(int at, int queries, int keys) {
+    return at < -queries ? -queries : at > keys ? keys : at;
+  }
+};
+
+// --- packed sequences -------------------------------------------------------------------------------------------------
+// Sequence s is rows ends[s] ... ends[s + 1] - 1 of `total`. Its tiles have numbers from first_tile(ends[s], s) on, whose
+// ranges do not overlap, so that a block finds its sequence by bisection, and the host needs no length to launch
+// tile_numbers() of them; numbers past a sequence's last tile stay idle. What `ends` says wrongly leads outside of no
+// tensor.
+FASTLM_HOST_DEVICE inline int64_t first_tile(int64_t end, int sequence, int tile_rows) { return end / tile_rows + sequence; }
+FASTLM_HOST_DEVICE inline int64_t tile_numbers(int64_t total, int sequences, int tile_rows) {
+  return total / tile_rows + sequences;
+}
+
+struct Rows {
+  int begin, count;
+};
+FASTLM_HOST_DEVICE inline Rows rows_of(const int64_t* ends, int sequence, int total) {
+  int64_t begin = ends[sequence], end = ends[sequence + 1];
+  begin = begin < 0 ? 0 : begin > total ? total : begin;
+  end = end < begin ? begin : end > total ? total : end;
+  return {int(begin), int(end - begin)};
+}
+
+FASTLM_HOST_DEVICE inline int sequence_of(const int64_t* ends, int sequences, int64_t tile, int tile_rows) {
+  int low = 0, high = sequences - 1;
+  while (low < high) {
+    int middle = (low + high + 1) / 2;
+    if (first_tile(ends[middle], middle, tile_rows) <= tile) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
 // --- tiles of 16-bit elements in shared memory ------------------------------------------------------------------------
-// Rows of `chunks` chunks of 8 elements (16 bytes), chunks a multiple of 8. Chunk c of row r lies at position c ^ (r % 8):
-// 8 rows of one chunk, which ldmatrix reads at once, then fall into 8 different groups of banks. In elements.
+// Rows of `chunks` chunks of 8 elements (16 bytes), chunks a multiple of 4. Chunks change places within their group of 8,
+// or of 4 where the last group is half a one, so that 8 rows of one chunk, which ldmatrix reads at once, fall into 8
+// different groups of banks. In elements.
 FASTLM_HOST_DEVICE inline int tile_offset(int row, int chunk, int chunks) {
-  return (row * chunks + (chunk ^ (row & 7))) * 8;
+  return (row * chunks + (chunk ^ (chunks % 8 == 0 ? row & 7 : row >> 1 & 3))) * 8;
 }
 
 // --- fragments of mma.m16n8k16 ----------------------------------------------------------------------------------------

@@ -70,6 +70,13 @@ int compiled_capability(const Target& target, void (*kernel)(Params...)) {
   return std::min(attributes.ptxVersion, attributes.binaryVersion);
 }
 
+// How many multiprocessors a device has.
+inline int processors(const Target& target) {
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, target.device), "reading a device's attributes", target);
+  return count;
+}
+
 // --- number formats ---------------------------------------------------------------------------------------------------
 __device__ inline float widen(float x) { return x; }
 __device__ inline double widen(double x) { return x; }

@@ -31,10 +31,10 @@ from fastlm._checks import (
     check_softcap,
     check_tensor,
 )
-from fastlm._library import define_op, left_to_torch, readable_values, small
+from fastlm._library import define_op, left_to_torch, readable_values, small, small_product
 
 # Logits, and multiplications of linear_cross_entropy, up to which plain torch is as fast.
-_SMALL, _SMALL_LINEAR = small(1 << 19, 1 << 19), small(1 << 27, 1 << 27)
+_SMALL, _SMALL_LINEAR = small(1 << 19, 1 << 19), small_product(1 << 27, 1 << 27)
 _REDUCTIONS = ("mean", "sum", "none")
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT, check_activation
 from fastlm._checks import ArgumentError, autocast_on, check_device, check_floating_point, check_same_dtype
-from fastlm._library import backend_is_free, define_op, left_to_torch, small
+from fastlm._library import backend_is_free, define_op, left_to_torch, small_product
 
 # Multiplications below which a layer is left to plain torch: the op costs what it saves (`fastlm bench linear_sweep`).
-_SMALL = small(1 << 25, 1 << 27)
+_SMALL = small_product(1 << 25, 1 << 27)
 
 
 def linear_act_reference(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, keep: bool) -> tuple[Tensor, Tensor]:
@@ -170,7 +170,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str =
     except Exception:
         pass  # is said below
     rows, weight, bias, act, keep = _arguments(x, weight, bias, act)
-    dtype = torch.bfloat16 if autocast_on(x.device) else x.dtype  # any other of 16 bits has the same bound
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast_on(x.device) else x.dtype
     if rows.numel() * weight.shape[0] < _SMALL[dtype] and backend_is_free():
         return ACTIVATIONS[act](F.linear(x, weight, bias))
     y, _ = _linear_act(rows, weight, bias, act, keep)

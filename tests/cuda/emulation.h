@@ -233,6 +233,8 @@ template <class Kernel> int compiled_capability(const Target&, Kernel*) {
   return forced != nullptr ? std::atoi(forced) : 80;
 }
 
+inline int processors(const Target&) { return 3; }
+
 // --- number formats ---------------------------------------------------------------------------------------------------
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };

@@ -1,4 +1,4 @@
-// Checks csrc/cuda/attention_index.h against plain loops and against NVIDIA's tables. Prints what is wrong; exits with the
+// Checks csrc/cuda/attention_index.h and philox.h against plain loops and against NVIDIA's tables. Prints what is wrong; exits with the
 // number of failures.
 #include <cstdio>
 #include <cstring>
@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/attention_index.h"
+#include "cuda/philox.h"
 
 using namespace fastlm::cuda::attention;
 
@@ -61,6 +62,67 @@ static void check_mask(int queries, int keys, int lower, int upper, int rows, in
   }
 }
 
+// The diagonals that lengths make of a band: from the last key for the last query, from the first for the first.
+static void check_band(int queries, int keys) {
+  for (int lower : {-kFar, -3, 0}) {
+    for (int upper : {kFar, 2, 0, -1}) {
+      for (int upper_from_start : {kFar, 0}) {
+        Mask mask = Band{lower, upper, upper_from_start}.mask(queries, keys);
+        for (int i = 0; i < queries; ++i) {
+          for (int j = 0; j < keys; ++j) {
+            int from_end = j - (i + keys - queries);
+            bool want = (lower == -kFar || from_end >= lower) && (upper == kFar || from_end <= upper) &&
+                        (upper_from_start == kFar || j - i <= upper_from_start);
+            expect(mask.visible(i, j) == want, "band", i, j, lower, upper);
+          }
+        }
+        expect(mask.lower >= -queries && mask.upper <= keys && mask.lower <= keys && mask.upper >= -queries, "corners");
+      }
+    }
+  }
+}
+
+// Every tile of every sequence has one number, all numbers fit, and wrong ends stay inside.
+static void check_packed(const std::vector<int64_t>& ends, int tile_rows) {
+  int sequences = int(ends.size()) - 1, total = int(ends.back());
+  std::set<std::vector<int>> seen;
+  for (int64_t number = 0; number < tile_numbers(total, sequences, tile_rows); ++number) {
+    int s = sequence_of(ends.data(), sequences, number, tile_rows);
+    int64_t tile = number - first_tile(ends[s], s, tile_rows);
+    Rows rows = rows_of(ends.data(), s, total);
+    expect(rows.begin == ends[s] && rows.begin + rows.count == ends[s + 1], "rows", s);
+    expect(tile >= 0, "tile before its sequence", s);
+    if (tile * tile_rows < rows.count) expect(seen.insert({s, int(tile)}).second, "tile twice", s, int(tile));
+  }
+  size_t tiles = 0;
+  for (int s = 0; s < sequences; ++s) tiles += (ends[s + 1] - ends[s] + tile_rows - 1) / tile_rows;
+  expect(seen.size() == tiles, "tiles", int(seen.size()), int(tiles));
+}
+
+static void check_wrong_ends(const std::vector<int64_t>& ends, int total) {
+  int sequences = int(ends.size()) - 1;
+  for (int64_t number = 0; number < 40; ++number) {
+    int s = sequence_of(ends.data(), sequences, number, 4);
+    expect(s >= 0 && s < sequences, "sequence", s);
+    Rows rows = rows_of(ends.data(), s, total);
+    expect(rows.begin >= 0 && rows.count >= 0 && rows.begin + rows.count <= total, "outside", rows.begin, rows.count);
+  }
+}
+
+// The known answers that Random123 ships for ten rounds, and dropout's pairs against its single numbers.
+static void check_philox() {
+  fastlm::cuda::Philox zero(0, 0);
+  expect(zero.words[0] == 0x6627e8d5 && zero.words[1] == 0xe169c58d && zero.words[2] == 0xbc57ac4c && zero.words[3] == 0x9b00dbd8,
+         "Philox");
+  for (uint64_t n = 0; n < 64; ++n) {
+    for (uint64_t seed : {uint64_t(0), ~uint64_t(0) - 3}) {
+      fastlm::cuda::KeptPair both = fastlm::cuda::kept_pair(n, seed, 1u << 31);
+      expect(both.first == fastlm::cuda::kept(n, seed, 1u << 31), "kept", int(n));
+      expect(both.second == fastlm::cuda::kept(n + 1, seed, 1u << 31), "kept next", int(n));
+    }
+  }
+}
+
 // Every chunk has a place of its own, and the eight rows of a chunk that ldmatrix reads at once lie in eight different
 // groups of banks.
 static void check_swizzle(int chunks) {
@@ -68,7 +130,7 @@ static void check_swizzle(int chunks) {
   for (int row = 0; row < 64; ++row) {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       int at = tile_offset(row, chunk, chunks);
-      expect(at % 8 == 0 && at >= 0 && at < 64 * chunks * 8, "offset out of the tile", row, chunk);
+      expect(at % 8 == 0 && at >= row * chunks * 8 && at < (row + 1) * chunks * 8, "offset out of its row", row, chunk);
       expect(seen.insert(at).second, "offset used twice", row, chunk);
     }
   }
@@ -133,8 +195,17 @@ int main() {
       }
     }
   }
-  for (int chunks : {8, 16, 32}) check_swizzle(chunks);
+  for (int queries : {1, 5, 9}) {
+    for (int keys : {0, 1, 6, 11}) check_band(queries, keys);
+  }
+  for (int tile_rows : {1, 4, 7, 16}) {
+    for (const auto& ends : {std::vector<int64_t>{0, 9}, {0, 3, 3, 20, 21}, {0, 0, 0, 5}, {0, 16, 32, 32}, {0, 0}}) check_packed(ends, tile_rows);
+  }
+  check_wrong_ends({0, 30, 10, 20}, 20);
+  check_wrong_ends({-7, 5, 1ll << 60, 3}, 20);
+  for (int chunks : {8, 12, 16, 24, 32}) check_swizzle(chunks);
   check_fragments();
+  check_philox();
   if (failures > 0) std::printf("%d failures\n", failures);
   return failures < 255 ? failures : 255;
 }

@@ -5,37 +5,46 @@ Inputs are drawn on the CPU and only copied, so that what the sanitizer sees is 
 
 import torch
 from cuda_testing import Kernels
-from test_kernels import adam_lists, draw, options
+from test_kernels import OPTIONS, adam_lists, check_options, draw, options
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ADAM = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, None, False)
 
-kernels = Kernels("gpu")
-device = kernels.device
-for dtype in (*DTYPES, torch.float64):
-    for n, offset in ((1, 0), (4099, 0), (4099, 1)):
-        x, dy = (draw(n + offset, dtype=dtype, seed=i).to(device)[offset:] for i in range(2))
-        for op in ("relu", "relu_squared"):
-            kernels[f"{op}_backward"](dy, kernels[op](x))
-    for rows, cols in ((130, 72), (130, 71)):
-        x, dy, bias = (draw(*size, dtype=dtype).to(device) for size in ((rows, cols), (rows, cols), (cols,)))
-        for act in ("relu", "relu_squared"):
-            kernels["bias_act"](x, bias, act, 0.0, None)
-            kernels["bias_act_backward"](dy, x, bias, act)
-    lists = adam_lists(dtype, [1, 63, 4099], True)
-    moved = [[t.to(device) for t in tensors] for tensors in lists[:5]]
-    kernels["adam_"](*moved, lists[5], 0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False)
-    strided = [[draw(6, 20, dtype=dtype).abs().to(device)[:, ::2]] for _ in range(5)]
-    kernels["adam_"](*strided, [torch.tensor(0.0)], 0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False)
-for dtype in DTYPES:
-    for width in (64, 111, 128, 256):
-        q, do = (draw(1, 2, 70, width, dtype=dtype, seed=i).to(device) for i in range(2))
-        k, v = (draw(1, 1, 90, width, dtype=dtype, seed=i).to(device) for i in range(2, 4))
-        dlse = draw(1, 2, 70).to(device)
-        for causal, window in ((1, (-1, -1)), (0, (20, 20))):
-            chosen = options(causal, window, 0.1)
-            o, lse = kernels["attention"](q, k, v, *chosen)
-            kernels["attention_backward"](do, dlse, q, k, v, o, lse, *chosen, [True] * 3 + [False] * 3)
-        v[:, :, 80] = torch.inf  # the slow path around hidden values
-        o, lse = kernels["attention"](q, k, v, *options(1, scale=0.1))
-torch.cuda.synchronize()
-print("ran every kernel")
+
+def run_every_kernel(kernels: Kernels) -> None:
+    device = kernels.device
+    for dtype in (*DTYPES, torch.float64):
+        for n, offset in ((1, 0), (4099, 0), (4099, 1)):
+            x, dy = (draw(n + offset, dtype=dtype, seed=i).to(device)[offset:] for i in range(2))
+            for op in ("relu", "relu_squared"):
+                kernels[f"{op}_backward"](dy, kernels[op](x))
+        for rows, cols in ((130, 72), (130, 71)):
+            x, dy, bias = (draw(*size, dtype=dtype).to(device) for size in ((rows, cols), (rows, cols), (cols,)))
+            for act in ("relu", "relu_squared"):
+                kernels["bias_act"](x, bias, act, 0.0, None)
+                kernels["bias_act_backward"](dy, x, bias, act)
+        lists = adam_lists(dtype, [1, 63, 4099], True)
+        moved = [[t.to(device) for t in tensors] for tensors in lists[:5]]
+        kernels["adam_"](*moved, lists[5], *ADAM)
+        strided = [[draw(6, 20, dtype=dtype).abs().to(device)[:, ::2]] for _ in range(5)]
+        kernels["adam_"](*strided, [torch.tensor(0.0)], *ADAM)
+    for dtype in DTYPES:
+        for width in (64, 96, 111, 192, 256):
+            q, do = (draw(1, 2, 70, width, dtype=dtype, seed=i).to(device) for i in range(2))
+            k, v = (draw(1, 1, 90, width, dtype=dtype, seed=i).to(device) for i in range(2, 4))
+            dlse = draw(1, 2, 70).to(device)
+            for causal, window in ((1, (-1, -1)), (0, (20, 20))):
+                chosen = options(causal, window, 0.1)
+                o, lse = kernels["attention"](q, k, v, *chosen)
+                kernels["attention_backward"](do, dlse, q, k, v, o, lse, *chosen, [True] * 3 + [False] * 3)
+            v[:, :, 80] = torch.inf  # the slow path around hidden values
+            o, lse = kernels["attention"](q, k, v, *options(1, scale=0.1))
+        for name in OPTIONS:
+            check_options(kernels, dtype, 40, 64, name)
+        check_options(kernels, dtype, 128, 128, "all")
+
+
+if __name__ == "__main__":
+    run_every_kernel(Kernels("gpu"))
+    torch.cuda.synchronize()
+    print("ran every kernel")

@@ -14,7 +14,7 @@ import pytest
 from cuda_testing import ROOT, digest, find_nvcc, find_tool, run
 
 ARCHITECTURES = ("sm_80", "sm_90a")
-WIDTHS = (64, 128, 256)
+WIDTHS = (64, 96, 128, 192, 256)
 
 
 def configure(folder: Path, cuda: str, **environment: str) -> subprocess.CompletedProcess:
@@ -90,8 +90,8 @@ def test_every_kernel_is_compiled_for_every_architecture(resources):
     assert {(a, n) for a in ARCHITECTURES for n in names} == set(resources)
     for t in ("__half", "__nv_bfloat16"):
         for width in WIDTHS:
-            assert f"attention_fwd_kernel<{t}, {width}>" in names
-            assert sum(n.startswith(f"attention_bwd_kernel<{t}, {width}, ") for n in names) == 2
+            assert sum(n.startswith(f"attention_fwd_kernel<{t}, {width}, ") for n in names) == 2
+            assert sum(n.startswith(f"attention_bwd_kernel<{t}, {width}, ") for n in names) == 4
     assert len(names) <= 150
 
 
@@ -120,7 +120,7 @@ def instructions(module) -> dict[str, list[str]]:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_attention_runs_on_tensor_cores(instructions, dtype, product, width):
     kernels = {n: i for n, i in instructions.items() if re.match(rf"attention_(fwd|bwd)_kernel<{dtype}, {width}\b", n)}
-    assert len(kernels) == 3  # forward, dq, dk and dv
+    assert len(kernels) == 6  # forward, dq, dk and dv, each without terms and with them
     for name, body in kernels.items():
         # Two products of at least (16 x 16) x (16 x width) a warp in forward, three or four in backward.
         products = 2 if "fwd" in name else 3
@@ -132,7 +132,7 @@ def test_attention_runs_on_tensor_cores(instructions, dtype, product, width):
 
 def test_float32_attention_stays_float32(instructions):
     kernels = [body for name, body in instructions.items() if name.startswith("attention_f32")]
-    assert len(kernels) == 9
+    assert len(kernels) == 18
     for body in kernels:
         assert "FFMA" in body and not any(re.match(r"[HDIQ]?G?MMA", i) for i in body)
 

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from cuda_testing import FAMILIES
+from cuda_testing import FAMILIES, Kernels
 from torch import Tensor
 
 from fastlm import _library
 from fastlm.ops.adam import adam_reference
+from fastlm.ops.attention import attention_backward_reference, attention_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
 from fastlm.ops.relu import (
     relu_backward_reference,
@@ -213,8 +214,12 @@ def laid_out(x: Tensor, layout: str, device: torch.device) -> Tensor:
     return x
 
 
-def options(causal=0, window=(-1, -1), scale=1.0):
-    return (None,) * 7 + (0, 0, causal, *window, scale, 0.0, 0.0, True)
+TENSORS = ("mask", "bias", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k")
+
+
+def options(causal=0, window=(-1, -1), scale=1.0, softcap=0.0, dropout_p=0.0, **tensors):
+    """The op's arguments after q, k and v."""
+    return (*(tensors.get(name) for name in TENSORS), 0, 0, causal, *window, scale, softcap, dropout_p, True)
 
 
 # batch, query heads, key heads, queries, keys, head dim, value dim, causal, window, layout
@@ -234,6 +239,9 @@ ATTENTION = [
     (1, 1, 1, 90, 140, 24, 24, 0, (30, 10), "plain"),
     (1, 1, 1, 90, 140, 1, 3, 0, (-1, 0), "plain"),
     (1, 1, 1, 90, 70, 32, 32, 2, (30, 5), "plain"),
+    (1, 2, 1, 70, 130, 96, 96, 1, (-1, -1), "bthd"),
+    (1, 1, 1, 66, 40, 88, 80, 2, (-1, -1), "misaligned"),
+    (1, 2, 2, 33, 66, 256, 192, 1, (-1, -1), "plain"),
 ]
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
@@ -283,6 +291,102 @@ def test_attention_without_tensor_cores(kernels, dtype, case, monkeypatch):
         pytest.skip("the device decides")
     monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", "75")
     check_attention(kernels, dtype, case)
+
+
+def scattered(*shape: int, seed: int = 0) -> Tensor:
+    return draw(*shape, seed=seed) > -0.5
+
+
+# Sizes: batch 2, 4 query heads, 2 key heads, 70 queries, 90 keys, unless packed.
+OPTIONS = {
+    "mask": {"mask": scattered(2, 4, 70, 90)},
+    "mask of keys": {"mask": scattered(2, 1, 1, 90), "causal": 1},
+    "mask that hides rows": {"mask": scattered(70, 1)},
+    "bias": {"bias": draw(2, 4, 70, 90)},
+    "bias of all": {"bias": draw(4, 1, 90), "causal": 2},
+    "bias in fp16": {"bias": draw(1, 1, 70, 1, dtype=torch.float16)},
+    "alibi": {"alibi_slopes": draw(4).abs() / 8, "causal": 1},
+    "alibi of each sequence": {"alibi_slopes": draw(2, 4).abs() / 8},
+    "sinks": {"sinks": draw(4), "causal": 1, "window": (9, 0)},
+    "sink alone": {"sinks": draw(4), "mask": scattered(70, 1)},
+    "softcap": {"softcap": 1.5, "causal": 1},
+    "dropout": {"dropout_p": 0.3, "seed": torch.tensor(77), "causal": 1},
+    "dropout, odd rows": {"dropout_p": 0.6, "seed": torch.tensor([2**62 + 5]), "sizes": (1, 2, 1, 5, 67)},
+    "packed": {"cu_seqlens_q": [0, 20, 20, 61, 70], "cu_seqlens_k": [0, 30, 35, 90, 90], "causal": 1, "batch": 1},
+    "packed, window": {"cu_seqlens_q": [0, 1, 69, 70], "cu_seqlens_k": [0, 0, 66, 90], "window": (5, 3), "batch": 1},
+    "all": {
+        "mask": scattered(2, 1, 70, 90), "bias": draw(4, 70, 90), "alibi_slopes": draw(4).abs() / 8, "sinks": draw(4),
+        "softcap": 2.0, "dropout_p": 0.2, "seed": torch.tensor(-3), "causal": 1, "window": (40, 10),
+    },
+    "all, packed": {
+        "mask": scattered(1, 70, 90), "bias": draw(1, 4, 70, 90), "alibi_slopes": draw(4).abs() / 8, "sinks": draw(4),
+        "softcap": 2.0, "dropout_p": 0.2, "seed": torch.tensor(5), "cu_seqlens_q": [0, 20, 20, 61, 70],
+        "cu_seqlens_k": [0, 30, 35, 90, 90], "causal": 2, "batch": 1,
+    },
+}  # fmt: skip
+
+
+def check_options(kernels, dtype, width, width_v, name):
+    given = dict(OPTIONS[name])
+    batch, heads, heads_k, q_len, k_len = given.pop("sizes", (given.pop("batch", 2), 4, 2, 70, 90))
+    for ends in ("cu_seqlens_q", "cu_seqlens_k"):
+        if ends in given:
+            given[ends] = torch.tensor(given[ends], dtype=torch.int32)
+    q, k, v = (
+        draw(batch, h, t, d, dtype=dtype, seed=i)
+        for i, (h, t, d) in enumerate([(heads, q_len, width), (heads_k, k_len, width), (heads_k, k_len, width_v)])
+    )
+    do, dlse = draw(batch, heads, q_len, width_v, dtype=dtype, seed=3), draw(batch, heads, q_len, seed=4)
+    extras = ("bias", "alibi_slopes", "sinks")
+    wanted = [True] * 3 + [name in given for name in extras]
+    exact = options(scale=width**-0.5, **{n: t.double() if n in extras else t for n, t in given.items()})
+    wide = [t.double() for t in (q, k, v)]
+    o, lse = attention_reference(*wide, *exact)
+    dlse = torch.where(lse == -math.inf, 0, dlse)
+    want = attention_backward_reference(do.double(), dlse, *wide, o, lse, *exact, wanted)
+
+    moved = {n: t.to(kernels.device) if isinstance(t, Tensor) else t for n, t in given.items()}
+    last = options(scale=width**-0.5, **moved)
+    q, k, v, do, dlse = (t.to(kernels.device) for t in (q, k, v, do, dlse))
+    got_o, got_lse = kernels["attention"](q, k, v, *last)
+    assert torch.equal(got_lse.cpu() == -math.inf, lse == -math.inf)
+    assert_near(got_o, o, TOLERANCE[dtype])
+    assert_near(got_lse.cpu().nan_to_num(neginf=0), lse.nan_to_num(neginf=0), 1e-5)
+    got = kernels["attention_backward"](do, dlse, q, k, v, got_o, got_lse, *last, wanted)
+    for what, a, b in zip(("q", "k", "v", *extras), got, want, strict=True):
+        assert a.shape == b.shape, what
+        # A sum over all scores: roundings of o in its dtype cancel as little as in the reference.
+        assert_near(a, b, (2 if what in "qkv" else 4) * max(TOLERANCE[dtype], TOLERANCE[a.dtype]))
+    return (got_o, got_lse, *got)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_attention_options(kernels, dtype, name):
+    """Against the reference in float64; and the same bits again."""
+    first, again = (check_options(kernels, dtype, 64, 64, name) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("width, width_v", [(96, 80), (128, 128), (192, 128), (256, 256)])
+def test_attention_options_of_every_width(kernels, dtype, width, width_v):
+    check_options(kernels, dtype, width, width_v, "all")
+
+
+@pytest.mark.parametrize("ends", [[0, 30, 10, 70], [-5, 20, 300, 70], [0, 0, 0, 0], [70, 0, 70, 0]], ids=str)
+def test_attention_unchecked_ends_lead_nowhere_else(kernels, ends):
+    """Nobody reads cu_seqlens on a GPU before the kernels do: whatever stands there, they stay inside the tensors."""
+    module, canaries = kernels.module, Canaries(kernels.device)
+    q, k, v, do = (canaries.empty(1, 2, 70, 32, dtype=torch.float16).zero_() for _ in range(4))
+    o, dq, dk, dv = (canaries.empty(1, 2, 70, 32, dtype=torch.float16).zero_() for _ in range(4))
+    lse, stats = (canaries.empty(*shape, dtype=torch.float32).zero_() for shape in ((1, 2, 70), (1, 2, 70, 2)))
+    ends = torch.tensor(ends, device=kernels.device)
+    last = bare(kernels.stream(), ends=ends)
+    module.attention_forward(q, k, v, o, lse, *last)
+    module.attention_backward(do, None, q, k, v, o, lse, dq, dk, dv, None, None, stats, *last)
+    canaries.check()
+    assert all((t == 0).all() for t in (o, dq, dk, dv))
 
 
 @pytest.mark.parametrize("sizes", [(0, 2, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0)], ids=str)
@@ -378,12 +482,16 @@ def test_attention_refusals(kernels):
     q = torch.zeros(1, 1, 4, 16, device=kernels.device)
     assert kernels.refusal("attention", q, q, q, *options()) is None
     assert "float64" in kernels.refusal("attention", *[q.double()] * 3, *options())
-    assert "mask" in kernels.refusal("attention", q, q, q, q > 0, *options()[1:])
     wide = torch.zeros(1, 1, 4, 257, device=kernels.device)
     assert "257" in kernels.refusal("attention", wide, wide, wide, *options())
 
 
 # --- the memory around outputs ----------------------------------------------------------------------------------------
+def bare(stream, bias=None, slopes=None, ends=None):
+    """The bindings' last arguments: a causal mask."""
+    return (None, bias, slopes, None, None, ends, ends, (-(2**30), 0, 2**30), 0.1, 0.0, 0.0, stream)
+
+
 class Canaries:
     """Allocates tensors with a margin of sentinels on both sides, and looks whether they live."""
 
@@ -427,9 +535,24 @@ def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
     o, dq, dk, dv = (canaries.empty(1, 2, rows, width, dtype=dtype) for _ in range(4))
     lse = canaries.empty(1, 2, rows, dtype=torch.float32)
     stats = canaries.empty(1, 2, rows, 2, dtype=torch.float32)
-    module.attention_forward(q, k, v, o, lse, -rows, 0, 0.1, stream)
-    module.attention_backward(q, None, q, k, v, o, lse, dq, dk, dv, stats, -rows, 0, 0.1, stream)
+    dbias = canaries.empty(1, 2, rows, rows, dtype=torch.float32).zero_()
+    dslopes = canaries.empty(1, 2, rows, dtype=torch.float32).zero_()
+    slopes, scores = draw(1, 2).to(kernels.device), draw(1, 2, rows, rows).to(kernels.device)
+    module.attention_forward(q, k, v, o, lse, *bare(stream))
+    module.attention_backward(q, None, q, k, v, o, lse, dq, dk, dv, None, None, stats, *bare(stream))
     canaries.check()
+    for t in (o, dq, dk, dv, lse, stats, dslopes):
+        t.fill_(math.nan)
+    with_terms = bare(stream, bias=scores, slopes=slopes)
+    module.attention_forward(q, k, v, o, lse, *with_terms)
+    module.attention_backward(q, None, q, k, v, o, lse, dq, dk, dv, dbias, dslopes, stats, *with_terms)
+    canaries.check()
+
+
+def test_what_the_sanitizer_watches_runs():
+    from sanitize import run_every_kernel
+
+    run_every_kernel(Kernels("emulated"))
 
 
 # --- the check at first use -------------------------------------------------------------------------------------------
@@ -461,11 +584,11 @@ def test_bindings_refuse_what_they_cannot_do(kernels):
         module.bias_act_forward(x, x[0, :3], x, False, stream)
     q, lse = torch.zeros(1, 3, 4, 8, device=kernels.device), torch.zeros(1, 3, 4, device=kernels.device)
     with pytest.raises(ValueError, match="heads of q must be a multiple of those of k, got 3 and 2"):
-        module.attention_forward(q, q[:, :2], q[:, :2], q, lse, 0, 0, 1.0, stream)
+        module.attention_forward(q, q[:, :2], q[:, :2], q, lse, *bare(stream))
     with pytest.raises(ValueError, match=r"attention: v must be float32 \(1, 3, 4, 8\)"):
-        module.attention_forward(q, q, q[:, :, :2], q, lse, 0, 0, 1.0, stream)
+        module.attention_forward(q, q, q[:, :, :2], q, lse, *bare(stream))
     with pytest.raises(ValueError, match="attention: lse must be contiguous float32"):
-        module.attention_forward(q, q, q, q, lse.half(), 0, 0, 1.0, stream)
+        module.attention_forward(q, q, q, q, lse.half(), *bare(stream))
     steps = [torch.tensor(0.0)]
     with pytest.raises(ValueError, match=r"grads\[0\] must have dtype float32 and the sizes of params\[0\]"):
         module.adam_step([x], [x[:2]], [x], [x], [], steps, 1, 0.9, 0.9, 1e-8, 0, True, False, False, stream)

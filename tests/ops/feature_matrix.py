@@ -29,7 +29,7 @@ PROOFS = """
 Each of them is run by these tests (those of transforms on the best instruction set that the machine has), beside the
 tests of the op's own file, torch's samples and error inputs for the functions that it has too (`test_opinfo.py`),
 random shapes, layouts and options (`test_properties.py`; 2,000 cases an op with `make nightly`), more than 2^31
-elements (`test_past_32_bits.py`, there too), and for DTensors `tests/test_sharding.py`:
+elements (`test_past_32_bits.py`, there too), and for DTensors `test_sharding.py`:
 
 | test | what it shows |
 |---|---|

@@ -37,6 +37,25 @@ def _attention(name: str, more: tuple[str, ...] = (), shape=(2, 2, 5, 7), **opti
     return {f"attention, {name}" if name else "attention": Feature("attention", call, tensors)}
 
 
+def _decode(name: str, more: tuple[str, ...] = (), pages: bool = False, **options) -> dict[str, Feature]:
+    """`more`: options that are tensors with a gradient."""
+    sizes = {"alibi_slopes": (4,), "sinks": (4,), "k": (2, 2, 2, 8), "v": (2, 2, 2, 8)}
+    cache = (5, 2, 3, 8) if pages else (2, 2, 8, 8)
+    tensors = [numbers((2, 4, 2, 8)), *(numbers(cache, seed=s) for s in (7, 8))]
+    tensors += [numbers(sizes[name], seed=9 + i) for i, name in enumerate(more)]
+
+    def call(q: Tensor, k_cache: Tensor, v_cache: Tensor, *extras: Tensor) -> Tensor:
+        if "k" in more:
+            k_cache, v_cache = k_cache.clone(), v_cache.clone()  # they are written to
+        where = {"cache_seqlens": torch.tensor([6, 4], device=q.device)}
+        if pages:
+            where["page_table"] = torch.tensor([[4, 1, 0], [2, 3, 9]], device=q.device)  # 9: of no key
+        given = dict(zip(more, extras, strict=True))
+        return fastlm.attention_decode(q, k_cache, v_cache, **where, **options, **given)
+
+    return {f"attention_decode, {name}" if name else "attention_decode": Feature("attention_decode", call, tensors)}
+
+
 def features() -> dict[str, Feature]:
     """By name, on the default device."""
     x, up, row = numbers((4, 6)) + 0.05, numbers((4, 6), seed=1), numbers((6,), seed=2)
@@ -44,14 +63,10 @@ def features() -> dict[str, Feature]:
     classes, seed = torch.tensor([3, -100, 0, 4]), torch.tensor(5)
     angle = torch.linspace(0, 4, 9).view(3, 3)
     query = numbers((2, 3, 2, 8))
-    lens = torch.tensor([6, 4])
     everything = {
         "causal": True, "window": (4, 0), "mask": numbers((5, 7), seed=6) > -1, "softcap": 2.0, "dropout_p": 0.2,
         "seed": seed,
     }  # fmt: skip
-
-    def decode(q, k, v):
-        return fastlm.attention_decode(q, k, v, cache_seqlens=lens.to(q.device))
 
     found = {
         **_activation("relu", fastlm.relu),
@@ -152,8 +167,13 @@ def features() -> dict[str, Feature]:
             lambda q, k, v: torch.cat([t.flatten() for t in fastlm.attention(q, k, v, return_lse=True)]),
             [query, query.flip(2), query.flip(3)],
         ),
-        "attention_decode": Feature(
-            "attention_decode", decode, [query, *(numbers((2, 3, 6, 8), seed=s) for s in (7, 8))]
-        ),
+        **_decode(""),
+        **_decode("pages", pages=True),
+        **_decode("append", ("k", "v")),
+        **_decode("append to pages", ("k", "v"), pages=True),
+        **_decode("ALiBi", ("alibi_slopes",)),
+        **_decode("sinks", ("sinks",)),
+        **_decode("window, softcap", window=2, softcap=2.0),
+        **_decode("pages, ALiBi, sinks, window", ("alibi_slopes", "sinks"), pages=True, window=3),
     }  # fmt: skip
     return found

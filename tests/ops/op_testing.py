@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -29,6 +30,11 @@ ACTS = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
+# For long tests of what is the same on every backend, which other runs force by these.
+once_is_enough = pytest.mark.skipif(
+    any(os.environ.get(f"FASTLM_{name}") for name in ("BACKEND", "CPU_ISA", "TEST_EXCHANGE")),
+    reason="the same on every backend and instruction set",
+)
 
 
 def on_device(backend):

@@ -210,6 +210,20 @@ def test_products_of_onednn(monkeypatch):
         test_special_values("native")
 
 
+@pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
+@pytest.mark.parametrize("slow", [False, True])
+def test_products_in_16_bits(monkeypatch, slow):
+    """With the CPU's instructions for a dtype and by conversion, whichever this machine needs."""
+    from fastlm.kernels.native import products
+
+    monkeypatch.setattr(products, "torch_multiplies", lambda dtype: not slow)
+    with fastlm.use_backend("native"):
+        for act in ACTS:
+            for dtype in (torch.bfloat16, torch.float16):
+                test_value_and_gradient(act, dtype, "native", None)
+        test_special_values("native")
+
+
 def test_small_layers_are_left_to_torch(monkeypatch):
     from fastlm import _library
     from fastlm.ops import linear_act
@@ -222,11 +236,11 @@ def test_small_layers_are_left_to_torch(monkeypatch):
         assert "linear_act" in named(fastlm.linear_act(x, weight))
     with fastlm.use_backend("auto"):
         assert named(fastlm.linear_act(x, weight)) == "ReluBackward0"
-        monkeypatch.setattr(linear_act, "_SMALL", linear_act.small(64, 1 << 27))
+        monkeypatch.setattr(linear_act, "_SMALL", _library.small(64, 1 << 27))
         assert "linear_act" in named(fastlm.linear_act(x, weight))
         with torch.autocast("cpu", torch.bfloat16):
             assert named(fastlm.linear_act(x, weight)) == "ReluBackward0"
-            monkeypatch.setattr(linear_act, "_SMALL", linear_act.small(64, 64))
+            monkeypatch.setattr(linear_act, "_SMALL", _library.small(64, 64))
             assert "linear_act" in named(fastlm.linear_act(x, weight))
 
 

@@ -1,10 +1,9 @@
 """Every feature under everything that torch does to a function."""
 
-import os
-
 import pytest
 import torch
 from features import features
+from op_testing import once_is_enough
 from torch.func import grad, jvp, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -99,10 +98,7 @@ def test_compiled_in_one_graph(name, dynamic):
     torch.testing.assert_close(gradients(compiled, inputs), gradients(call, inputs))
 
 
-@pytest.mark.skipif(
-    any(os.environ.get(f"FASTLM_{name}") for name in ("BACKEND", "CPU_ISA", "TEST_EXCHANGE")),
-    reason="half a minute, and the graph is the same",
-)
+@once_is_enough
 def test_all_features_in_one_graph_through_inductor():
     calls = [(call, len(inputs)) for _, call, inputs in features().values()]
 

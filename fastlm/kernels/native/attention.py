@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -40,9 +41,14 @@ def band_of(causal: int, window_left: int, window_right: int, q_len: int, k_len:
     return lower, upper
 
 
-def per_head(x: Tensor | None, q: Tensor) -> Tensor | None:
-    """Slopes or sinks as the CPU kernels read them: (B, Hq), double."""
-    return None if x is None else x.double().expand(q.shape[:2]).contiguous()
+def per_head(x: Tensor | None, q: Tensor, dtype: torch.dtype = torch.float64) -> Tensor | None:
+    """Slopes or sinks as the kernels read them: (B, Hq), on the CPU in double."""
+    return None if x is None else x.to(dtype).expand(q.shape[:2]).contiguous()
+
+
+def _per_score(x: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """A mask or a bias as (B, Hq, Tq, Tk), without a copy."""
+    return None if x is None else x.expand(*q.shape[:3], k.shape[2])
 
 
 def writing(run: Callable[..., Any], *outputs: Tensor) -> None:
@@ -66,14 +72,14 @@ if _native.cpu is not None:
             mask, bias, slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, _, _, causal, window_left, window_right, scale,
             softcap, dropout_p, _,
         ) = options  # fmt: skip
-        B, Hq, Tq, _ = q.shape
+        _, Hq, Tq, _ = q.shape
         Tk = k.shape[2]
         if bias is not None:
             bias = bias.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
             if bias.dim() == 0 or bias.shape[-1] != Tk:  # the same for all keys
                 bias = bias.expand(*bias.shape[:-1], Tk)
             bias = with_rows(bias)
-        mask, bias = (None if x is None else x.expand(B, Hq, Tq, Tk) for x in (mask, bias))
+        mask, bias = _per_score(mask, q, k), _per_score(bias, q, k)
         heads = per_head(slopes, q), per_head(sinks, q)
         numbers = scale, softcap, dropout_p, seed.item() % 2**64 if dropout_p > 0 else 0
 
@@ -156,62 +162,78 @@ if _native.cpu is not None:
 
 
 # --- CUDA -------------------------------------------------------------------------------------------------------------
-def _unsupported_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> str | None:
-    if q.dtype == torch.float64:
-        return "does not take float64"
-    *tensors, _, _, _, _, _, _, softcap, dropout_p, _ = options
-    names = ("mask", "bias", "alibi_slopes", "sinks", None, "packed sequences (cu_seqlens)", None)
-    for name, option in zip(names, tensors, strict=True):
-        if name is not None and option is not None:
-            return f"does not take {name}"
-    if softcap > 0:
-        return "does not take a softcap"
-    if dropout_p > 0:
-        return "does not take dropout"
-    return unsupported(q, k, v)
+def unsupported_cuda(q: Tensor, k: Tensor, v: Tensor, *_options: Any) -> str | None:
+    return "does not take float64" if q.dtype == torch.float64 else unsupported(q, k, v)
 
 
 def _unsupported_backward_cuda(do, dlse, q, k, v, o, lse, *rest) -> str | None:
     *options, _wanted = rest
     if max(q.shape[-1], v.shape[-1]) > 128 and capability(q) < (8, 0):
         return "takes head dimensions above 128 from compute capability 8.0 on"  # for want of shared memory
-    return _unsupported_cuda(q, k, v, *options)
+    return unsupported_cuda(q, k, v, *options)
+
+
+def diagonals_of(causal: int, window_left: int, window_right: int) -> tuple[int, int, int]:
+    """What band_of gives before lengths are known: from the last key for the last query, lower and upper, and from the
+    first key for the first query, upper; from 2^30 on none."""
+    far = 2**30
+    upper = 0 if causal == 1 else window_right if window_right >= 0 else far
+    return (-window_left if window_left >= 0 else -far), upper, (0 if causal == 2 else far)
 
 
 if _native.cuda is not None:
     _cuda = _native.cuda
 
-    @kernel("attention", backend="native", device="cuda", supports=_unsupported_cuda)
+    def _last(q: Tensor, k: Tensor, options: Sequence[Any]) -> tuple:
+        """The kernels' last arguments."""
+        (
+            mask, bias, slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, _, _, causal, window_left, window_right, scale,
+            softcap, dropout_p, _,
+        ) = options  # fmt: skip
+        scores = _per_score(mask, q, k), _per_score(None if bias is None else bias.float(), q, k)
+        heads = (per_head(x, q, torch.float32) for x in (slopes, sinks))
+        ends = (None if x is None else x.long().contiguous() for x in (cu_seqlens_q, cu_seqlens_k))
+        diagonals = diagonals_of(causal, window_left, window_right)
+        return (*scores, *heads, seed, *ends, diagonals, scale, softcap, dropout_p, current_stream(q))
+
+    @kernel("attention", backend="native", device="cuda", supports=unsupported_cuda)
     def attention_cuda(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        *_, causal, window_left, window_right, scale, _softcap, _dropout_p, _deterministic = options
         o = empty_in_order_of(q, v.shape[-1])
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+        if options[5] is not None:  # rows that unchecked ends leave out
+            o.zero_()
+            lse.fill_(-math.inf)
         q, k, v = with_rows(q), with_rows(k), with_rows(v)
-        diagonals = band_of(causal, window_left, window_right, q.shape[2], k.shape[2])
-        writing(lambda o: _cuda.attention_forward(q, k, v, o, lse, *diagonals, scale, current_stream(q)), o)
+        writing(lambda o: _cuda.attention_forward(q, k, v, o, lse, *_last(q, k, options)), o)
         return o, lse
 
     @kernel("attention_backward", backend="native", device="cuda", supports=_unsupported_backward_cuda)
     def attention_backward_cuda(
         do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *options: Any
     ) -> tuple[Tensor, ...]:
-        *_, causal, window_left, window_right, scale, _softcap, _dropout_p, _deterministic, wanted = options
-        dq = torch.empty_like(q) if wanted[0] else None
+        *options, wanted = options
+        _, bias, slopes, sinks, _, cu_seqlens_q, *_ = options
+        new = torch.empty_like if cu_seqlens_q is None else torch.zeros_like  # rows that unchecked ends leave out
+        dq = new(q) if wanted[0] or wanted[3] or wanted[4] else None
         # These two come from one pass.
-        dk, dv = (torch.empty_like(k), torch.empty_like(v)) if wanted[1] or wanted[2] else (None, None)
+        dk, dv = (new(k), new(v)) if wanted[1] or wanted[2] else (None, None)
+        dbias = lse.new_zeros(*lse.shape, k.shape[2]) if wanted[3] else None
+        dslopes = lse.new_zeros(lse.shape) if wanted[4] else None
         do = torch.zeros_like(o) if do is None else do
         read = [with_rows(do), None if dlse is None else dlse.contiguous(), *map(with_rows, (q, k, v, o))]
         read.append(lse.contiguous())
-        stats = lse.new_empty(*lse.shape, 2)
-        diagonals = band_of(causal, window_left, window_right, q.shape[2], k.shape[2])
+        last = (dbias, dslopes, lse.new_empty(*lse.shape, 2), *_last(q, k, options))
 
         def run(*outputs: Tensor) -> None:
             given = iter(outputs)
-            written = [None if x is None else next(given) for x in (dq, dk, dv)]
-            _cuda.attention_backward(*read, *written, stats, *diagonals, scale, current_stream(q))
+            _cuda.attention_backward(*read, *(None if x is None else next(given) for x in (dq, dk, dv)), *last)
 
         writing(run, *(x for x in (dq, dk, dv) if x is not None))
-        gradients = [
-            x if want and x is not None else q.new_empty(0) for x, want in zip((dq, dk, dv), wanted, strict=False)
-        ]
-        return (*gradients, *(q.new_empty(0) for _ in range(3)))
+        gradients = [x if want else q.new_empty(0) for x, want in zip((dq, dk, dv), wanted, strict=False)]
+        dbias = q.new_empty(0) if dbias is None else dbias.sum_to_size(bias.shape).to(bias.dtype)
+        if dslopes is None:
+            dslopes = q.new_empty(0)
+        else:
+            dslopes = dslopes.sum(2, dtype=torch.float64).sum_to_size(slopes.shape).to(slopes.dtype)
+        dsinks = sinks_gradient(do, dlse, o, lse, sinks) if wanted[5] else q.new_empty(0)
+        return (*gradients, dbias, dslopes, dsinks)

@@ -12,7 +12,7 @@ from fastlm._library import kernel
 from fastlm.kernels._common import unsupported_dtype
 
 if _native.cpu is not None:
-    from fastlm.kernels.native.products import add_product, input_gradient, linear
+    from fastlm.kernels.native.products import add_product, by_conversion, input_gradient, linear
 
     def _unsupported(x: Tensor, target: Tensor, weight: Tensor | None, *_: object) -> str | None:
         if target.is_floating_point():
@@ -59,11 +59,13 @@ if _native.cpu is not None:
         x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, label_smoothing: float,
         z_loss: float, softcap: float, mean: bool, wanted: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        wide = torch.promote_types(x.dtype, torch.float32)
+        dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+        if by_conversion(x):  # once, and not once for each part
+            x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
         count = (target != ignore_index).sum().item() if mean else 1
         share = 1 / count if count else float("nan")  # the mean of nothing, as in torch
         total = torch.zeros((), dtype=torch.float64)
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else x.new_empty(0)
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
         dweight = torch.zeros_like(weight, dtype=wide, memory_format=torch.contiguous_format) if wanted[1] else None
         dbias = torch.zeros(weight.shape[0], dtype=wide) if wanted[2] else None
         rows = max(_LEAST_ROWS, min(_MOST_ROWS, len(x) // _SHARE_OF_ROWS), _LEAST_LOGITS // max(1, weight.shape[0]))
@@ -89,5 +91,5 @@ if _native.cpu is not None:
                     add_product(logits.t(), part, dweight)
             if dbias is not None:
                 dbias += logits.sum(0, dtype=wide)
-        made = (x.new_empty(0) if g is None else g.to(x.dtype) for g in (dweight, dbias))
-        return (total * share).to(wide), dx, *made
+        made = (x.new_empty(0, dtype=dtype) if g is None else g.to(dtype) for g in (dx, dweight, dbias))
+        return (total * share).to(wide), *made

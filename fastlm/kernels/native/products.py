@@ -2,8 +2,9 @@
 
 float32 on AVX-512: torch calls MKL, which on AMD leaves the wide registers unused. The oneDNN inside torch does not;
 csrc/cpu/matmul.cpp is faster where it has to turn a factor: for weight gradients, and for the input gradients of layers
-with many outputs. On AVX2 MKL is at the machine's limit, but for some
-hundred rows times a large weight; in bfloat16 torch's product is, on any machine.
+with many outputs. On AVX2 MKL is at the machine's limit, but for some hundred rows times a large weight. In 16 bits
+torch's product is at the limit where the CPU has instructions for it. Where it has not, torch takes five to a hundred
+times as long as in float32, to which operands are converted then.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlm import _native
+from fastlm._library import torch_multiplies
 
 _DEEP = 3072  # outputs of a layer, from which on our own product takes the input gradient
 
@@ -43,8 +45,15 @@ def _wide(x: Tensor) -> bool:
     return x.dtype == torch.float32 and _native.cpu.active_isa() in ("amx", "avx512bf16", "avx512")
 
 
+def by_conversion(x: Tensor) -> bool:
+    """Whether products of x are faster in float32, conversions and all."""
+    return x.dtype in (torch.bfloat16, torch.float16) and not torch_multiplies(x.dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (M, K), weight (N, K) -> x weight' + bias (M, N). Without an activation: oneDNN's ReLU makes 0 of NaN."""
+    if by_conversion(x):
+        return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     if _by_onednn(x, weight):
         # oneDNN reads a bias as if it were contiguous, whatever its strides, and says nothing.
         bias = None if bias is None else bias.contiguous()
@@ -56,6 +65,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def input_gradient(du: Tensor, weight: Tensor) -> Tensor:
     """du (M, N), weight (N, K) -> du weight (M, K)."""
+    if by_conversion(du):
+        return input_gradient(du.float(), weight.float()).to(du.dtype)
     if _wide(du) and du.shape[1] >= _DEEP:
         return add_product(du, weight, du.new_empty(du.shape[0], weight.shape[1]), add=False)
     if _by_onednn(du, weight):
@@ -65,6 +76,8 @@ def input_gradient(du: Tensor, weight: Tensor) -> Tensor:
 
 def weight_gradient(du: Tensor, x: Tensor) -> Tensor:
     """du (M, N), x (M, K) -> du' x (N, K)."""
+    if by_conversion(du):
+        return weight_gradient(du.float(), x.float()).to(du.dtype)
     if _wide(du):
         return add_product(du.t(), x, du.new_empty(du.shape[1], x.shape[1]), add=False)
     return du.t() @ x

@@ -1,44 +1,47 @@
 """DTensors: every op takes them as its sharding rule says, without communication, and gives what the whole gives."""
 
+import math
 import os
 import subprocess
 import sys
 import warnings
+from random import Random
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from features import features
+from op_testing import numbers, once_is_enough
 
 import fastlm
 from fastlm import _library
 
 dist = pytest.importorskip("torch.distributed")
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch without gloo"),
+    once_is_enough,
+]
 
 RANKS = 2
 NOT_YET = {"adam_", "grad_norm"}  # lists of tensors
 
 
-def numbers(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def attention_arguments(heads=4, key_heads=2, **options):
     """The op's own; of the options those that have a tensor of their own, or decide what may be sharded."""
-    q, (k, v) = numbers(3, heads, 5, 8), (numbers(3, key_heads, 6, 8, seed=s) for s in (1, 2))
+    q, (k, v) = numbers((3, heads, 5, 8)), (numbers((3, key_heads, 6, 8), seed=s) for s in (1, 2))
     return _library._ops["attention"].bind({"q": q, "k": k, "v": v, **options})
 
 
 def more_samples():
     """What the ops' own samples leave out: op, arguments."""
-    seed, bias = torch.tensor(4), numbers(3, 1, 5, 6)
+    seed, bias = torch.tensor(4), numbers((3, 1, 5, 6))
     options = [
-        {"mask": numbers(4, 1, 6) > -1},
-        {"bias": numbers(4, 1, 6)},
-        {"alibi_slopes": numbers(4).abs()},
-        {"sinks": numbers(4).abs()},  # which differ by their place alone
-        {"bias": bias, "alibi_slopes": numbers(4).abs(), "sinks": numbers(4), "softcap": 3.0, "causal": True},
-        {"alibi_slopes": numbers(3, 4).abs(), "dropout_p": 0.0},
+        {"mask": numbers((4, 1, 6)) > -1},
+        {"bias": numbers((4, 1, 6))},
+        {"alibi_slopes": numbers((4,)).abs()},
+        {"sinks": numbers((4,)).abs()},  # which differ by their place alone
+        {"bias": bias, "alibi_slopes": numbers((4,)).abs(), "sinks": numbers((4,)), "softcap": 3.0, "causal": True},
+        {"alibi_slopes": numbers((3, 4)).abs(), "dropout_p": 0.0},
         {"key_heads": 1},
         {"heads": 3, "key_heads": 3},
         {"heads": 6, "key_heads": 3},  # groups that two ranks would cut
@@ -51,28 +54,28 @@ def more_samples():
         given = [args[i] is not None and args[i].is_floating_point() for i in (4, 5, 6)]
         for wanted in ([True] * 3 + given, [False, True, False, False, False, False]):
             yield "attention_backward", (o.cos(), lse.sin(), *args[:3], o, lse, *args[3:], wanted)
-    q, cache = numbers(4, 6, 1, 8), numbers(9, 2, 4, 8)
+    q, cache = numbers((4, 6, 1, 8)), numbers((9, 2, 4, 8))
     lens, table = torch.tensor([3, 4, 1, 2]), torch.tensor([[8, 1], [2, 3], [4, 5], [6, 7]])
     yield "attention_decode", (q, cache[:4], cache[:4], lens, None, None, None, -1, 0, 0.3, 0.0)
-    three = numbers(4, 3, 4, 8)
+    three = numbers((4, 3, 4, 8))
     yield "attention_decode", (q, three, three, lens, None, None, None, -1, 0, 0.3, 0.0)
-    yield "attention_decode", (q, cache, cache, lens, table, numbers(4, 6).abs(), numbers(6), -1, 0, 0.3, 0.0)
-    x, weight, target = numbers(5, 6), numbers(8, 6, seed=1), torch.tensor([1, 7, -100, 0, 2])
-    for bias in (None, numbers(8)):
+    yield "attention_decode", (q, cache, cache, lens, table, numbers((4, 6)).abs(), numbers((6,)), -1, 0, 0.3, 0.0)
+    x, weight, target = numbers((5, 6)), numbers((8, 6), seed=1), torch.tensor([1, 7, -100, 0, 2])
+    for bias in (None, numbers((8,))):
         yield "linear_act", (x, weight, bias, "none", True)
         yield "linear_act", (x, weight, bias, "relu", False)
         yield (
             "linear_cross_entropy",
             (x, weight, bias, target, -100, 0.1, 1e-3, 0.0, False, [True, False, bias is not None]),
         )
-    yield "linear_act_backward", (numbers(5, 8), x, weight, numbers(5, 8), "none", [True, True, True])
-    yield "linear_act_backward", (numbers(5, 8), x, weight, numbers(5, 8), "relu", [False, True, False])
-    yield "cross_entropy", (numbers(5, 8), numbers(5, 8, seed=1).softmax(1), numbers(8).abs(), -100, 0.1, 0.0)
-    yield "norm_backward", (numbers(2, 5, 8), None, numbers(2, 5, 8), numbers(8), 1e-5, True, [False, True])
-    yield "relu", (numbers(2, 3, 4),)
-    yield "layer_norm", (numbers(2, 3, 4), None, numbers(4), 1e-5)
-    yield "rope", (numbers(2, 4, 3, 8), numbers(2, 4, 3), numbers(2, 4, 3), True)
-    yield "bias_act", (numbers(2, 6), numbers(6), "relu", 0.5, seed)
+    yield "linear_act_backward", (numbers((5, 8)), x, weight, numbers((5, 8)), "none", [True, True, True])
+    yield "linear_act_backward", (numbers((5, 8)), x, weight, numbers((5, 8)), "relu", [False, True, False])
+    yield "cross_entropy", (numbers((5, 8)), numbers((5, 8), seed=1).softmax(1), numbers((8,)).abs(), -100, 0.1, 0.0)
+    yield "norm_backward", (numbers((2, 5, 8)), None, numbers((2, 5, 8)), numbers((8,)), 1e-5, True, [False, True])
+    yield "relu", (numbers((2, 3, 4)),)
+    yield "layer_norm", (numbers((2, 3, 4)), None, numbers((4,)), 1e-5)
+    yield "rope", (numbers((2, 4, 3, 8)), numbers((2, 4, 3)), numbers((2, 4, 3)), True)
+    yield "bias_act", (numbers((2, 6)), numbers((6,)), "relu", 0.5, seed)
 
 
 def samples():
@@ -127,8 +130,8 @@ def check_public(mesh):
     """Through the functions that users call, with gradients; what a rule does not allow is gathered."""
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    x, weight, row = numbers(6, 8), numbers(10, 8, seed=1), numbers(8, seed=2)
-    q, target = numbers(4, 4, 6, 8), torch.arange(6)
+    x, weight, row = numbers((6, 8)), numbers((10, 8), seed=1), numbers((8,), seed=2)
+    q, target = numbers((4, 4, 6, 8)), torch.arange(6)
     calls = [
         (lambda x: fastlm.relu(x), [x], [0]),
         (lambda x: fastlm.gelu(x), [x], [1]),
@@ -152,7 +155,7 @@ def check_public(mesh):
         ]
         want, found = call(*whole), call(*parts)
         torch.testing.assert_close(found.full_tensor(), want, msg=lambda m, i=i: f"call {i}: {m}")
-        dy = numbers(*want.shape, seed=5)
+        dy = numbers(want.shape, seed=5)
         wants = torch.autograd.grad(want, whole, dy)
         founds = torch.autograd.grad(found, parts, distribute_tensor(dy, mesh, [Replicate()]))
         for f, w in zip(founds, wants, strict=True):
@@ -165,23 +168,64 @@ def check_public(mesh):
     torch.testing.assert_close(fastlm.cross_entropy(logits, classes).full_tensor(), fastlm.cross_entropy(x, target))
 
 
-def work(rank, store, check, argument):
+def check_features(mesh):
+    """Every feature, its tensors sharded at random over both dimensions of the mesh, evenly."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    random = Random(3)
+
+    def distributed(t):
+        placements, sizes = [], list(t.shape)
+        for ranks in mesh.shape:
+            d = random.choice([None, *(i for i, size in enumerate(sizes) if size % ranks == 0)])
+            placements.append(Replicate() if d is None else Shard(d))
+            if d is not None:
+                sizes[d] //= ranks
+        return distribute_tensor(t, mesh, placements).requires_grad_()
+
+    for name, (_, call, inputs) in features().items():
+        if "append" in name:  # DTensor writes in place to few placements only, and says so
+            continue
+        whole = [t.clone().requires_grad_() for t in inputs]
+        want = call(*whole)
+        dy = torch.linspace(0.2, 1, want.numel()).view(want.shape)
+        wants = torch.autograd.grad(want, whole, dy)
+        for _ in range(4):
+            parts = [distributed(t) for t in inputs]
+            what = f"{name}, {[p.placements for p in parts]}"
+            with implicit_replication():  # of the tensors that the call makes itself
+                found = call(*parts)
+                founds = torch.autograd.grad(found, parts, distribute_tensor(dy, mesh, [Replicate()] * mesh.ndim))
+            for f, w in zip((found, *founds), (want, *wants), strict=True):
+                torch.testing.assert_close(f.full_tensor(), w, msg=lambda m, s=what: f"{s}: {m}")
+
+
+def work(rank, store, check, sizes, argument):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=math.prod(sizes))
     try:
-        check(dist.init_device_mesh("cpu", (RANKS,)), *argument)
+        check(dist.init_device_mesh("cpu", sizes), *argument)
     finally:
         dist.destroy_process_group()
 
 
+def on_mesh(sizes, folder, check, *argument):
+    mp.spawn(work, (folder / "store", check, sizes, argument), nprocs=math.prod(sizes))
+
+
 @pytest.mark.parametrize("namespace", ["auto", "reference"])
 def test_every_rule_holds(tmp_path, namespace):
-    mp.spawn(work, (tmp_path / "store", check_rules, (namespace,)), nprocs=RANKS)
+    on_mesh((RANKS,), tmp_path, check_rules, namespace)
 
 
 def test_public_functions_take_dtensors(tmp_path):
-    mp.spawn(work, (tmp_path / "store", check_public, ()), nprocs=RANKS)
+    on_mesh((RANKS,), tmp_path, check_public)
+
+
+def test_every_feature_on_a_mesh_of_two_dimensions(tmp_path):
+    on_mesh((2, 2), tmp_path, check_features)
 
 
 def test_an_interface_that_has_changed_costs_dtensors_alone():
