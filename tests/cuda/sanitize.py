@@ -4,8 +4,9 @@ Inputs are drawn on the CPU and only copied, so that what the sanitizer sees is 
 """
 
 import torch
+from attention_cases import DECODE, OPTIONS, draw, options
 from cuda_testing import Kernels
-from test_kernels import OPTIONS, adam_lists, check_options, draw, options
+from test_kernels import adam_lists, check_decode, check_options
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ADAM = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, None, False)
@@ -42,6 +43,8 @@ def run_every_kernel(kernels: Kernels) -> None:
         for name in OPTIONS:
             check_options(kernels, dtype, 40, 64, name)
         check_options(kernels, dtype, 128, 128, "all")
+        for case in DECODE:
+            check_decode(kernels, dtype, case)
 
 
 if __name__ == "__main__":

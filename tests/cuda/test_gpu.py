@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from attention_cases import draw, options
 from cuda_testing import Kernels
-from test_kernels import TOLERANCE, assert_near, check_attention, draw, options
+from test_kernels import TOLERANCE, assert_near, check_attention
 
 import fastlm
 from fastlm import _native

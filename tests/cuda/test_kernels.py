@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
+from attention_cases import DECODE, OPTIONS, decode_case, draw, option_case, options
 from cuda_testing import FAMILIES, Kernels
 from torch import Tensor
 
 from fastlm import _library
 from fastlm.ops.adam import adam_reference
-from fastlm.ops.attention import attention_backward_reference, attention_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
 from fastlm.ops.relu import (
     relu_backward_reference,
@@ -23,11 +23,6 @@ from fastlm.ops.relu import (
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HALVES = [torch.float16, torch.bfloat16]
 SENTINEL = 77.0
-
-
-def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def assert_close(got: Tensor, want: Tensor, ulps: float = 2.0) -> None:
@@ -214,14 +209,6 @@ def laid_out(x: Tensor, layout: str, device: torch.device) -> Tensor:
     return x
 
 
-TENSORS = ("mask", "bias", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k")
-
-
-def options(causal=0, window=(-1, -1), scale=1.0, softcap=0.0, dropout_p=0.0, **tensors):
-    """The op's arguments after q, k and v."""
-    return (*(tensors.get(name) for name in TENSORS), 0, 0, causal, *window, scale, softcap, dropout_p, True)
-
-
 # batch, query heads, key heads, queries, keys, head dim, value dim, causal, window, layout
 ATTENTION = [
     (1, 1, 1, 64, 64, 64, 64, 0, (-1, -1), "plain"),
@@ -293,71 +280,18 @@ def test_attention_without_tensor_cores(kernels, dtype, case, monkeypatch):
     check_attention(kernels, dtype, case)
 
 
-def scattered(*shape: int, seed: int = 0) -> Tensor:
-    return draw(*shape, seed=seed) > -0.5
-
-
-# Sizes: batch 2, 4 query heads, 2 key heads, 70 queries, 90 keys, unless packed.
-OPTIONS = {
-    "mask": {"mask": scattered(2, 4, 70, 90)},
-    "mask of keys": {"mask": scattered(2, 1, 1, 90), "causal": 1},
-    "mask that hides rows": {"mask": scattered(70, 1)},
-    "bias": {"bias": draw(2, 4, 70, 90)},
-    "bias of all": {"bias": draw(4, 1, 90), "causal": 2},
-    "bias in fp16": {"bias": draw(1, 1, 70, 1, dtype=torch.float16)},
-    "alibi": {"alibi_slopes": draw(4).abs() / 8, "causal": 1},
-    "alibi of each sequence": {"alibi_slopes": draw(2, 4).abs() / 8},
-    "sinks": {"sinks": draw(4), "causal": 1, "window": (9, 0)},
-    "sink alone": {"sinks": draw(4), "mask": scattered(70, 1)},
-    "softcap": {"softcap": 1.5, "causal": 1},
-    "dropout": {"dropout_p": 0.3, "seed": torch.tensor(77), "causal": 1},
-    "dropout, odd rows": {"dropout_p": 0.6, "seed": torch.tensor([2**62 + 5]), "sizes": (1, 2, 1, 5, 67)},
-    "packed": {"cu_seqlens_q": [0, 20, 20, 61, 70], "cu_seqlens_k": [0, 30, 35, 90, 90], "causal": 1, "batch": 1},
-    "packed, window": {"cu_seqlens_q": [0, 1, 69, 70], "cu_seqlens_k": [0, 0, 66, 90], "window": (5, 3), "batch": 1},
-    "all": {
-        "mask": scattered(2, 1, 70, 90), "bias": draw(4, 70, 90), "alibi_slopes": draw(4).abs() / 8, "sinks": draw(4),
-        "softcap": 2.0, "dropout_p": 0.2, "seed": torch.tensor(-3), "causal": 1, "window": (40, 10),
-    },
-    "all, packed": {
-        "mask": scattered(1, 70, 90), "bias": draw(1, 4, 70, 90), "alibi_slopes": draw(4).abs() / 8, "sinks": draw(4),
-        "softcap": 2.0, "dropout_p": 0.2, "seed": torch.tensor(5), "cu_seqlens_q": [0, 20, 20, 61, 70],
-        "cu_seqlens_k": [0, 30, 35, 90, 90], "causal": 2, "batch": 1,
-    },
-}  # fmt: skip
-
-
 def check_options(kernels, dtype, width, width_v, name):
-    given = dict(OPTIONS[name])
-    batch, heads, heads_k, q_len, k_len = given.pop("sizes", (given.pop("batch", 2), 4, 2, 70, 90))
-    for ends in ("cu_seqlens_q", "cu_seqlens_k"):
-        if ends in given:
-            given[ends] = torch.tensor(given[ends], dtype=torch.int32)
-    q, k, v = (
-        draw(batch, h, t, d, dtype=dtype, seed=i)
-        for i, (h, t, d) in enumerate([(heads, q_len, width), (heads_k, k_len, width), (heads_k, k_len, width_v)])
-    )
-    do, dlse = draw(batch, heads, q_len, width_v, dtype=dtype, seed=3), draw(batch, heads, q_len, seed=4)
-    extras = ("bias", "alibi_slopes", "sinks")
-    wanted = [True] * 3 + [name in given for name in extras]
-    exact = options(scale=width**-0.5, **{n: t.double() if n in extras else t for n, t in given.items()})
-    wide = [t.double() for t in (q, k, v)]
-    o, lse = attention_reference(*wide, *exact)
-    dlse = torch.where(lse == -math.inf, 0, dlse)
-    want = attention_backward_reference(do.double(), dlse, *wide, o, lse, *exact, wanted)
-
-    moved = {n: t.to(kernels.device) if isinstance(t, Tensor) else t for n, t in given.items()}
-    last = options(scale=width**-0.5, **moved)
-    q, k, v, do, dlse = (t.to(kernels.device) for t in (q, k, v, do, dlse))
-    got_o, got_lse = kernels["attention"](q, k, v, *last)
-    assert torch.equal(got_lse.cpu() == -math.inf, lse == -math.inf)
-    assert_near(got_o, o, TOLERANCE[dtype])
-    assert_near(got_lse.cpu().nan_to_num(neginf=0), lse.nan_to_num(neginf=0), 1e-5)
-    got = kernels["attention_backward"](do, dlse, q, k, v, got_o, got_lse, *last, wanted)
-    for what, a, b in zip(("q", "k", "v", *extras), got, want, strict=True):
-        assert a.shape == b.shape, what
+    case = option_case(name, dtype, width, width_v, kernels.device)
+    o, lse = kernels["attention"](*case.qkv, *case.options)
+    assert torch.equal(lse.cpu() == -math.inf, case.lse == -math.inf)
+    assert_near(o, case.o, TOLERANCE[dtype])
+    assert_near(lse.cpu().nan_to_num(neginf=0), case.lse.nan_to_num(neginf=0), 1e-5)
+    got = kernels["attention_backward"](case.do, case.dlse, *case.qkv, o, lse, *case.options, case.wanted)
+    for i, (a, b) in enumerate(zip(got, case.gradients, strict=True)):
+        assert a.shape == b.shape
         # A sum over all scores: roundings of o in its dtype cancel as little as in the reference.
-        assert_near(a, b, (2 if what in "qkv" else 4) * max(TOLERANCE[dtype], TOLERANCE[a.dtype]))
-    return (got_o, got_lse, *got)
+        assert_near(a, b, (2 if i < 3 else 4) * max(TOLERANCE[dtype], TOLERANCE[a.dtype]))
+    return (o, lse, *got)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -476,6 +410,58 @@ def test_attention_extreme_scores(kernels, dtype):
         got, got_lse = kernels["attention"](*(t.to(kernels.device) for t in (q, k, v)), *options(1, scale=scale))
         assert_near(got, want, TOLERANCE[dtype])
         assert_near(got_lse, lse, 1e-5)
+
+
+def check_decode(kernels, dtype, case):
+    arguments, o, lse = decode_case(case, dtype, kernels.device)
+    got_o, got_lse = kernels["attention_decode"](*arguments)
+    assert got_o.dtype == dtype and got_lse.dtype == torch.float32
+    assert torch.equal(got_lse.cpu() == -math.inf, lse == -math.inf)
+    assert_near(got_o, o, TOLERANCE[dtype])
+    assert_near(got_lse.cpu().nan_to_num(neginf=0), lse.nan_to_num(neginf=0), 1e-5)
+    return got_o, got_lse
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", DECODE, ids=str)
+def test_attention_decode(kernels, dtype, case):
+    first, again = (check_decode(kernels, dtype, case) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", DECODE[::3], ids=str)
+def test_attention_decode_without_tensor_cores(kernels, dtype, case, monkeypatch):
+    if not kernels.emulated:
+        pytest.skip("the device decides")
+    monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", "75")
+    check_decode(kernels, dtype, case)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_attention_decode_unchecked_numbers_lead_nowhere_else(kernels, dtype):
+    """Lengths and pages that nobody reads on a GPU before the kernel does: it stays inside the tensors."""
+    canaries = Canaries(kernels.device)
+    q, o = (canaries.empty(3, 2, 1, 32, dtype=dtype).zero_() for _ in range(2))
+    k, v = (canaries.empty(4, 2, 8, 32, dtype=dtype).zero_() for _ in range(2))
+    lse = canaries.empty(3, 2, 1, dtype=torch.float32)
+    lens = torch.tensor([-5, 10**12, 17], device=kernels.device)
+    pages = torch.tensor([[0, 1], [-7, 10**12], [3, 2]], device=kernels.device)
+    last = (lens, pages, None, None, (-(2**30), 0, 2**30), 0.1, 0.0, kernels.stream())
+    numel = kernels.module.attention_decode(q, k, v, o, lse, None, *last)
+    partial = canaries.empty(numel, dtype=torch.float32)
+    kernels.module.attention_decode(q, k, v, o, lse, partial, *last)
+    canaries.check()
+    assert (o == 0).all()
+
+
+def test_attention_decode_of_nothing(kernels):
+    q = torch.zeros(2, 2, 1, 16, device=kernels.device, dtype=torch.float16)
+    cache, lens = q.new_empty(2, 2, 0, 16), torch.zeros(2, dtype=torch.int64, device=kernels.device)
+    o, lse = kernels["attention_decode"](q, cache, cache, lens, None, None, None, -1, 0, 0.1, 0.0)
+    assert (o == 0).all() and (lse == -math.inf).all()
+    o, lse = kernels["attention_decode"](q[:0], cache[:0], cache[:0], lens[:0], None, None, None, -1, 0, 0.1, 0.0)
+    assert o.shape == (0, 2, 1, 16) and lse.shape == (0, 2, 1)
 
 
 def test_attention_refusals(kernels):

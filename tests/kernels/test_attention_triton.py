@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from attention_cases import OPTIONS, option_case
 from triton_testing import DEVICE, HALVES, assert_close, compile_for_gpu, randn
 
 from fastlm.kernels.triton import attention as kernels
-from fastlm.ops.attention import _fake
+from fastlm.ops.attention import _fake, attention_backward_reference, attention_reference
 
 # NumPy's, from the interpreter: what a GPU does without a word.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -98,6 +99,25 @@ def test_values_and_gradients(sizes, kwargs, dtype):
         assert mine.dtype == dtype
         assert_close(mine, exact, stock=plain, factor=3, cancelled=terms)
     assert [t.numel() for t in got[3:]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(name, dtype):
+    """Against the reference in float64, and beside that of the reference in the same dtype."""
+    case, stock = option_case(name, dtype, 16, 16, DEVICE), option_case(name, dtype, 16, 16, "cpu")
+    plain_o, plain_lse = attention_reference(*stock.qkv, *stock.options)
+    plain = attention_backward_reference(
+        stock.do, stock.dlse, *stock.qkv, plain_o, plain_lse, *stock.options, stock.wanted
+    )
+    o, lse = kernels.attention(*case.qkv, *case.options)
+    assert torch.equal(lse.cpu() == -math.inf, case.lse == -math.inf)
+    assert_close(o, case.o, stock=plain_o.to(DEVICE))
+    assert_close(lse.nan_to_num(neginf=0), case.lse.nan_to_num(neginf=0), ulps=16)
+    got = kernels.attention_backward(case.do, case.dlse, *case.qkv, o, lse, *case.options, case.wanted)
+    for mine, exact, theirs in zip(got, case.gradients, plain, strict=True):
+        assert mine.shape == exact.shape and mine.dtype == theirs.dtype
+        assert_close(mine, exact, stock=theirs.to(DEVICE), factor=3, ulps=16)
 
 
 @pytest.mark.parametrize(("T", "S", "B"), [(0, 5, 1), (5, 0, 1), (5, 5, 0)])
@@ -258,12 +278,6 @@ def test_what_it_refuses():
             " and torch.float32",
         ),
         (2, randn(1, 1, 4, 257), "takes head dims from 1 to 256, not 16 and 257"),
-        (3, q, "does not take mask"),
-        (4, q, "does not take bias"),
-        (5, q, "does not take alibi_slopes"),
-        (6, q, "does not take sinks"),
-        (8, q, "does not take cu_seqlens"),
-        (17, 0.1, "does not do dropout"),
     ):
         changed = [*arguments[:position], value, *arguments[position + 1 :]]
         assert kernels._unsupported(*changed) == reason
