@@ -268,7 +268,7 @@ def test_the_same_in_every_run():
 def test_what_it_refuses():
     q = randn(1, 1, 4, 16)
     arguments = [q, q, q, *options()]
-    assert kernels._unsupported(*arguments) is None
+    assert kernels.unsupported(*arguments) is None
     assert kernels._unsupported_backward(q, None, q, q, q, q, q, *options(), ALL) is None
     for position, value, reason in (
         (
@@ -280,7 +280,7 @@ def test_what_it_refuses():
         (2, randn(1, 1, 4, 257), "takes head dims from 1 to 256, not 16 and 257"),
     ):
         changed = [*arguments[:position], value, *arguments[position + 1 :]]
-        assert kernels._unsupported(*changed) == reason
+        assert kernels.unsupported(*changed) == reason
 
 
 CODE = """

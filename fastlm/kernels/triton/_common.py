@@ -74,3 +74,8 @@ else:
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability that configurations are chosen for; (0, 0) in the interpreter."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def processors(device: torch.device) -> int:
+    """How many multiprocessors a device has; 2 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -612,7 +612,7 @@ def configuration(kernel: str, capability: tuple[int, int], dtype: torch.dtype, 
     return dict(zip(("BT", "BS", "num_warps", "num_stages"), tiles, strict=True))
 
 
-def _unsupported(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> str | None:
+def unsupported(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> str | None:
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
         return f"takes q, k and v of one dtype, float32, bfloat16 or float16, not {q.dtype}, {k.dtype} and {v.dtype}"
     if not (1 <= q.shape[-1] <= _MAX_HEAD_DIM and 1 <= v.shape[-1] <= _MAX_HEAD_DIM):
@@ -623,7 +623,7 @@ def _unsupported(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> str | No
 def _unsupported_backward(
     do: Tensor | None, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *rest: object
 ) -> str | None:
-    return _unsupported(q, k, v, *rest[:-1])  # the last says which gradients are wanted
+    return unsupported(q, k, v, *rest[:-1])  # the last says which gradients are wanted
 
 
 class _Problem:
@@ -693,7 +693,7 @@ def _output(like: Tensor, last: int, packed: bool) -> Tensor:
     return x.zero_() if packed else x
 
 
-@triton_kernel("attention", _unsupported)
+@triton_kernel("attention", unsupported)
 def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     p = _Problem(q, k, v, options)
     out = _output(q, p.DV, p.packed)
