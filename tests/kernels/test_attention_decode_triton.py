@@ -47,7 +47,8 @@ def test_nothing():
 
 CODE = """
 from fastlm.kernels.triton import attention_decode as kernels
-for D, dtype in [(64, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16), (64, torch.float32), (128, torch.float32)]:
+sizes = [(64, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16), (64, torch.float32), (128, torch.float32)]
+for D, dtype in sizes:
     q, cache = torch.empty(2, 8, 1, D, dtype=dtype), torch.empty(9, 2, 64, D, dtype=dtype)
     lens, pages, heads = torch.tensor([5, 9]), torch.tensor([[1, 2], [3, 4]]), torch.ones(8)
     kernels.attention_decode(q, cache[:2], cache[:2], lens, None, None, None, -1, 0, 0.1, 0.0)

@@ -601,14 +601,23 @@ _HALF_TILES = {
 }
 _FLOAT_TILES = {32: (16, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
 _HOPPER_TILES = {("fwd", 128): (128, 64, 8, 2), ("dkdv", 128): (32, 64, 8, 2)}
+# Masks, biases, slopes and dropout need registers of their own.
+_TILES_WITH_TERMS = {"fwd": (64, 32, 8, 1), "dkdv": (32, 32, 8, 1), "dq": (32, 32, 8, 1)}
 
 
 @functools.cache
-def configuration(kernel: str, capability: tuple[int, int], dtype: torch.dtype, D: int) -> dict[str, int]:
+def configuration(
+    kernel: str, capability: tuple[int, int], dtype: torch.dtype, D: int, terms: bool = False
+) -> dict[str, int]:
     """Tiles, warps and pipeline stages of one kernel: "fwd", "dkdv" or "dq"."""
-    tiles = _FLOAT_TILES[max(D, 32)] if dtype == torch.float32 else _HALF_TILES[kernel][max(D, 64)]
-    if capability[0] == 9 and dtype != torch.float32:
-        tiles = _HOPPER_TILES.get((kernel, D), tiles)
+    if dtype == torch.float32:
+        tiles = _FLOAT_TILES[max(D, 32)]
+    elif terms:
+        tiles = _TILES_WITH_TERMS[kernel]
+    else:
+        tiles = _HALF_TILES[kernel][max(D, 64)]
+        if capability[0] == 9:
+            tiles = _HOPPER_TILES.get((kernel, D), tiles)
     return dict(zip(("BT", "BS", "num_warps", "num_stages"), tiles, strict=True))
 
 
@@ -677,7 +686,8 @@ class _Problem:
         return (*self.tensors, *sinks, *self.more_tensors, *self.strides, tiles, self.n_sequences, *self.drop)
 
     def configuration(self, kernel: str) -> dict:
-        chosen = configuration(kernel, self.capability, self.dtype, max(self.BD, self.BDV))
+        terms = any(x is not None for x in (*self.tensors, self.more_tensors[0]))
+        chosen = configuration(kernel, self.capability, self.dtype, max(self.BD, self.BDV), terms)
         rows, block = (self.T, chosen["BT"]) if kernel == "dkdv" else (self.S, chosen["BS"])
         even = {"EVEN_T" if kernel == "dkdv" else "EVEN_S": rows % block == 0 and not self.packed}
         return {**chosen, **even, "D": self.D, "DV": self.DV, "BD": self.BD, "BDV": self.BDV, **self.flags}
