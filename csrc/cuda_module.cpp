@@ -127,7 +127,7 @@ cuda::attention::Problem problem_of(const char* op, const Border::AttentionSizes
   return problem;
 }
 
-void attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
+const char* attention_forward(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& o,
                        const TensorView& lse, const OptionalTensor& mask, const OptionalTensor& bias,
                        const OptionalTensor& slopes, const OptionalTensor& sinks, const OptionalTensor& seed,
                        const OptionalTensor& ends_q, const OptionalTensor& ends_k, const Diagonals& diagonals,
@@ -140,8 +140,8 @@ void attention_forward(const TensorView& q, const TensorView& k, const TensorVie
                                                  softcap, dropout_p});
   border.check_operand(op, "o", q, o, sizes.o);
   border.check_per_query(op, "lse", q, lse);
-  cuda::attention::forward({q.device, stream}, problem, operand(q), operand(k), operand(v), operand(o),
-                           static_cast<float*>(lse.data));
+  return cuda::attention::forward({q.device, stream}, problem, operand(q), operand(k), operand(v), operand(o),
+                                  static_cast<float*>(lse.data));
 }
 
 void attention_backward(const TensorView& d_o, const OptionalTensor& dlse, const TensorView& q, const TensorView& k,
@@ -251,7 +251,8 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   kernel("bias_act_backward", &fastlm::bias_act_backward);
   m.def("bias_act_chunks", &cuda::bias_act_chunks, "Rows of `partial` that bias_act_backward works in.");
   kernel("adam_step", &fastlm::adam_step, "steps stay on the CPU; everything else is on one device.");
-  kernel("attention_forward", &fastlm::attention_forward, "Diagonals (lower, upper, upper from the start) as in attention_index.h.");
+  kernel("attention_forward", &fastlm::attention_forward, 
+         "Diagonals (lower, upper, upper from the start) as in attention_index.h. Returns the family of kernels that it took.");
   kernel("attention_backward", &fastlm::attention_backward);
   kernel("attention_decode", &fastlm::attention_decode,
          "Returns the elements that `partial`, float32, must have; without it, does nothing else.");

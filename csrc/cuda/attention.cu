@@ -35,12 +35,14 @@ bool aligned(const Operand& x, int width, DType dtype) {
 
 bool on_tensor_cores(const Target& target, DType dtype) { return dtype != DType::kF32 && mma_runs(target); }
 
-void forward(const Target& target, const Problem& problem, const Operand& q, const Operand& k, const Operand& v,
+const char* forward(const Target& target, const Problem& problem, const Operand& q, const Operand& k, const Operand& v,
              const Operand& o, float* lse) {
   ForwardArgs args{problem, q, k, v, o, lse, true};
   for (const Operand* x : {&q, &k}) args.aligned &= aligned(*x, problem.width, problem.dtype);
   for (const Operand* x : {&v, &o}) args.aligned &= aligned(*x, problem.width_v, problem.dtype);
-  on_tensor_cores(target, problem.dtype) ? forward_mma(target, args) : forward_f32(target, args);
+  if (!on_tensor_cores(target, problem.dtype)) return forward_f32(target, args), "fp32";
+  if (forward_sm90(target, args)) return "sm90";
+  return forward_mma(target, args), "sm80";
 }
 
 void backward(const Target& target, const Problem& problem, const Operand& d_o, const float* dlse, const Operand& q,

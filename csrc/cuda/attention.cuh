@@ -2,6 +2,7 @@
 //   attention.cu               which of the others a call takes, the statistics that backward starts from
 //   attention_mma_forward.cu,
 //   attention_mma_backward.cu  fp16 and bf16 on tensor cores, from sm_80 on
+//   attention_sm90.cu          the forward with Hopper's own instructions
 //   attention_decode.cu        few queries against a cache, in both kinds of arithmetic
 //   attention_f32.cu           fp32 arithmetic without tensor cores: float32 anywhere, every dtype on older devices
 //
@@ -38,6 +39,8 @@ bool mma_runs(const Target& target);
 bool on_tensor_cores(const Target& target, DType dtype);
 // Whether every row of a tensor starts at a multiple of 16 bytes and is whole 16-byte vectors.
 bool aligned(const Operand& x, int width, DType dtype);
+// On Hopper, where it is asked for and can: false else.
+bool forward_sm90(const Target& target, const ForwardArgs& args);
 void forward_mma(const Target& target, const ForwardArgs& args);
 void forward_f32(const Target& target, const ForwardArgs& args);
 void backward_mma(const Target& target, const BackwardArgs& args);
@@ -71,17 +74,17 @@ inline int64_t blocks_of(const Problem& problem, bool of_keys, int tile_rows) {
   return int64_t(problem.batch) * (of_keys ? problem.heads_k : problem.heads_q) * tiles;
 }
 
-// Under a causal mask the last queries and the first keys have most to do: they go first, so that no long block starts
+// The block of number `index`. Under a causal mask the last queries and the first keys have most to do: they go first, so that no long block starts
 // late.
-__device__ inline Block block_of(const Problem& problem, bool of_keys, int tile_rows) {
+__device__ inline Block block_of(const Problem& problem, int64_t index, bool of_keys, int tile_rows) {
   const Packed& packed = problem.packed;
   int total = of_keys ? problem.keys : problem.queries;
   int64_t tiles = packed.queries == nullptr ? (total + tile_rows - 1) / tile_rows
                                             : tile_numbers(total, packed.sequences, tile_rows);
-  int64_t tile = blockIdx.x % tiles;
+  int64_t tile = index % tiles;
   int heads = of_keys ? problem.heads_k : problem.heads_q, group = problem.heads_q / problem.heads_k;
-  int64_t head = blockIdx.x / tiles % heads;
-  Block block{{}, int64_t(blockIdx.x / tiles / heads), head, of_keys ? head : head / group, 0, 0, 0};
+  int64_t head = index / tiles % heads;
+  Block block{{}, index / tiles / heads, head, of_keys ? head : head / group, 0, 0, 0};
   Rows queries{0, problem.queries}, keys{0, problem.keys};
   if (packed.queries != nullptr) {
     const int64_t* ends = of_keys ? packed.keys : packed.queries;

@@ -53,8 +53,8 @@ struct Problem {
 constexpr int kMaxWidth = 256;
 
 // o = softmax(scale q k^T, masked) v; lse (B, Hq, Tq), contiguous: its natural log-sum-exp, -inf where a query sees
-// nothing (o is 0 there).
-void forward(const Target& target, const Problem& problem, const Operand& q, const Operand& k, const Operand& v,
+// nothing (o is 0 there). Returns the family of kernels that does it: fp32, sm80 or sm90.
+const char* forward(const Target& target, const Problem& problem, const Operand& q, const Operand& k, const Operand& v,
              const Operand& o, float* lse);
 
 // Gradients from d_o and dlse (contiguous, or null). dq, or both dk and dv, may be null: not wanted. `stats` is 8 bytes

@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_f32_fwd_kernel(const Fo
   constexpr int kRows = ForwardTiles<kD>::kRows, kCols = ForwardTiles<kD>::kCols;
   constexpr int kOwnRows = kRows / kSide, kOwnCols = kCols / kSide;
   const Problem& problem = args.problem;
-  const Block block = block_of(problem, false, kRows);
+  const Block block = block_of(problem, blockIdx.x, false, kRows);
   const Mask& mask = block.mask;
   int q0 = block.first;
   if (q0 >= mask.queries) return;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_f32_bwd_kernel(const Ba
   constexpr int kOwnRows = kRows / kSide, kOwnCols = kCols / kSide;
   constexpr bool kKeys = kRole == Role::kKeys;
   const Problem& problem = args.problem;
-  const Block block = block_of(problem, kKeys, kRows);
+  const Block block = block_of(problem, blockIdx.x, kKeys, kRows);
   const Mask& mask = block.mask;
   int group = problem.heads_q / problem.heads_k;
   int rows = kKeys ? mask.keys : mask.queries, cols = kKeys ? mask.queries : mask.keys;

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_kernel(const Backwa
   constexpr int kCols = Tiles::kCols, kOut = Tiles::kOut;
   constexpr bool kKeys = kRole == Role::kKeys;
   const Problem& problem = args.problem;
-  const Block block = block_of(problem, kKeys, kRows);
+  const Block block = block_of(problem, blockIdx.x, kKeys, kRows);
   const Mask& mask = block.mask;
   int group = problem.heads_q / problem.heads_k;
   int rows = kKeys ? mask.keys : mask.queries, cols = kKeys ? mask.queries : mask.keys;

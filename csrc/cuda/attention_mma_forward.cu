@@ -14,7 +14,7 @@ template <class T, int kD, bool kTerms>
 __global__ void __launch_bounds__(kThreads, 2) attention_fwd_kernel(const ForwardArgs args) {
   constexpr int kCols = ForwardTiles<kD>::kCols;
   const Problem& problem = args.problem;
-  const Block block = block_of(problem, false, kRows);
+  const Block block = block_of(problem, blockIdx.x, false, kRows);
   const Mask& mask = block.mask;
   int q0 = block.first;
   if (q0 >= mask.queries) return;

@@ -63,7 +63,8 @@ def build_emulated() -> Path:
     flags = [
         "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror",
         f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}",
-        f'-DFASTLM_DEVICE_EMULATION="{HERE / "emulation.h"}"', "-DFASTLM_MODULE=_cuda_emulated",
+        f'-DFASTLM_DEVICE_EMULATION="{HERE / "emulation.h"}"',
+        f'-DFASTLM_HOPPER_EMULATION="{HERE / "hopper_emulation.h"}"', "-DFASTLM_MODULE=_cuda_emulated",
     ]  # fmt: skip
     sources = [ROOT / "csrc/cuda_module.cpp", HERE / "emulated_runtime.cpp", *sorted(ROOT.glob("csrc/cuda/*.cu"))]
     objects = [folder / f"{source.name}.o" for source in sources]

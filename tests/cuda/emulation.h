@@ -31,6 +31,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __restrict__
+#define __grid_constant__
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -89,7 +90,7 @@ struct Fiber {
 };
 
 constexpr size_t kStack = 256 * 1024;
-constexpr size_t kSharedLimit = 99 * 1024;
+constexpr size_t kSharedLimit = 99 * 1024, kHopperSharedLimit = 227 * 1024;
 
 struct Machine {
   std::vector<Fiber> fibers;
@@ -102,7 +103,8 @@ struct Machine {
   bool late_copies = false;
   unsigned launches = 0;
   int64_t bank_conflicts = 0;  // extra passes that ldmatrix would take
-  alignas(128) char shared[kSharedLimit];
+  std::function<void()> begin_block;  // what else starts anew
+  alignas(1024) char shared[kHopperSharedLimit];
 };
 inline Machine machine;
 
@@ -174,6 +176,7 @@ inline void run_block(const std::vector<int>& order) {
   Machine& m = machine;
   std::memset(m.shared, 0xff, sizeof m.shared);
   m.block = {};
+  if (m.begin_block) m.begin_block();
   for (Warp& w : m.warps) w.barrier = {};
   for (Fiber& f : m.fibers) {
     f.started = f.done = false;
@@ -197,11 +200,17 @@ inline void run_block(const std::vector<int>& order) {
 
 }  // namespace emulation
 
+template <class Kernel> int compiled_capability(const Target&, Kernel*) {
+  const char* forced = std::getenv("EMULATED_COMPUTE_CAPABILITY");
+  return forced != nullptr ? std::atoi(forced) : 80;
+}
+
 template <class... Params, class... Args>
 void launch(const Target&, const char*, void (*kernel)(Params...), dim3 grid, int threads, int shared_bytes,
             const Args&... args) {
   using namespace emulation;
-  if (shared_bytes > int(kSharedLimit)) throw std::runtime_error("more shared memory than a block of sm_86 has");
+  const bool hopper = compiled_capability(Target{}, kernel) == 90;
+  if (shared_bytes > int(hopper ? kHopperSharedLimit : kSharedLimit)) throw std::runtime_error("more shared memory than a block has");
   if (threads % kLanes != 0) throw std::runtime_error("a block must be whole warps");
   Machine& m = machine;
   m.fibers.resize(threads);
@@ -228,10 +237,6 @@ void launch(const Target&, const char*, void (*kernel)(Params...), dim3 grid, in
   }
 }
 
-template <class Kernel> int compiled_capability(const Target&, Kernel*) {
-  const char* forced = std::getenv("EMULATED_COMPUTE_CAPABILITY");
-  return forced != nullptr ? std::atoi(forced) : 80;
-}
 
 inline int processors(const Target&) { return 3; }
 
@@ -310,6 +315,9 @@ template <class T> T shuffle_xor(T x, int mask) { return shuffle(x, emulation::l
 inline void sync_warp() { emulation::exchange({}); }
 
 inline char* dynamic_shared() { return emulation::machine.shared; }
+inline uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const char*>(p) - emulation::machine.shared);
+}
 
 template <int kBytes> void copy_async(void* shared, const void* global, bool valid) {
   using namespace emulation;

@@ -334,6 +334,76 @@ def test_attention_of_nothing(kernels, sizes):
     assert dq.shape == q.shape and (dq == 0).all() and (dk == 0).all() and (dv == 0).all()
 
 
+# --- the same on Hopper ---------------------------------------------------------------------------------------------
+HOPPER = [
+    (1, 1, 1, 128, 128, 64, 64, 0, (-1, -1), "plain"),
+    (1, 2, 1, 300, 300, 64, 64, 1, (-1, -1), "plain"),
+    (2, 4, 2, 70, 600, 40, 40, 1, (-1, -1), "bthd"),
+    (1, 2, 2, 200, 130, 128, 96, 1, (-1, -1), "bthd"),
+    (1, 1, 1, 390, 520, 128, 128, 2, (-1, -1), "plain"),
+    (1, 3, 1, 260, 400, 64, 128, 0, (100, 30), "plain"),
+    (1, 1, 1, 1, 1, 8, 8, 1, (-1, -1), "plain"),
+]
+
+
+@pytest.fixture
+def on_hopper(kernels, monkeypatch):
+    """The family for sm_90a, and proof that each call of attention took it."""
+    if not kernels.emulated and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.setenv("FASTLM_CUDA_FAMILY", "sm90")
+    monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", "90")
+    return kernels
+
+
+def family(kernels, q, k, v, scale=1.0):
+    o, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
+    last = (*[None] * 7, (-(2**30), 0, 2**30), scale, 0.0, 0.0, kernels.stream())
+    return kernels.module.attention_forward(q, k, v, o, lse, *last)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", HOPPER, ids=str)
+def test_attention_on_hopper(on_hopper, dtype, case):
+    first, again = (check_attention(on_hopper, dtype, case) for _ in range(2))
+    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    q = torch.zeros(*case[:2], case[3], case[5], dtype=dtype, device=on_hopper.device)
+    assert family(on_hopper, q, q, q) == "sm90"
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["packed", "packed, window"])
+def test_packed_sequences_on_hopper(on_hopper, dtype, name):
+    check_options(on_hopper, dtype, 64, 64, name)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [5, 200])
+def test_hidden_positions_do_not_count_on_hopper(on_hopper, dtype, value, bad):
+    q, k, v = (draw(1, 1, 260, 64, dtype=dtype, seed=i).to(on_hopper.device) for i in range(3))
+    o, lse = on_hopper["attention"](q, k, v, *options(1, (100, -1), scale=0.1))
+    for t in (k, v):
+        t[:, :, bad] = value
+    o2, lse2 = on_hopper["attention"](q, k, v, *options(1, (100, -1), scale=0.1))
+    seen = torch.zeros(260, dtype=torch.bool)
+    seen[bad : bad + 101] = True
+    assert_near(o2[:, :, ~seen], o[:, :, ~seen].cpu(), TOLERANCE[dtype])
+    assert torch.equal(lse2[:, :, ~seen], lse[:, :, ~seen])
+    assert not o2[:, :, seen].isfinite().all(-1).any()
+
+
+def test_what_hopper_kernels_leave_to_the_others(on_hopper):
+    q = torch.zeros(1, 2, 20, 64, dtype=torch.float16, device=on_hopper.device)
+    assert family(on_hopper, q, q, q) == "sm90"
+    wide = torch.zeros(1, 2, 20, 136, dtype=torch.float16, device=on_hopper.device)
+    shared = q[:, :1].expand(1, 2, 20, 64)
+    misaligned = torch.zeros(1, 2, 20, 65, dtype=torch.float16, device=on_hopper.device)[..., 1:]
+    others = [(wide, 1.0, wide), (q, -1.0, q), (q, 1.0, shared), (q, 1.0, misaligned)]
+    assert [family(on_hopper, q, k, k, scale) for q, scale, k in others] == ["sm80"] * 4
+    assert family(on_hopper, *[q.float()] * 3) == "fp32"
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
 def test_attention_computes_what_is_wanted(kernels, dtype, wanted):

@@ -1,0 +1,364 @@
+// The forward of attention on Hopper, in fp16 and bf16, in the manner of FlashAttention-3 (Shah et al. 2024,
+// https://arxiv.org/abs/2407.08608). One warpgroup has the copy engine fetch tiles ahead; two others, of 64 queries each,
+// take turns: while one uses the tensor cores the other computes exponentials. Within each, the scores of the next tile
+// and the values of this one are under way together. Blocks stay and take one tile of queries after another.
+//
+// Head dims are padded with zeros to 64 or 128. Scores are scaled products alone (no ScoreTerms), scale is positive.
+#include <cstdlib>
+
+#include "attention.cuh"
+#include "hopper.cuh"
+
+namespace fastlm::cuda::attention {
+namespace {
+
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kTileQueries = 64 * kConsumers;
+constexpr int kTileKeys = 128;
+constexpr int kStages = 2;
+constexpr int kBlockThreads = kWarpgroup * (1 + kConsumers);
+constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
+// Barriers by number: whose turn it is on the tensor cores, and votes within a consumer.
+constexpr int kTurn = 1, kVote = kTurn + kConsumers;
+
+struct Sm90Args {
+  TensorMap q, k, v;
+  ForwardArgs forward;
+  int64_t tiles;
+};
+
+struct Barriers {
+  TileBarrier q_full, q_empty, k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+};
+
+template <int kD> struct Sm90Tiles {
+  static constexpr int kQuery = kTileQueries * kD, kKey = kTileKeys * kD;  // elements
+  static constexpr int kAlignment = 1024;                                  // of a swizzled tile
+  static constexpr int kSharedBytes = 2 * (kQuery + 2 * kStages * kKey) + int(sizeof(Barriers)) + kAlignment;
+};
+
+// Where chunk `chunk` (8 elements) of a row lies in a tile of boxes of 64 columns, one after the other. In elements.
+__device__ inline int box_offset(int row, int chunk, int rows) {
+  return (chunk / 8 * rows + row) * 64 + ((chunk % 8) ^ (row & 7)) * 8;
+}
+
+// A tile's boxes, all of which count for one barrier.
+template <class T, int kRows, int kD>
+__device__ void load_boxes(T* tile, const TensorMap* map, TileBarrier* full, int row, int64_t head, int64_t batch) {
+  barrier_arrive_expect(full, kRows * kD * int(sizeof(T)));
+#pragma unroll
+  for (int c = 0; c < kD / 64; ++c) load_box(tile + c * kRows * 64, map, full, 64 * c, row, int(head), int(batch));
+}
+
+// Element 0 or 1 of two neighbours in one register.
+template <class T> __device__ float unpack(uint32_t pair, int i) {
+  uint16_t bits = uint16_t(pair >> 16 * i);
+  T x;
+  memcpy(&x, &bits, 2);
+  return widen(x);
+}
+
+// --- consumers --------------------------------------------------------------------------------------------------------
+// s (64 x kTileKeys) = q k^T; starts it.
+template <class T, int kD> __device__ void start_scores(float (&s)[kTileKeys / 8][4], const T* q, const T* k) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kD / 16; ++step) {
+    int box = step / 4, col = step % 4 * 16;
+    wgmma_shared<T, kTileKeys / 8>(s, tile_descriptor(q + box * kTileQueries * 64 + col, 16, 1024),
+                                   tile_descriptor(k + box * kTileKeys * 64 + col, 16, 1024), step > 0);
+  }
+  wgmma_commit();
+}
+
+// acc (64 x kD) += p v; starts it.
+template <class T, int kD>
+__device__ void start_values(float (&acc)[kD / 8][4], const uint32_t (&p)[kTileKeys / 16][4], const T* v) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < kTileKeys / 16; ++step) {
+    wgmma_registers<T, kD / 8>(acc, p[step], tile_descriptor(v + step * 16 * 64, kTileKeys * 128, 1024), true);
+  }
+  wgmma_commit();
+}
+
+// The same at once, term by term, where v holds an inf or a NaN that some rows must not see.
+template <class T, int kD, class Visible>
+__device__ void add_values_guarded(float (&acc)[kD / 8][4], const uint32_t (&p)[kTileKeys / 16][4], const T* v,
+                                   const Visible& visible) {
+  int lane = threadIdx.x % kWarp;
+#pragma unroll
+  for (int step = 0; step < kTileKeys / 16; ++step) {
+#pragma unroll 1
+    for (int c = 0; c < 16; ++c) {
+      int source = lane / 4 * 4 + c % 8 / 2;  // the lane of these rows that holds column c
+      uint32_t upper2 = shuffle(c < 8 ? p[step][0] : p[step][2], source), lower2 = shuffle(c < 8 ? p[step][1] : p[step][3], source);
+      float upper = unpack<T>(upper2, c % 2), lower = unpack<T>(lower2, c % 2);
+      int col = 16 * step + c;
+      bool upper_sees = visible(acc_row(lane, 0), col), lower_sees = visible(acc_row(lane, 2), col);
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) {
+        const T* at = v + box_offset(col, n, kTileKeys) + acc_col(lane, 0);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float value = widen(at[e]);
+          if (upper_sees) acc[n][e] += upper * value;
+          if (lower_sees) acc[n][2 + e] += lower * value;
+        }
+      }
+    }
+  }
+}
+
+template <class T, int kD> __device__ bool tile_has_nonfinite(const T* v) {
+  bool found = false;
+  for (int i = threadIdx.x % kWarpgroup; i < kTileKeys * kD; i += kWarpgroup) found |= !(fabsf(widen(v[i])) < INFINITY);
+  return found;
+}
+
+template <class T, int kD> __device__ void consume(const Sm90Args& args, int group, T* tile_q, T* tile_k, T* tile_v, Barriers* bars) {
+  using Tiles = Sm90Tiles<kD>;
+  const ForwardArgs& forward = args.forward;
+  const Problem& problem = forward.problem;
+  int lane = threadIdx.x % kWarp, warp_row = 64 * group + threadIdx.x % kWarpgroup / kWarp * 16;  // of the warp in the tile
+  float scale = problem.scale * kLog2e;
+  if (group == 1) group_arrive(kTurn, kConsumers * kWarpgroup);  // consumer 0 goes first
+  int turn = 0, step = 0;  // tiles of queries and of keys so far
+  auto done_with = [&](TileBarrier* empty) {
+    if (lane == 0) barrier_arrive(empty);
+  };
+
+  for (int64_t index = blockIdx.x; index < args.tiles; index += gridDim.x) {
+    const Block block = block_of(problem, index, false, kTileQueries);
+    const Mask& mask = block.mask;
+    int q0 = block.first, row0 = q0 + warp_row;
+    if (q0 >= mask.queries) continue;
+    int begin = mask.key_begin(q0) / kTileKeys * kTileKeys, end = mask.key_end(q0, kTileQueries);
+    float acc[kD / 8][4] = {}, s[kTileKeys / 8][4];
+    uint32_t p[kTileKeys / 16][4];
+    float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of rows lane / 4 and lane / 4 + 8, before scaling; sum: this lane's columns
+    auto visible_from = [&](int k0) { return [&, k0](int row, int col) { return mask.visible(row0 + row, k0 + col); }; };
+
+    // Weights of the tile at k0 from its scores; by how much sums of former tiles shrink.
+    auto softmax = [&](int k0, float (&factor)[2]) {
+      bool whole = mask.whole(q0, kTileQueries, k0, kTileKeys);
+      float new_max[2] = {max[0], max[1]};
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          if (!whole && !mask.visible(row0 + acc_row(lane, e), k0 + 8 * n + acc_col(lane, e))) s[n][e] = -INFINITY;
+          new_max[e / 2] = fmaxf(new_max[e / 2], s[n][e]);
+        }
+      }
+      float least[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        new_max[half] = lanes_max<4>(new_max[half]);
+        least[half] = finite_max(new_max[half]) * scale;
+        factor[half] = exp2_approx(max[half] * scale - least[half]);
+        max[half] = new_max[half];
+        sum[half] *= factor[half];
+      }
+#pragma unroll
+      for (int n = 0; n < kTileKeys / 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          s[n][e] = exp2_approx(s[n][e] * scale - least[e / 2]);
+          sum[e / 2] += s[n][e];
+        }
+      }
+    };
+    auto keep_weights = [&] {
+#pragma unroll
+      for (int j = 0; j < kTileKeys / 16; ++j) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+          const float(&from)[4] = s[2 * j + r / 2];
+          p[j][r] = pack<T>(from[r % 2 * 2], from[r % 2 * 2 + 1]);
+        }
+      }
+    };
+    // Waits for the values of key tile number `at`, which begins at k0, and starts or does their product.
+    auto add_values = [&](int at, int k0) {
+      const T* v = tile_v + at % kStages * Tiles::kKey;
+      barrier_wait(&bars->v_full[at % kStages], at / kStages % 2);
+      if (!mask.whole(q0, kTileQueries, k0, kTileKeys) &&
+          group_any(kVote + group, kWarpgroup, tile_has_nonfinite<T, kD>(v))) {
+        add_values_guarded<T, kD>(acc, p, v, visible_from(k0));
+        wgmma_commit();  // so that the waits count the same
+      } else {
+        start_values<T, kD>(acc, p, v);
+      }
+    };
+
+    barrier_wait(&bars->q_full, turn % 2);
+    const T* q = tile_q + 64 * group * 64;
+    if (begin < end) {
+      float factor[2];
+      barrier_wait(&bars->k_full[step % kStages], step / kStages % 2);
+      start_scores<T, kD>(s, q, tile_k + step % kStages * Tiles::kKey);
+      wgmma_wait<0>();
+      pin(s);
+      done_with(&bars->k_empty[step % kStages]);
+      softmax(begin, factor);
+      keep_weights();
+      for (int k0 = begin + kTileKeys; k0 < end; k0 += kTileKeys, ++step) {
+        int next = step + 1;
+        group_sync(kTurn + group, kConsumers * kWarpgroup);
+        barrier_wait(&bars->k_full[next % kStages], next / kStages % 2);
+        start_scores<T, kD>(s, q, tile_k + next % kStages * Tiles::kKey);
+        add_values(step, k0 - kTileKeys);
+        group_arrive(kTurn + (group + 1) % kConsumers, kConsumers * kWarpgroup);
+        wgmma_wait<1>();
+        pin(s);
+        done_with(&bars->k_empty[next % kStages]);
+        softmax(k0, factor);
+        wgmma_wait<0>();
+        pin(acc);
+        done_with(&bars->v_empty[step % kStages]);
+#pragma unroll
+        for (int n = 0; n < kD / 8; ++n) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[n][e] *= factor[e / 2];
+        }
+        keep_weights();
+      }
+      add_values(step, begin + (end - 1 - begin) / kTileKeys * kTileKeys);
+      wgmma_wait<0>();
+      pin(acc);
+      done_with(&bars->v_empty[step % kStages]);
+      ++step;
+    }
+
+    // The rows leave through this warp's part of the query tile, in 16-byte pieces.
+    T* o = static_cast<T*>(const_cast<void*>(forward.o.data)) + block.at_query(forward.o, block.head);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] = lanes_sum<4>(sum[half]);
+      int row = acc_row(lane, 2 * half);
+      if (lane % 4 == 0 && row0 + row < mask.queries) {
+        float lse = sum[half] == 0.0f ? -INFINITY : (finite_max(max[half]) * scale + log2f(sum[half])) * kLn2;
+        forward.lse[block.query_number(problem, block.head, row0 + row)] = lse;
+      }
+      float factor = final_factor(sum[half]);
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) {
+        *reinterpret_cast<uint32_t*>(tile_q + box_offset(warp_row + row, n, kTileQueries) + acc_col(lane, 0)) =
+            pack<T>(acc[n][2 * half] * factor, acc[n][2 * half + 1] * factor);
+      }
+    }
+    sync_warp();
+#pragma unroll 2
+    for (int i = lane; i < 16 * (kD / 8); i += kWarp) {
+      int row = i / (kD / 8), chunk = i % (kD / 8);
+      if (row0 + row >= mask.queries || 8 * chunk >= problem.width_v) continue;
+      Vector<T> x = *reinterpret_cast<const Vector<T>*>(tile_q + box_offset(warp_row + row, chunk, kTileQueries));
+      store_count(o + (row0 + row) * forward.o.row + 8 * chunk, x, problem.width_v - 8 * chunk, true);
+    }
+    fence_async();
+    sync_warp();
+    done_with(&bars->q_empty);
+    ++turn;
+  }
+}
+
+// --- the producer -----------------------------------------------------------------------------------------------------
+template <class T, int kD> __device__ void produce(const Sm90Args& args, T* tile_q, T* tile_k, T* tile_v, Barriers* bars) {
+  using Tiles = Sm90Tiles<kD>;
+  const Problem& problem = args.forward.problem;
+  int turn = 0, step = 0;
+  for (int64_t index = blockIdx.x; index < args.tiles; index += gridDim.x) {
+    const Block block = block_of(problem, index, false, kTileQueries);
+    const Mask& mask = block.mask;
+    if (block.first >= mask.queries) continue;
+    barrier_wait(&bars->q_empty, turn % 2 ^ 1);
+    load_boxes<T, kTileQueries, kD>(tile_q, &args.q, &bars->q_full, block.query0 + block.first, block.head, block.batch);
+    int begin = mask.key_begin(block.first) / kTileKeys * kTileKeys, end = mask.key_end(block.first, kTileQueries);
+    for (int k0 = begin; k0 < end; k0 += kTileKeys, ++step) {
+      int stage = step % kStages, before = step / kStages % 2 ^ 1;
+      barrier_wait(&bars->k_empty[stage], before);
+      load_boxes<T, kTileKeys, kD>(tile_k + stage * Tiles::kKey, &args.k, &bars->k_full[stage], block.key0 + k0, block.head_k,
+                                   block.batch);
+      barrier_wait(&bars->v_empty[stage], before);
+      load_boxes<T, kTileKeys, kD>(tile_v + stage * Tiles::kKey, &args.v, &bars->v_full[stage], block.key0 + k0, block.head_k,
+                                   block.batch);
+    }
+    ++turn;
+  }
+}
+
+template <class T, int kD>
+__global__ void __launch_bounds__(kBlockThreads, 1) attention_fwd_sm90_kernel(const __grid_constant__ Sm90Args args) {
+#ifdef FASTLM_SM90A
+  using Tiles = Sm90Tiles<kD>;
+  char* base = dynamic_shared();
+  base += (Tiles::kAlignment - shared_address(base) % Tiles::kAlignment) % Tiles::kAlignment;
+  T* tile_q = reinterpret_cast<T*>(base);
+  T* tile_k = tile_q + Tiles::kQuery;
+  T* tile_v = tile_k + kStages * Tiles::kKey;
+  Barriers* bars = reinterpret_cast<Barriers*>(tile_v + kStages * Tiles::kKey);
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
+    barrier_init(&bars->q_full, 1);
+    barrier_init(&bars->q_empty, kConsumerWarps);
+    for (int stage = 0; stage < kStages; ++stage) {
+      barrier_init(&bars->k_full[stage], 1);
+      barrier_init(&bars->v_full[stage], 1);
+      barrier_init(&bars->k_empty[stage], kConsumerWarps);
+      barrier_init(&bars->v_empty[stage], kConsumerWarps);
+    }
+    barrier_init_done();
+  }
+  __syncthreads();
+  if (threadIdx.x < kWarpgroup) {
+    give_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) produce<T, kD>(args, tile_q, tile_k, tile_v, bars);
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume<T, kD>(args, threadIdx.x / kWarpgroup - 1, tile_q, tile_k, tile_v, bars);
+  }
+#elif defined(__CUDA_ARCH__)
+  __trap();  // launched where it was not compiled for
+#endif
+}
+
+// --- launch -----------------------------------------------------------------------------------------------------------
+bool make_map(TensorMap* map, const Operand& x, DType dtype, int batch, int heads, int rows, int width, int box_rows) {
+  int64_t sizes[4] = {batch, heads, rows, width}, strides[3] = {x.batch, x.head, x.row};
+  for (int i = 0; i < 3; ++i) {
+    if (sizes[i] == 1) strides[i] = (width + 7) / 8 * 8;  // never used, but it has to be one
+    if (strides[i] <= 0) return false;
+  }
+  return make_tensor_map(map, x.data, dtype == DType::kF16, sizes, strides, box_rows);
+}
+
+template <class T, int kD> void launch_forward(const Target& target, const Sm90Args& args) {
+  launch(target, "attention", attention_fwd_sm90_kernel<T, kD>,
+         grid_of(std::min<int64_t>(args.tiles, processors(target))), kBlockThreads, Sm90Tiles<kD>::kSharedBytes, args);
+}
+
+}  // namespace
+
+bool forward_sm90(const Target& target, const ForwardArgs& forward) {
+  const Problem& p = forward.problem;
+  // Not chosen by itself before it has run on a GPU.
+  const char* family = std::getenv("FASTLM_CUDA_FAMILY");
+  if (family == nullptr || std::string(family) != "sm90") return false;
+  if (p.terms.any() || !(p.scale > 0) || !forward.aligned || p.keys == 0 || p.queries == 0) return false;
+  if (std::max(p.width, p.width_v) > 128) return false;
+  if (compiled_capability(target, attention_fwd_sm90_kernel<f16, 64>) != 90) return false;
+  Sm90Args args{{}, {}, {}, forward, blocks_of(p, false, kTileQueries)};
+  if (!make_map(&args.q, forward.q, p.dtype, p.batch, p.heads_q, p.queries, p.width, kTileQueries) ||
+      !make_map(&args.k, forward.k, p.dtype, p.batch, p.heads_k, p.keys, p.width, kTileKeys) ||
+      !make_map(&args.v, forward.v, p.dtype, p.batch, p.heads_k, p.keys, p.width_v, kTileKeys)) {
+    return false;
+  }
+  dispatch_padded<64, 128>(std::max(p.width, p.width_v), [&](auto width) {
+    constexpr int kD = decltype(width)::value;
+    p.dtype == DType::kF16 ? launch_forward<f16, kD>(target, args) : launch_forward<bf16, kD>(target, args);
+  });
+  return true;
+}
+
+}  // namespace fastlm::cuda::attention

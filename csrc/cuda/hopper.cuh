@@ -1,0 +1,213 @@
+// What kernels for sm_90a ask of the machine beyond device.cuh: copies of whole tiles by the copy engine (TMA), barriers in
+// shared memory that count their bytes, products of a warpgroup (wgmma). As there, all that is PTX stands here, and a test
+// supplies the same names in C++.
+#pragma once
+
+#include "common.cuh"
+
+#ifdef FASTLM_DEVICE_EMULATION
+#include FASTLM_HOPPER_EMULATION
+#else
+
+#include <cuda.h>
+
+namespace fastlm::cuda {
+
+// Whether this is being compiled for sm_90a, whose instructions no other architecture has.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FASTLM_SM90A 1
+#endif
+
+// --- tensor maps ------------------------------------------------------------------------------------------------------
+using TensorMap = CUtensorMap;
+
+// A (B, H, T, D) tensor of 16-bit elements, cut into boxes of 64 columns (128 bytes) by `rows`; swizzled in shared memory
+// by 128 bytes, zeros past the edges. False where the copy engine cannot read it.
+inline bool make_tensor_map(TensorMap* map, const void* data, bool is_f16, const int64_t (&sizes)[4], const int64_t (&strides)[3],
+                            int rows) {
+  static auto encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result) != cudaSuccess) {
+      found = nullptr;
+    }
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  if (encode == nullptr) return false;
+  // Innermost first; strides in bytes, of all but the innermost.
+  cuuint64_t dims[4] = {cuuint64_t(sizes[3]), cuuint64_t(sizes[2]), cuuint64_t(sizes[1]), cuuint64_t(sizes[0])};
+  cuuint64_t steps[3] = {cuuint64_t(2 * strides[2]), cuuint64_t(2 * strides[1]), cuuint64_t(2 * strides[0])};
+  cuuint32_t box[4] = {64, cuuint32_t(rows), 1, 1}, ones[4] = {1, 1, 1, 1};
+  return encode(map, is_f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(data), dims,
+                steps, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// --- barriers in shared memory ----------------------------------------------------------------------------------------
+struct alignas(8) TileBarrier {
+  uint64_t word;
+};
+
+// Completes a phase when `count` threads have arrived and all announced bytes have come.
+__device__ inline void barrier_init(TileBarrier* b, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count) : "memory");
+}
+// Makes initialised barriers visible to the copy engine; a barrier of the block must follow.
+__device__ inline void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ inline void barrier_arrive(TileBarrier* b) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(b)) : "memory");
+}
+__device__ inline void barrier_arrive_expect(TileBarrier* b, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)), "r"(bytes) : "memory");
+}
+// Until the phase of this parity is complete: of a new barrier, parity 0 is its first phase, and 1 counts as done.
+__device__ inline void barrier_wait(TileBarrier* b, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n}"
+      ::"r"(shared_address(b)), "r"(parity) : "memory");
+}
+
+// --- the copy engine --------------------------------------------------------------------------------------------------
+// Starts copying the box at (column, row, head, batch); its bytes count for the barrier. One thread says it for all.
+__device__ inline void load_box(void* shared, const TensorMap* map, TileBarrier* b, int column, int row, int head, int batch) {
+#ifdef FASTLM_SM90A
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
+          shared_address(shared)),
+      "l"(map), "r"(column), "r"(row), "r"(head), "r"(batch), "r"(shared_address(b))
+      : "memory");
+#endif
+}
+// Between this thread's ordinary accesses to shared memory and the copy engine's or the tensor cores'.
+__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// --- groups of threads ------------------------------------------------------------------------------------------------
+constexpr int kWarpgroup = 128;
+
+template <int kRegisters> __device__ inline void give_registers() {
+#ifdef FASTLM_SM90A
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters> __device__ inline void take_registers() {
+#ifdef FASTLM_SM90A
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+// Barriers by number, 1 to 15, of so many threads: those that wait, and those that go on.
+__device__ inline void group_sync(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+__device__ inline void group_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+// Waits, and says whether any thread's predicate holds.
+__device__ inline bool group_any(int number, int threads, bool predicate) {
+  int any;
+  asm volatile(
+      "{\n.reg .pred p, q;\n"
+      "setp.ne.b32 p, %3, 0;\n"
+      "bar.red.or.pred q, %1, %2, p;\n"
+      "selp.b32 %0, 1, 0, q;\n}"
+      : "=r"(any)
+      : "r"(number), "r"(threads), "r"(int(predicate))
+      : "memory");
+  return any != 0;
+}
+
+// --- products of a warpgroup ------------------------------------------------------------------------------------------
+// A tile in shared memory as the tensor cores read it: its address and two distances, for the swizzle of 128 bytes.
+struct TileDescriptor {
+  uint64_t word;
+};
+__device__ inline TileDescriptor tile_descriptor(const void* at, int leading_bytes, int stride_bytes) {
+  return {uint64_t(shared_address(at) >> 4 & 0x3fff) | uint64_t(leading_bytes >> 4 & 0x3fff) << 16 |
+          uint64_t(stride_bytes >> 4 & 0x3fff) << 32 | uint64_t(1) << 62};
+}
+
+__device__ inline void wgmma_fence() {
+#ifdef FASTLM_SM90A
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void wgmma_commit() {
+#ifdef FASTLM_SM90A
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+// Until at most kPending of the committed groups are under way.
+template <int kPending> __device__ inline void wgmma_wait() {
+#ifdef FASTLM_SM90A
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#endif
+}
+// The compiler may move neither reads nor writes of the accumulators past this.
+template <int kSize> __device__ inline void pin(float (&acc)[kSize][4]) {
+#pragma unroll
+  for (int n = 0; n < kSize; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(acc[n][e])::"memory");
+  }
+}
+
+#define FASTLM_ACC1(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+#define FASTLM_ACC4(n) FASTLM_ACC1(n), FASTLM_ACC1(n + 1), FASTLM_ACC1(n + 2), FASTLM_ACC1(n + 3)
+#define FASTLM_REGS32                                                                                          \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+#define FASTLM_REGS64                                                                                              \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "     \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, " \
+  "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+
+// c (64 x 8 kSize, as multiply_add's accumulators side by side, 16 rows a warp) = a b, or c + a b where `add`. a: 16
+// columns of a tile, row after row (K-major). b: 16 of its rows as columns, row after row.
+template <class T, int kSize>
+__device__ void wgmma_shared(float (&c)[kSize][4], TileDescriptor a, TileDescriptor b, bool add);
+// a: 16 columns in registers, as multiply_add's; b: 16 rows of a tile.
+template <class T, int kSize>
+__device__ void wgmma_registers(float (&c)[kSize][4], const uint32_t (&a)[4], TileDescriptor b, bool add);
+
+#ifdef FASTLM_SM90A
+// %NA etc.: the operands after the accumulators.
+#define FASTLM_WGMMA(TYPE, PTX, SIZE, COLS, REGS, ACCS, N0, N1, N2, N3, N4, N5)                                          \
+  template <>                                                                                                            \
+  __device__ inline void wgmma_shared<TYPE, SIZE>(float(&c)[SIZE][4], TileDescriptor a, TileDescriptor b, bool add) {    \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " N2 ", 0;\n"                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" COLS "k16.f32." PTX "." PTX " " REGS N0 ", " N1                      \
+                 ", p, 1, 1, 0, 0;\n}"                                                                                   \
+                 : ACCS                                                                                                  \
+                 : "l"(a.word), "l"(b.word), "r"(int(add)));                                                             \
+  }                                                                                                                      \
+  template <>                                                                                                            \
+  __device__ inline void wgmma_registers<TYPE, SIZE>(float(&c)[SIZE][4], const uint32_t(&a)[4], TileDescriptor b,         \
+                                                     bool add) {                                                         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " N5 ", 0;\n"                                                         \
+                 "wgmma.mma_async.sync.aligned.m64n" COLS "k16.f32." PTX "." PTX " " REGS "{" N0 ", " N1 ", " N2 ", " N3  \
+                 "}, " N4 ", p, 1, 1, 1;\n}"                                                                             \
+                 : ACCS                                                                                                  \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.word), "r"(int(add)));                              \
+  }
+#define FASTLM_WGMMA_SIZES(TYPE, PTX)                                                                                    \
+  FASTLM_WGMMA(TYPE, PTX, 8, "64", FASTLM_REGS32, FASTLM_ACC4(0) FASTLM_COMMA FASTLM_ACC4(4), "%32", "%33", "%34",       \
+               "%35", "%36", "%37")                                                                                      \
+  FASTLM_WGMMA(TYPE, PTX, 16, "128", FASTLM_REGS64,                                                                      \
+               FASTLM_ACC4(0) FASTLM_COMMA FASTLM_ACC4(4) FASTLM_COMMA FASTLM_ACC4(8) FASTLM_COMMA FASTLM_ACC4(12), "%64", \
+               "%65", "%66", "%67", "%68", "%69")
+#define FASTLM_COMMA ,
+FASTLM_WGMMA_SIZES(f16, "f16")
+FASTLM_WGMMA_SIZES(bf16, "bf16")
+#else
+template <class T, int kSize>
+__device__ void wgmma_shared(float (&)[kSize][4], TileDescriptor, TileDescriptor, bool) {}
+template <class T, int kSize>
+__device__ void wgmma_registers(float (&)[kSize][4], const uint32_t (&)[4], TileDescriptor, bool) {}
+#endif
+
+}  // namespace fastlm::cuda
+
+#endif
