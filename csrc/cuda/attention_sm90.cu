@@ -18,8 +18,7 @@ constexpr int kTileKeys = 128;
 constexpr int kStages = 2;
 constexpr int kBlockThreads = kWarpgroup * (1 + kConsumers);
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-// Barriers by number: whose turn it is on the tensor cores, and votes within a consumer.
-constexpr int kTurn = 1, kVote = kTurn + kConsumers;
+constexpr int kTurn = 1;  // number of the barrier that gives the first consumer its turn on the tensor cores
 
 struct Sm90Args {
   TensorMap q, k, v;
@@ -50,14 +49,6 @@ __device__ void load_boxes(T* tile, const TensorMap* map, TileBarrier* full, int
   for (int c = 0; c < kD / 64; ++c) load_box(tile + c * kRows * 64, map, full, 64 * c, row, int(head), int(batch));
 }
 
-// Element 0 or 1 of two neighbours in one register.
-template <class T> __device__ float unpack(uint32_t pair, int i) {
-  uint16_t bits = uint16_t(pair >> 16 * i);
-  T x;
-  memcpy(&x, &bits, 2);
-  return widen(x);
-}
-
 // --- consumers --------------------------------------------------------------------------------------------------------
 // s (64 x kTileKeys) = q k^T; starts it.
 template <class T, int kD> __device__ void start_scores(float (&s)[kTileKeys / 8][4], const T* q, const T* k) {
@@ -82,38 +73,36 @@ __device__ void start_values(float (&acc)[kD / 8][4], const uint32_t (&p)[kTileK
   wgmma_commit();
 }
 
-// The same at once, term by term, where v holds an inf or a NaN that some rows must not see.
-template <class T, int kD, class Visible>
-__device__ void add_values_guarded(float (&acc)[kD / 8][4], const uint32_t (&p)[kTileKeys / 16][4], const T* v,
-                                   const Visible& visible) {
+// Where a key is not seen, a product with its weight of 0 makes NaN of an inf or a NaN in its values. So where a row has
+// come out as no number, it is added up anew, term by term and without those keys: slow and rare, and free for all others.
+template <class T, int kD>
+__device__ void add_up_anew(const ForwardArgs& args, const Block& block, int i, float least, float factor, T* tile, int tile_row) {
+  const Problem& problem = args.problem;
+  const Mask& mask = block.mask;
   int lane = threadIdx.x % kWarp;
+  auto row_of = [&](const Operand& x, int64_t offset, int row) { return static_cast<const T*>(x.data) + offset + row * x.row; };
+  auto at = [&](const T* row, int col, int width) { return col < width ? widen(row[col]) : 0.0f; };
+  const T* q = row_of(args.q, block.at_query(args.q, block.head), i);
+  float sums[kD / kWarp] = {};
+  int first = i + mask.lower > 0 ? i + mask.lower : 0, last = i + mask.upper < mask.keys ? i + mask.upper : mask.keys - 1;
+  for (int j = first; j <= last; ++j) {
+    const T* k = row_of(args.k, block.at_key(args.k, block.head_k), j);
+    const T* v = row_of(args.v, block.at_key(args.v, block.head_k), j);
+    float product = 0;
 #pragma unroll
-  for (int step = 0; step < kTileKeys / 16; ++step) {
-#pragma unroll 1
-    for (int c = 0; c < 16; ++c) {
-      int source = lane / 4 * 4 + c % 8 / 2;  // the lane of these rows that holds column c
-      uint32_t upper2 = shuffle(c < 8 ? p[step][0] : p[step][2], source), lower2 = shuffle(c < 8 ? p[step][1] : p[step][3], source);
-      float upper = unpack<T>(upper2, c % 2), lower = unpack<T>(lower2, c % 2);
-      int col = 16 * step + c;
-      bool upper_sees = visible(acc_row(lane, 0), col), lower_sees = visible(acc_row(lane, 2), col);
-#pragma unroll
-      for (int n = 0; n < kD / 8; ++n) {
-        const T* at = v + box_offset(col, n, kTileKeys) + acc_col(lane, 0);
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float value = widen(at[e]);
-          if (upper_sees) acc[n][e] += upper * value;
-          if (lower_sees) acc[n][2 + e] += lower * value;
-        }
-      }
+    for (int c = 0; c < kD / kWarp; ++c) {
+      int col = lane + kWarp * c;
+      product += at(q, col, problem.width) * at(k, col, problem.width);
     }
+    float weight = exp2_approx(lanes_sum<kWarp>(product) * problem.scale * kLog2e - least);
+#pragma unroll
+    for (int c = 0; c < kD / kWarp; ++c) sums[c] += weight * at(v, lane + kWarp * c, problem.width_v);
   }
-}
-
-template <class T, int kD> __device__ bool tile_has_nonfinite(const T* v) {
-  bool found = false;
-  for (int i = threadIdx.x % kWarpgroup; i < kTileKeys * kD; i += kWarpgroup) found |= !(fabsf(widen(v[i])) < INFINITY);
-  return found;
+#pragma unroll
+  for (int c = 0; c < kD / kWarp; ++c) {
+    int col = lane + kWarp * c;
+    tile[box_offset(tile_row, col / 8, kTileQueries) + col % 8] = narrow<T>(sums[c] * factor);
+  }
 }
 
 template <class T, int kD> __device__ void consume(const Sm90Args& args, int group, T* tile_q, T* tile_k, T* tile_v, Barriers* bars) {
@@ -137,8 +126,6 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
     float acc[kD / 8][4] = {}, s[kTileKeys / 8][4];
     uint32_t p[kTileKeys / 16][4];
     float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of rows lane / 4 and lane / 4 + 8, before scaling; sum: this lane's columns
-    auto visible_from = [&](int k0) { return [&, k0](int row, int col) { return mask.visible(row0 + row, k0 + col); }; };
-
     // Weights of the tile at k0 from its scores; by how much sums of former tiles shrink.
     auto softmax = [&](int k0, float (&factor)[2]) {
       bool whole = mask.whole(q0, kTileQueries, k0, kTileKeys);
@@ -179,17 +166,9 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
         }
       }
     };
-    // Waits for the values of key tile number `at`, which begins at k0, and starts or does their product.
-    auto add_values = [&](int at, int k0) {
-      const T* v = tile_v + at % kStages * Tiles::kKey;
+    auto add_values = [&](int at) {
       barrier_wait(&bars->v_full[at % kStages], at / kStages % 2);
-      if (!mask.whole(q0, kTileQueries, k0, kTileKeys) &&
-          group_any(kVote + group, kWarpgroup, tile_has_nonfinite<T, kD>(v))) {
-        add_values_guarded<T, kD>(acc, p, v, visible_from(k0));
-        wgmma_commit();  // so that the waits count the same
-      } else {
-        start_values<T, kD>(acc, p, v);
-      }
+      start_values<T, kD>(acc, p, tile_v + at % kStages * Tiles::kKey);
     };
 
     barrier_wait(&bars->q_full, turn % 2);
@@ -208,7 +187,7 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
         group_sync(kTurn + group, kConsumers * kWarpgroup);
         barrier_wait(&bars->k_full[next % kStages], next / kStages % 2);
         start_scores<T, kD>(s, q, tile_k + next % kStages * Tiles::kKey);
-        add_values(step, k0 - kTileKeys);
+        add_values(step);
         group_arrive(kTurn + (group + 1) % kConsumers, kConsumers * kWarpgroup);
         wgmma_wait<1>();
         pin(s);
@@ -224,7 +203,7 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
         }
         keep_weights();
       }
-      add_values(step, begin + (end - 1 - begin) / kTileKeys * kTileKeys);
+      add_values(step);
       wgmma_wait<0>();
       pin(acc);
       done_with(&bars->v_empty[step % kStages]);
@@ -232,6 +211,7 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
     }
 
     // The rows leave through this warp's part of the query tile, in 16-byte pieces.
+    float factor[2], found = 0;
     T* o = static_cast<T*>(const_cast<void*>(forward.o.data)) + block.at_query(forward.o, block.head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -241,14 +221,25 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
         float lse = sum[half] == 0.0f ? -INFINITY : (finite_max(max[half]) * scale + log2f(sum[half])) * kLn2;
         forward.lse[block.query_number(problem, block.head, row0 + row)] = lse;
       }
-      float factor = final_factor(sum[half]);
+      factor[half] = final_factor(sum[half]);
 #pragma unroll
       for (int n = 0; n < kD / 8; ++n) {
+        float first = acc[n][2 * half] * factor[half], second = acc[n][2 * half + 1] * factor[half];
+        if (!(fabsf(first) + fabsf(second) < INFINITY)) found = 1;
         *reinterpret_cast<uint32_t*>(tile_q + box_offset(warp_row + row, n, kTileQueries) + acc_col(lane, 0)) =
-            pack<T>(acc[n][2 * half] * factor, acc[n][2 * half + 1] * factor);
+            pack<T>(first, second);
       }
     }
     sync_warp();
+    if (lanes_max<kWarp>(found) > 0) {
+      for (int row = 0; row < 16 && row0 + row < mask.queries; ++row) {
+        int source = row % 8 * 4;  // a lane that knows of it
+        float least = finite_max(shuffle(row < 8 ? max[0] : max[1], source)) * scale;
+        float by = shuffle(row < 8 ? factor[0] : factor[1], source);
+        add_up_anew<T, kD>(forward, block, row0 + row, least, by, tile_q, warp_row + row);
+      }
+      sync_warp();
+    }
 #pragma unroll 2
     for (int i = lane; i < 16 * (kD / 8); i += kWarp) {
       int row = i / (kD / 8), chunk = i % (kD / 8);

@@ -105,20 +105,6 @@ __device__ inline void group_sync(int number, int threads) {
 __device__ inline void group_arrive(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
-// Waits, and says whether any thread's predicate holds.
-__device__ inline bool group_any(int number, int threads, bool predicate) {
-  int any;
-  asm volatile(
-      "{\n.reg .pred p, q;\n"
-      "setp.ne.b32 p, %3, 0;\n"
-      "bar.red.or.pred q, %1, %2, p;\n"
-      "selp.b32 %0, 1, 0, q;\n}"
-      : "=r"(any)
-      : "r"(number), "r"(threads), "r"(int(predicate))
-      : "memory");
-  return any != 0;
-}
-
 // --- products of a warpgroup ------------------------------------------------------------------------------------------
 // A tile in shared memory as the tensor cores read it: its address and two distances, for the swizzle of 128 bytes.
 struct TileDescriptor {

@@ -120,9 +120,6 @@ namespace emulation {
 inline Barrier numbered[16];
 }
 inline void group_sync(int number, int threads) { emulation::wait(emulation::numbered[number], threads); }
-inline bool group_any(int number, int threads, bool predicate) {
-  return emulation::wait(emulation::numbered[number], threads, predicate);
-}
 inline void group_arrive(int number, int threads) {
   emulation::Barrier& b = emulation::numbered[number];
   emulation::machine.progress = true;
