@@ -222,7 +222,7 @@ template <class T, int kD> __global__ void __launch_bounds__(kThreads, 2) attent
 }
 
 // --- in fp32 arithmetic -----------------------------------------------------------------------------------------------
-template <int kD> __global__ void __launch_bounds__(kThreads) attention_decode_f32_kernel(const DecodeArgs args) {
+template <int kD> __global__ void __launch_bounds__(kThreads, 4) attention_decode_f32_kernel(const DecodeArgs args) {
   constexpr int kGroups = kThreads / kLanesOfKey, kVectors = kD / (4 * kLanesOfKey);
   const Problem& problem = args.problem;
   const Part part(args, blockIdx.x, 1, kGroups);

@@ -118,7 +118,7 @@ template <int kD> struct ForwardTiles {
 };
 
 template <int kD, bool kTerms>
-__global__ void __launch_bounds__(kThreads, 2) attention_f32_fwd_kernel(const ForwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kTerms ? 1 : 2) attention_f32_fwd_kernel(const ForwardArgs args) {
   constexpr int kRows = ForwardTiles<kD>::kRows, kCols = ForwardTiles<kD>::kCols;
   constexpr int kOwnRows = kRows / kSide, kOwnCols = kCols / kSide;
   const Problem& problem = args.problem;
@@ -208,7 +208,7 @@ template <int kD> struct BackwardTiles {  // up to 128 columns within the 64 KB 
 };
 
 template <int kD, Role kRole, bool kTerms>
-__global__ void __launch_bounds__(kThreads, 2) attention_f32_bwd_kernel(const BackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, kTerms ? 1 : 2) attention_f32_bwd_kernel(const BackwardArgs args) {
   constexpr int kRows = BackwardTiles<kD>::kRows, kCols = BackwardTiles<kD>::kCols;
   constexpr int kOwnRows = kRows / kSide, kOwnCols = kCols / kSide;
   constexpr bool kKeys = kRole == Role::kKeys;

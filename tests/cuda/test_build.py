@@ -101,17 +101,21 @@ def test_nothing_is_spilled(resources):
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="session")
-def instructions(module) -> dict[str, list[str]]:
-    """Kernel -> its sm_80 machine code."""
+def machine_code(module: Path, arch: str) -> dict[str, list[str]]:
+    """Kernel -> its instructions."""
     tool = find_tool("cuobjdump")
     path = f"{Path(find_tool('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}"
-    text = run(tool, "-sass", "-arch", "sm_80", module, env={**os.environ, "PATH": path})
+    text = run(tool, "-sass", "-arch", arch, module, env={**os.environ, "PATH": path})
     found = {}
     for section in text.split("Function : ")[1:]:
         name, _, body = section.partition("\n")
         found[short_name(name.strip())] = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", body)
     return found
+
+
+@pytest.fixture(scope="session")
+def instructions(module) -> dict[str, list[str]]:
+    return machine_code(module, "sm_80")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +132,23 @@ def test_attention_runs_on_tensor_cores(instructions, dtype, product, width):
         assert any(i.startswith("LDSM") for i in body), f"{name} does not use ldmatrix"
         assert any(i.startswith("LDGSTS") for i in body), f"{name} does not use cp.async"
         assert any(i.startswith("STG") and "128" in i for i in body), f"{name} does not write 16 bytes at a time"
+
+
+def test_attention_on_hopper_uses_its_instructions(module, built):
+    kernels = {n: i for n, i in machine_code(module, "sm_90a").items() if n.startswith("attention_fwd_sm90_kernel")}
+    assert set(kernels) == {
+        f"attention_fwd_sm90_kernel<{t}, {d}>" for t in ("__half", "__nv_bfloat16") for d in (64, 128)
+    }
+    for name, body in kernels.items():
+        width = 64 if ", 64>" in name else 128
+        products = [i for i in body if i.startswith("HGMMA")]
+        # Scores of the first and of every other tile, width / 16 each; values of the last and of every other, 8 each.
+        assert len(products) == 2 * (width // 16 + 8), name
+        assert any(i.startswith("UTMALDG.4D") for i in body), f"{name} does not use the copy engine"
+        assert sum(i.startswith("USETMAXREG") for i in body) == 2, f"{name} does not share registers out"
+        assert not any(i.startswith("HMMA") for i in body), name
+    log = (built / "ptxas.log").read_text()
+    assert "serialized" not in log and "setmaxnreg ignored" not in log
 
 
 def test_float32_attention_stays_float32(instructions):
