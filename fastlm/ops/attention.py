@@ -283,6 +283,16 @@ def _samples(device: str) -> list[tuple]:
         samples += [
             (q, k[:, ::2], v[:, ::2], *plain, causal, -1, -1, dim**-0.5, 0.0, 0.0, True) for causal in (0, 1, 2)
         ]
+        # All that changes a score; and packed sequences, one of which has no keys.
+        heads = torch.tensor([0.1, 0.02, 0.3, 0.005], device=device)
+        scores = torch.linspace(-9, 9, 4 * 130 * 130, device=device).view(4, 130, 130)
+        seed = torch.tensor(7, device=device)
+        terms = (scores[1].sin() < 0.8, scores.cos(), heads, heads.flip(0), seed, None, None, 0, 0)
+        samples.append((q, k[:, ::2], v[:, ::2], *terms, 1, 100, 5, dim**-0.5, 3.0, 0.2, True))
+        ends = (torch.tensor(e, device=device) for e in ([0, 50, 60, 130], [0, 70, 70, 130]))
+        samples.append(
+            (q[:1], k[:1, ::2], v[:1, ::2], *(None,) * 5, *ends, 0, 0, 1, -1, -1, dim**-0.5, 0.0, 0.0, True)
+        )
     return samples
 
 
@@ -290,7 +300,8 @@ def _samples_backward(device: str) -> list[tuple]:
     samples = []
     for q, k, v, *options in _samples(device):
         o, lse = attention_reference(q, k, v, *options)
-        samples.append((o.flip(2), lse.flip(1), q, k, v, o, lse, *options, [True] * 3 + [False] * 3))
+        wanted = [True] * 3 + [x is not None for x in options[1:4]]
+        samples.append((o.flip(2), torch.where(lse == -math.inf, 0, lse).flip(1), q, k, v, o, lse, *options, wanted))
     return samples
 
 

@@ -83,6 +83,8 @@ def _samples(device: str) -> list[tuple]:
         for k_cache, v_cache, pages in ((k, v, table), (k[:2], v[:2], None)):
             filled = lens.clamp(max=48 if pages is not None else 16)
             made.append((q, k_cache, v_cache, filled, pages, None, None, -1, 0, 0.2, 0.0))
+            heads = torch.tensor([0.1, 0.02, 0.3, 0.005], device=device)
+            made.append((q, k_cache, v_cache, filled, pages, heads, heads.flip(0), 20, 0, 0.2, 3.0))
     return made
 
 
