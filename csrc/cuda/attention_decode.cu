@@ -143,36 +143,16 @@ template <class T, int kD> __global__ void __launch_bounds__(kThreads, 2) attent
         tile_k + warp * kKeysOfWarp * kD);
     int own0 = k0 + warp * kKeysOfWarp;
     bool whole = mask.whole(0, problem.queries, k0, kTileKeys);
-    float new_max[2] = {max[0], max[1]};
 #pragma unroll
     for (int n = 0; n < kKeysOfWarp / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         int i = query[e / 2], j = own0 + 8 * n + acc_col(lane, e);
         s[n][e] = whole || mask.visible(i, j) ? decode_score(problem, mask, s[n][e], slope[e / 2], i, j) : -INFINITY;
-        new_max[e / 2] = fmaxf(new_max[e / 2], s[n][e]);
       }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      new_max[half] = lanes_max<4>(new_max[half]);
-      float rescale = exp2_approx(max[half] - finite_max(new_max[half]));
-      max[half] = new_max[half];
-      sum[half] *= rescale;
-#pragma unroll
-      for (int n = 0; n < kD / 8; ++n) {
-        acc[n][2 * half] *= rescale;
-        acc[n][2 * half + 1] *= rescale;
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kKeysOfWarp / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        s[n][e] = exp2_approx(s[n][e] - finite_max(max[e / 2]));
-        sum[e / 2] += s[n][e];
-      }
-    }
+    add_scores<kKeysOfWarp, kD>(s, max, sum, acc);
+
     copy_wait<0>();  // for the values
     __syncthreads();
     if (k0 + kTileKeys < part.key_end) load_keys(tile_k, args.cache.k, k0 + kTileKeys, problem.width);

@@ -167,6 +167,36 @@ __device__ void product_guarded(float (&acc)[kOut / 8][4], const float (&p)[kCol
   }
 }
 
+// --- softmax ----------------------------------------------------------------------------------------------------------
+// Scores s (16 x kCols) in units of log 2 become weights, and join what came before: the maximum and this lane's part of the
+// sum of the weights of rows lane / 4 and lane / 4 + 8, and the sums over values.
+template <int kCols, int kD>
+__device__ void add_scores(float (&s)[kCols / 8][4], float (&max)[2], float (&sum)[2], float (&acc)[kD / 8][4]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float new_max = max[half];
+#pragma unroll
+    for (int n = 0; n < kCols / 8; ++n) new_max = fmaxf(new_max, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+    new_max = lanes_max<4>(new_max);
+    float rescale = exp2_approx(max[half] - finite_max(new_max));
+    max[half] = new_max;
+    sum[half] *= rescale;
+#pragma unroll
+    for (int n = 0; n < kD / 8; ++n) {
+      acc[n][2 * half] *= rescale;
+      acc[n][2 * half + 1] *= rescale;
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kCols / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      s[n][e] = exp2_approx(s[n][e] - finite_max(max[e / 2]));
+      sum[e / 2] += s[n][e];
+    }
+  }
+}
+
 // --- launch -----------------------------------------------------------------------------------------------------------
 template <class Run> void dispatch_half(DType dtype, const Run& run) {
   dtype == DType::kF16 ? run(TypeTag<f16>{}) : run(TypeTag<bf16>{});

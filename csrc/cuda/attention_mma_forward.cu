@@ -44,36 +44,18 @@ __global__ void __launch_bounds__(kThreads, 2) attention_fwd_kernel(const Forwar
     product_transposed<T, kD, kCols>(s, [&](uint32_t(&a)[4], int step) { load_a<T, kD>(a, tile_q, step); }, tile_k);
 
     bool whole = scores.whole(q0, kRows, k0, kCols);
-    float new_max[2] = {max[0], max[1]};
 #pragma unroll
     for (int n = 0; n < kCols / 8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         int i = row0 + acc_row(lane, e), j = k0 + 8 * n + acc_col(lane, e);
         s[n][e] = whole || scores.visible(i, j) ? scores.score(s[n][e], i, j) : -INFINITY;
-        new_max[e / 2] = fmaxf(new_max[e / 2], s[n][e]);
       }
     }
+    add_scores<kCols, kD>(s, max, sum, acc);
+    if constexpr (kTerms) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      new_max[half] = lanes_max<4>(new_max[half]);
-      float rescale = exp2_approx(max[half] - finite_max(new_max[half]));
-      max[half] = new_max[half];
-      sum[half] *= rescale;
-#pragma unroll
-      for (int n = 0; n < kD / 8; ++n) {
-        acc[n][2 * half] *= rescale;
-        acc[n][2 * half + 1] *= rescale;
-      }
-    }
-#pragma unroll
-    for (int n = 0; n < kCols / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        s[n][e] = exp2_approx(s[n][e] - finite_max(max[e / 2]));
-        sum[e / 2] += s[n][e];
-      }
-      if constexpr (kTerms) {
+      for (int n = 0; n < kCols / 8; ++n) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float2 keep = scores.keep_pair(row0 + acc_row(lane, 2 * half), k0 + 8 * n + acc_col(lane, 0));

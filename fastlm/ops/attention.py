@@ -290,9 +290,7 @@ def _samples(device: str) -> list[tuple]:
         terms = (scores[1].sin() < 0.8, scores.cos(), heads, heads.flip(0), seed, None, None, 0, 0)
         samples.append((q, k[:, ::2], v[:, ::2], *terms, 1, 100, 5, dim**-0.5, 3.0, 0.2, True))
         ends = (torch.tensor(e, device=device) for e in ([0, 50, 60, 130], [0, 70, 70, 130]))
-        samples.append(
-            (q[:1], k[:1, ::2], v[:1, ::2], *(None,) * 5, *ends, 0, 0, 1, -1, -1, dim**-0.5, 0.0, 0.0, True)
-        )
+        samples.append((q[:1], k[:1, ::2], v[:1, ::2], *(None,) * 5, *ends, 0, 0, 1, -1, -1, dim**-0.5, 0.0, 0.0, True))
     return samples
 
 

@@ -97,6 +97,19 @@ def place(number, p_own, p_other, own, other, n_sequences, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def of_scores(
+    i_b, i_h, i_bh, i_q0, i_k0, T, S, mask_sb, mask_sh, mask_st, mask_ss, bias_sb, bias_sh, bias_st, bias_ss, p_slopes
+):  # fmt: skip
+    """Where a sequence's mask and bias begin, the number of its first score, and its slope in units of log 2."""
+    o_mask = i_b * mask_sb + i_h * mask_sh + i_q0.to(tl.int64) * mask_st + i_k0.to(tl.int64) * mask_ss
+    o_bias = i_b * bias_sb + i_h * bias_sh + i_q0.to(tl.int64) * bias_st + i_k0.to(tl.int64) * bias_ss
+    slope = 0.0
+    if p_slopes is not None:
+        slope = tl.load(p_slopes + i_bh) * 1.4426950408889634
+    return o_mask, o_bias, (i_bh * T + i_q0) * S + i_k0, slope
+
+
+@triton.jit
 def diagonals(lo, hi, hi_start, T, S, HAS_HI: tl.constexpr, HAS_HI_START: tl.constexpr):
     """From those that count from the last key for the last query, and from the first key for the first query."""
     top = hi_start
@@ -205,12 +218,10 @@ def attention_fwd_kernel(
     p_v += i_b * v_sb + i_h // G * v_sh + i_k0.to(tl.int64) * v_ss
     p_o += i_b * o_sb + i_h * o_sh + i_q0.to(tl.int64) * o_st
     p_lse += i_bh * total + i_q0
-    o_mask = i_b * mask_sb + i_h * mask_sh + i_q0.to(tl.int64) * mask_st + i_k0.to(tl.int64) * mask_ss
-    o_bias = i_b * bias_sb + i_h * bias_sh + i_q0.to(tl.int64) * bias_st + i_k0.to(tl.int64) * bias_ss
-    element0 = (i_bh * total + i_q0) * row + i_k0
-    slope = 0.0
-    if p_slopes is not None:
-        slope = tl.load(p_slopes + i_bh) * 1.4426950408889634
+    o_mask, o_bias, element0, slope = of_scores(
+        i_b, i_h, i_bh, i_q0, i_k0, total, row, mask_sb, mask_sh, mask_st, mask_ss, bias_sb, bias_sh, bias_st,
+        bias_ss, p_slopes,
+    )  # fmt: skip
 
     o_t, o_d, o_dv = i_t * BT + tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BDV)
     # [BT, BD]
@@ -383,12 +394,10 @@ def attention_bwd_dkdv_kernel(
         p_doh = p_do + i_b * do_sb + i_h * do_sh + i_q0.to(tl.int64) * do_st
         p_lseh = p_lse + i_bh * total + i_q0
         p_deltah = p_delta + i_bh * total + i_q0
-        o_mask = i_b * mask_sb + i_h * mask_sh + i_q0.to(tl.int64) * mask_st + i_k0.to(tl.int64) * mask_ss
-        o_bias = i_b * bias_sb + i_h * bias_sh + i_q0.to(tl.int64) * bias_st + i_k0.to(tl.int64) * bias_ss
-        element0 = (i_bh * total + i_q0) * row + i_k0
-        slope = 0.0
-        if p_slopes is not None:
-            slope = tl.load(p_slopes + i_bh) * 1.4426950408889634
+        o_mask, o_bias, element0, slope = of_scores(
+            i_b, i_h, i_bh, i_q0, i_k0, total, row, mask_sb, mask_sh, mask_st, mask_ss, bias_sb, bias_sh, bias_st,
+            bias_ss, p_slopes,
+        )  # fmt: skip
         for PART in tl.static_range(3):  # cut tiles, full ones, cut ones
             if (PART == 1) or ((PART == 0 and (HAS_HI or HAS_HI_START)) or (PART == 2 and (HAS_LO or not EVEN_T))):
                 first = begin if PART == 0 else (full_begin if PART == 1 else tl.maximum(full_begin, full_end))
@@ -448,12 +457,10 @@ def attention_bwd_dkdv_kernel(
             i_bh = i_b * H + i_h
             p_qh = p_q + i_b * q_sb + i_h * q_sh + i_q0.to(tl.int64) * q_st
             p_doh = p_do + i_b * do_sb + i_h * do_sh + i_q0.to(tl.int64) * do_st
-            o_mask = i_b * mask_sb + i_h * mask_sh + i_q0.to(tl.int64) * mask_st + i_k0.to(tl.int64) * mask_ss
-            o_bias = i_b * bias_sb + i_h * bias_sh + i_q0.to(tl.int64) * bias_st + i_k0.to(tl.int64) * bias_ss
-            element0 = (i_bh * total + i_q0) * row + i_k0
-            slope = 0.0
-            if p_slopes is not None:
-                slope = tl.load(p_slopes + i_bh) * 1.4426950408889634
+            o_mask, o_bias, element0, slope = of_scores(
+                i_b, i_h, i_bh, i_q0, i_k0, total, row, mask_sb, mask_sh, mask_st, mask_ss, bias_sb, bias_sh, bias_st,
+                bias_ss, p_slopes,
+            )  # fmt: skip
             for i_t in range(loop_bound(begin), loop_bound(end)):
                 o_1 = i_t + tl.arange(0, 1)
                 # [1, BD]
@@ -502,12 +509,10 @@ def attention_bwd_dq_kernel(
     p_do += i_b * do_sb + i_h * do_sh + i_q0.to(tl.int64) * do_st
     p_k += i_b * k_sb + i_h // G * k_sh + i_k0.to(tl.int64) * k_ss
     p_v += i_b * v_sb + i_h // G * v_sh + i_k0.to(tl.int64) * v_ss
-    o_mask = i_b * mask_sb + i_h * mask_sh + i_q0.to(tl.int64) * mask_st + i_k0.to(tl.int64) * mask_ss
-    o_bias = i_b * bias_sb + i_h * bias_sh + i_q0.to(tl.int64) * bias_st + i_k0.to(tl.int64) * bias_ss
-    element0 = (i_bh * total + i_q0) * row + i_k0
-    slope = 0.0
-    if p_slopes is not None:
-        slope = tl.load(p_slopes + i_bh) * 1.4426950408889634
+    o_mask, o_bias, element0, slope = of_scores(
+        i_b, i_h, i_bh, i_q0, i_k0, total, row, mask_sb, mask_sh, mask_st, mask_ss, bias_sb, bias_sh, bias_st,
+        bias_ss, p_slopes,
+    )  # fmt: skip
 
     o_t, o_d, o_dv = i_t * BT + tl.arange(0, BT), tl.arange(0, BD), tl.arange(0, BDV)
     # [BT, BD]
