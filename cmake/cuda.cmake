@@ -71,6 +71,9 @@ else()
 
     pybind11_add_module(_cuda MODULE NO_EXTRAS ${cuda_sources})
     target_compile_definitions(_cuda PRIVATE FASTLM_MODULE=_cuda)
+    if("${CMAKE_CUDA_ARCHITECTURES};$ENV{CUDAARCHS}" MATCHES "90a")
+      target_compile_definitions(_cuda PRIVATE FASTLM_HAS_SM90A)
+    endif()
     target_include_directories(_cuda SYSTEM PRIVATE ${CMAKE_CUDA_TOOLKIT_INCLUDE_DIRECTORIES})
     set_target_properties(_cuda PROPERTIES
       CXX_STANDARD 17 CXX_STANDARD_REQUIRED ON CXX_EXTENSIONS OFF

@@ -118,6 +118,7 @@ cuda::attention::Problem problem_of(const char* op, const Border::AttentionSizes
   terms.slopes = check_per_head(op, "slopes", q, options.slopes);
   terms.sinks = check_per_head(op, "sinks", q, options.sinks);
   terms.softcap = float(options.softcap);
+  FASTLM_CHECK(terms.softcap > 0 || options.softcap == 0, op, ": softcap must be 0 or a positive float32, got ", options.softcap);
   if (options.dropout_p > 0) {
     FASTLM_CHECK(options.seed.has_value(), op, ": dropout needs a seed");
     terms.drop_below = static_cast<uint32_t>(options.dropout_p * 4294967296.0);

@@ -46,3 +46,10 @@ def sinks_gradient(do: Tensor, dlse: Tensor | None, o: Tensor, lse: Tensor, sink
     finite = torch.where(lse == -math.inf, 0, lse)  # of queries that see nothing, nor a sink
     p = torch.exp(sinks.to(lse.dtype)[None, :, None] - finite)
     return -(p * delta).sum((0, 2), dtype=torch.float64).to(sinks.dtype)
+
+
+def lse_of_no_key(sinks: Tensor | None, lse: Tensor) -> Tensor:
+    """What lse (B, Hq, Tq) is where a query sees nothing: its sink, (Hq,) or (B, Hq), or -inf."""
+    if sinks is None:
+        return lse.new_full((), -math.inf)
+    return (sinks if sinks.dim() == 2 else sinks[None])[:, :, None].to(lse.dtype)

@@ -35,6 +35,7 @@ OPTIONS = {
     "mask of keys": {"mask": scattered(2, 1, 1, 90), "causal": 1},
     "mask that hides rows": {"mask": scattered(70, 1)},
     "bias": {"bias": draw(2, 4, 70, 90)},
+    "bias that hides rows": {"bias": torch.where(scattered(70, 1), draw(70, 90), -math.inf)},
     "bias of all": {"bias": draw(4, 1, 90), "causal": 2},
     "bias in fp16": {"bias": draw(1, 1, 70, 1, dtype=torch.float16)},
     "alibi": {"alibi_slopes": draw(4).abs() / 8, "causal": 1},
@@ -43,6 +44,7 @@ OPTIONS = {
     "sink alone": {"sinks": draw(4), "mask": scattered(70, 1)},
     "softcap": {"softcap": 1.5, "causal": 1},
     "dropout": {"dropout_p": 0.3, "seed": torch.tensor(77), "causal": 1},
+    "dropout of nearly all": {"dropout_p": 0.99999, "seed": torch.tensor(3)},  # 1 / (1 - p) is no float16
     "dropout, odd rows": {"dropout_p": 0.6, "seed": torch.tensor([2**62 + 5]), "sizes": (1, 2, 1, 5, 67)},
     "packed": {"cu_seqlens_q": [0, 20, 20, 61, 70], "cu_seqlens_k": [0, 30, 35, 90, 90], "causal": 1, "batch": 1},
     "packed, window": {"cu_seqlens_q": [0, 1, 69, 70], "cu_seqlens_k": [0, 0, 66, 90], "window": (5, 3), "batch": 1},

@@ -126,6 +126,7 @@ template <> class Scores<false> {
   __device__ bool whole(int q0, int rows, int k0, int cols) const { return mask_.whole(q0, rows, k0, cols); }
   __device__ bool visible(int i, int j) const { return mask_.visible(i, j); }
   __device__ float score(float product, int, int) const { return product * scale_; }
+  __device__ float keep_scale() const { return 1.0f; }
 
  private:
   Mask mask_;
@@ -172,16 +173,18 @@ template <> class Scores<true> {
   __device__ float distance(int i, int j) const { return fabsf(float(j - i - last_)); }
   __device__ int64_t element(int i, int j) const { return element0_ + i * row_stride_ + j; }
 
-  // By which dropout multiplies a weight: 0 for one that is dropped.
+  // By which dropout multiplies what it keeps. Weights take it with the sums that they go into: in fp16 it may be more than
+  // a weight can hold.
+  __device__ float keep_scale() const { return terms_.drop_below == 0 ? 1.0f : terms_.keep_scale; }
+  // The same of one weight: 0 where it is dropped.
   __device__ float keep(int i, int j) const {
     if (terms_.drop_below == 0) return 1.0f;
     return kept(static_cast<uint64_t>(element(i, j)), seed_, terms_.drop_below) ? terms_.keep_scale : 0.0f;
   }
-  // For keys j and j + 1.
-  __device__ float2 keep_pair(int i, int j) const {
-    if (terms_.drop_below == 0) return make_float2(1.0f, 1.0f);
-    KeptPair both = kept_pair(static_cast<uint64_t>(element(i, j)), seed_, terms_.drop_below);
-    return make_float2(both.first ? terms_.keep_scale : 0.0f, both.second ? terms_.keep_scale : 0.0f);
+  // Whether those of keys j and j + 1 are kept.
+  __device__ KeptPair keeps_pair(int i, int j) const {
+    if (terms_.drop_below == 0) return {true, true};
+    return kept_pair(static_cast<uint64_t>(element(i, j)), seed_, terms_.drop_below);
   }
 
  private:
@@ -226,6 +229,10 @@ __device__ inline float final_factor(float sum) { return sum == 0.0f ? 0.0f : 1.
 __device__ inline float add_sink(const Problem& problem, const Block& block, float& max, float& sum) {
   if (problem.terms.sinks == nullptr) return 1.0f;
   float sink = problem.terms.sinks[block.batch * problem.heads_q + block.head] * kLog2e;
+  if (sink == INFINITY) {  // it takes all of the weight
+    max = INFINITY, sum = 1.0f;
+    return 0.0f;
+  }
   float new_max = fmaxf(max, sink), rescale = exp2_approx(max - finite_max(new_max));
   sum = sum * rescale + exp2_approx(sink - finite_max(new_max));
   max = new_max;

@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_kernel(const Backwa
         if constexpr (kTerms) {
           float keep = scores.keep(i, j);
           ds[n][e] = p[n][e] * (kept(ds[n][e], keep) - stats.y);
-          p[n][e] = kept(p[n][e], keep);
+          if (keep == 0.0f) p[n][e] = 0.0f;
           if (!kKeys && i < mask.queries) {
             if (args.dbias != nullptr) args.dbias[scores.element(i, j)] = ds[n][e];
             dslopes[e / 2] -= ds[n][e] * scores.distance(i, j);
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_bwd_kernel(const Backwa
     store_rows<T, kD, kOut>(tile, acc, factor, factor, to, out.row, r0, rows, width - 8 * chunk0, args.aligned);
   };
   store(x1, acc1, problem.scale, kKeys ? args.dk : args.dq, problem.width);
-  if constexpr (kKeys) store(x2, acc2, 1.0f, args.dv, problem.width_v);
+  if constexpr (kKeys) store(x2, acc2, Scores<kTerms>(problem, block, 0).keep_scale(), args.dv, problem.width_v);
   if constexpr (kTerms && !kKeys) {
     if (args.dslopes != nullptr) {
 #pragma unroll

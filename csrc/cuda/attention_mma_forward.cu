@@ -58,9 +58,9 @@ __global__ void __launch_bounds__(kThreads, 2) attention_fwd_kernel(const Forwar
       for (int n = 0; n < kCols / 8; ++n) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float2 keep = scores.keep_pair(row0 + acc_row(lane, 2 * half), k0 + 8 * n + acc_col(lane, 0));
-          s[n][2 * half] = kept(s[n][2 * half], keep.x);
-          s[n][2 * half + 1] = kept(s[n][2 * half + 1], keep.y);
+          KeptPair keeps = scores.keeps_pair(row0 + acc_row(lane, 2 * half), k0 + 8 * n + acc_col(lane, 0));
+          if (!keeps.first) s[n][2 * half] = 0.0f;
+          if (!keeps.second) s[n][2 * half + 1] = 0.0f;
         }
       }
     }
@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kThreads, 2) attention_fwd_kernel(const Forwar
   for (int half = 0; half < 2; ++half) {
     sum[half] = lanes_sum<4>(sum[half]);
     factor[half] = 1.0f;
-    if constexpr (kTerms) factor[half] = add_sink(problem, block, max[half], sum[half]);
+    if constexpr (kTerms) factor[half] = add_sink(problem, block, max[half], sum[half]) * scores.keep_scale();
     factor[half] *= final_factor(sum[half]);
     int row = row0 + acc_row(lane, 2 * half);
     if (lane % 4 == 0 && row < mask.queries) {

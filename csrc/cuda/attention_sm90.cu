@@ -193,6 +193,7 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
         pin(s);
         done_with(&bars->k_empty[next % kStages]);
         softmax(k0, factor);
+        pin(s);  // its exponentials belong before the wait
         wgmma_wait<0>();
         pin(acc);
         done_with(&bars->v_empty[step % kStages]);
@@ -338,7 +339,11 @@ bool forward_sm90(const Target& target, const ForwardArgs& forward) {
   if (family == nullptr || std::string(family) != "sm90") return false;
   if (p.terms.any() || !(p.scale > 0) || !forward.aligned || p.keys == 0 || p.queries == 0) return false;
   if (std::max(p.width, p.width_v) > 128) return false;
+#ifdef FASTLM_HAS_SM90A  // machine code for sm_90 alone says 90 too
   if (compiled_capability(target, attention_fwd_sm90_kernel<f16, 64>) != 90) return false;
+#else
+  return false;
+#endif
   Sm90Args args{{}, {}, {}, forward, blocks_of(p, false, kTileQueries)};
   if (!make_map(&args.q, forward.q, p.dtype, p.batch, p.heads_q, p.queries, p.width, kTileQueries) ||
       !make_map(&args.k, forward.k, p.dtype, p.batch, p.heads_k, p.keys, p.width, kTileKeys) ||

@@ -481,7 +481,9 @@ def attention(
         scale: on the scores; 1 / sqrt(D) where not given.
         window: (left, right), how many keys before and after the aligned one are visible, -1 = all; an int for both.
         mask: bool, broadcastable to (B, Hq, Tq, Tk); True = visible.
-        bias: added to the scaled scores; floating point, broadcastable to (B, Hq, Tq, Tk); has a gradient.
+        bias: added to the scaled scores; floating point, broadcastable to (B, Hq, Tq, Tk); has a gradient, for which
+            GPUs hold that of every score for a while. A query whose scores all lie below -2e38 may count as one that
+            sees nothing.
         alibi_slopes: (Hq,) or (B, Hq); subtracts slope * |i + Tk - Tq - j| (Press et al. 2022); has a gradient.
         sinks: (Hq,), a logit per head that takes part in the softmax and carries no value; has a gradient.
         softcap: c > 0 replaces the scaled scores s by c tanh(s / c).

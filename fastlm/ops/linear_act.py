@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT, check_activation
 from fastlm._checks import ArgumentError, autocast_on, check_device, check_floating_point, check_same_dtype
-from fastlm._library import backend_is_free, define_op, left_to_torch, small_product
+from fastlm._library import backend_is_free, define_op, left_to_torch, small, small_product
 
 # Multiplications below which a layer is left to plain torch: the op costs what it saves (`fastlm bench linear_sweep`).
 _SMALL = small_product(1 << 25, 1 << 27)
+_SMALL_ELSEWHERE = small(1 << 25, 1 << 27)  # on devices whose products do not depend on this CPU
 
 
 def linear_act_reference(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, keep: bool) -> tuple[Tensor, Tensor]:
@@ -171,7 +172,7 @@ def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str =
         pass  # is said below
     rows, weight, bias, act, keep = _arguments(x, weight, bias, act)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast_on(x.device) else x.dtype
-    if rows.numel() * weight.shape[0] < _SMALL[dtype] and backend_is_free():
+    if rows.numel() * weight.shape[0] < (_SMALL if rows.is_cpu else _SMALL_ELSEWHERE)[dtype] and backend_is_free():
         return ACTIVATIONS[act](F.linear(x, weight, bias))
     y, _ = _linear_act(rows, weight, bias, act, keep)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

@@ -5,6 +5,7 @@
 #pragma once
 
 #define FASTLM_SM90A 1
+#define FASTLM_HAS_SM90A 1
 
 namespace fastlm::cuda {
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shutil
@@ -147,6 +148,9 @@ def test_attention_on_hopper_uses_its_instructions(module, built):
         assert any(i.startswith("UTMALDG.4D") for i in body), f"{name} does not use the copy engine"
         assert sum(i.startswith("USETMAXREG") for i in body) == 2, f"{name} does not share registers out"
         assert not any(i.startswith("HMMA") for i in body), name
+        # The exponentials of one tile run beside the product with the values of another, not after it.
+        waits = [at for at, i in enumerate(body) if i.startswith("WARPGROUP.DEPBAR")]
+        assert any(body[a:b].count("MUFU.EX2") >= 64 for a, b in itertools.pairwise(waits)), name
     log = (built / "ptxas.log").read_text()
     assert "serialized" not in log and "setmaxnreg ignored" not in log
 

@@ -303,6 +303,17 @@ def test_attention_options(kernels, dtype, name):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_sink_that_takes_all_of_the_weight(kernels, dtype):
+    q = draw(1, 2, 20, 16, dtype=dtype).to(kernels.device)
+    sinks = torch.tensor([math.inf, 0.5], device=kernels.device)
+    o, lse = kernels["attention"](q, q, q, *options(sinks=sinks))
+    assert (o[:, 0] == 0).all() and (lse[:, 0] == math.inf).all() and o[:, 1].isfinite().all()
+    lens = torch.tensor([20], device=kernels.device)
+    o, lse = kernels["attention_decode"](q, q, q, lens, None, None, sinks, -1, 0, 0.1, 0.0)
+    assert (o[:, 0] == 0).all() and (lse[:, 0] == math.inf).all() and o[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("width, width_v", [(96, 80), (128, 128), (192, 128), (256, 256)])
 def test_attention_options_of_every_width(kernels, dtype, width, width_v):
     check_options(kernels, dtype, width, width_v, "all")

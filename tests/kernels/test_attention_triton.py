@@ -8,6 +8,7 @@ from attention_cases import OPTIONS, option_case
 from triton_testing import DEVICE, HALVES, assert_close, compile_for_gpu, randn
 
 from fastlm.kernels.triton import attention as kernels
+from fastlm.kernels.triton.attention_decode import attention_decode
 from fastlm.ops.attention import _fake, attention_backward_reference, attention_reference
 
 # NumPy's, from the interpreter: what a GPU does without a word.
@@ -118,6 +119,15 @@ def test_options(name, dtype):
     for mine, exact, theirs in zip(got, case.gradients, plain, strict=True):
         assert mine.shape == exact.shape and mine.dtype == theirs.dtype
         assert_close(mine, exact, stock=theirs.to(DEVICE), factor=3, ulps=16)
+
+
+def test_a_sink_that_takes_all_of_the_weight():
+    q, sinks = randn(1, 2, 20, 16), torch.tensor([math.inf, 0.5], device=DEVICE)
+    o, lse = kernels.attention(q, q, q, *options()[:3], sinks, *options()[4:])
+    assert not o[:, 0].any() and (lse[:, 0] == math.inf).all() and o[:, 1].isfinite().all()
+    lens = torch.tensor([20], device=DEVICE)
+    o, lse = attention_decode(q, q, q, lens, None, None, sinks, -1, 0, 0.1, 0.0)
+    assert not o[:, 0].any() and (lse[:, 0] == math.inf).all() and o[:, 1].isfinite().all()
 
 
 @pytest.mark.parametrize(("T", "S", "B"), [(0, 5, 1), (5, 0, 1), (5, 5, 0)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlm import _native
-from fastlm._attention import empty_in_order_of, sinks_gradient
+from fastlm._attention import empty_in_order_of, lse_of_no_key, sinks_gradient
 from fastlm._library import kernel
 from fastlm.kernels._common import FLOATS, as_laid_out, with_rows
 from fastlm.kernels.native._common import capability, current_stream
@@ -202,7 +201,7 @@ if _native.cuda is not None:
         lse = q.new_empty(q.shape[:3], dtype=torch.float32)
         if options[5] is not None:  # rows that unchecked ends leave out
             o.zero_()
-            lse.fill_(-math.inf)
+            lse.copy_(lse_of_no_key(options[3], lse))
         q, k, v = with_rows(q), with_rows(k), with_rows(v)
         writing(lambda o: _cuda.attention_forward(q, k, v, o, lse, *_last(q, k, options)), o)
         return o, lse

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm._attention import empty_in_order_of, sinks_gradient
+from fastlm._attention import empty_in_order_of, lse_of_no_key, sinks_gradient
 from fastlm.kernels._common import with_rows
 from fastlm.kernels.triton._common import capability, launch, loop_bound, triton_kernel
 
@@ -228,7 +228,6 @@ def attention_fwd_kernel(
     b_q = load_rows(p_q, q_st, o_t, o_d, T, D)
     b_max = tl.full([BT], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BT], dtype=tl.float32)
-    b_seen = tl.zeros([BT], dtype=tl.int32)
     b_o = tl.zeros([BT, BDV], dtype=tl.float32)
     i_last = tl.minimum(i_t * BT + BT, T) - 1
     begin, full_begin, full_end, end = tile_ranges(i_t * BT, i_last, S, lo, hi, HAS_LO, HAS_HI or HAS_HI_START, BS)
@@ -260,8 +259,6 @@ def attention_fwd_kernel(
                         HAS_HI or HAS_HI_START,
                     )
                     b_s = tl.where(m_ts, b_s, float("-inf"))
-                    if p_mask is not None:
-                        b_seen |= tl.max(m_ts.to(tl.int32), axis=1)
                 # A NaN score is dropped here, but not by exp2: its row becomes NaN.
                 b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
                 b_finite = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen so far: all weights are 0
@@ -271,30 +268,25 @@ def attention_fwd_kernel(
                 b_o *= b_decay[:, None]
                 b_max = b_new
                 if p_seed is not None:
-                    b_keep = keep_factor(o_t[:, None], o_s[None, :], element0, row, p_seed, drop_below, keep_scale)
-                    b_p = kept(b_p, b_keep)
+                    # Times keep_scale at the end: in float16 it may be more than a weight can hold.
+                    b_p = kept(b_p, keep_factor(o_t[:, None], o_s[None, :], element0, row, p_seed, drop_below, 1.0))
                 # [BS, BDV]
                 b_v = load_rows(p_v, v_ss, o_s, o_dv, S, DV)
                 b_o = dot(b_p.to(b_v.dtype), b_v, b_o)
 
-    # By position and not by sum: where a row sees keys whose weights all vanish, NaN is the right answer.
-    o_first, o_last = o_t * 0, o_t * 0 + S - 1
-    if HAS_LO:
-        o_first = tl.maximum(o_t + lo, 0)
-    if HAS_HI or HAS_HI_START:
-        o_last = tl.minimum(o_t + hi, S - 1)
-    m_seen = o_first <= o_last
-    if p_mask is not None:
-        m_seen = b_seen > 0
     if p_sinks is not None:  # one more key, which has no value
         sink = tl.load(p_sinks + i_bh) * 1.4426950408889634
         b_new = tl.maximum(b_max, sink)
         b_finite = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_decay = tl.exp2(b_max - b_finite)
-        b_sum = b_sum * b_decay + tl.exp2(sink - b_finite)
+        endless = sink == float("inf")  # it takes all of the weight
+        b_decay = tl.where(endless, 0.0, tl.exp2(b_max - b_finite))
+        b_sum = tl.where(endless, 1.0, b_sum * b_decay + tl.exp2(sink - b_finite))
         b_o *= b_decay[:, None]
         b_max = b_new
-        m_seen = m_seen.to(tl.int32) + tl.where(sink == float("-inf"), 0, 1) > 0
+    m_seen = (b_max > float("-inf")) | (b_sum != 0)  # a NaN is seen
+    b_finite = tl.where(b_max == float("-inf"), 0.0, b_max)
+    if p_seed is not None:
+        b_o *= keep_scale
     b_lse = tl.where(m_seen, (b_max + tl.log2(b_sum)) * 0.6931471805599453, float("-inf"))
     tl.store(p_lse + o_t, b_lse, mask=o_t < T)
     if all_finite(b_o):
@@ -308,7 +300,7 @@ def attention_fwd_kernel(
             b_v1 = load_rows(p_v, v_ss, i_s + tl.arange(0, 1), o_dv, S, DV).to(tl.float32)
             b_s1 = capped(tl.sum(b_q.to(tl.float32) * b_k1, axis=1), scale, cap, SOFTCAP)
             b_s1 = with_terms(b_s1, o_t, i_s, T, S, p_bias, o_bias, bias_st, bias_ss, p_slopes, slope)
-            b_p1 = tl.exp2(b_s1 - b_max)
+            b_p1 = tl.exp2(b_s1 - b_finite)
             if p_seed is not None:
                 b_p1 = kept(b_p1, keep_factor(o_t, i_s, element0, row, p_seed, drop_below, keep_scale))
             m_t = visible(o_t, i_s, T, S, lo, hi, p_mask, o_mask, mask_st, mask_ss, HAS_LO, HAS_HI or HAS_HI_START)
@@ -436,7 +428,7 @@ def attention_bwd_dkdv_kernel(
                     b_kept = b_p
                     if p_seed is not None:
                         b_keep = keep_factor(o_t[None, :], o_s[:, None], element0, row, p_seed, drop_below, keep_scale)
-                        b_dp, b_kept = kept(b_dp, b_keep), kept(b_p, b_keep)
+                        b_dp, b_kept = kept(b_dp, b_keep), tl.where(b_keep == 0.0, 0.0, b_p)
                     b_dv = dot(b_kept.to(b_do.dtype), b_do, b_dv)
                     # [BT]
                     b_delta = tl.load(p_deltah + o_t, mask=o_t < T, other=0.0)
@@ -444,6 +436,8 @@ def attention_bwd_dkdv_kernel(
                     if (PART != 1) or (p_mask is not None):
                         b_ds = tl.where(m_st, b_ds, 0.0)
                     b_dk = dot(b_ds.to(b_q.dtype), b_q, b_dk)
+    if p_seed is not None:
+        b_dv *= keep_scale
     p_dk += i_b * dk_sb + i_hk * dk_sh + i_k0.to(tl.int64) * dk_ss
     p_dv += i_b * dv_sb + i_hk * dv_sh + i_k0.to(tl.int64) * dv_ss
     if all_finite(b_dk) and all_finite(b_dv):
@@ -712,7 +706,9 @@ def _output(like: Tensor, last: int, packed: bool) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     p = _Problem(q, k, v, options)
     out = _output(q, p.DV, p.packed)
-    lse = torch.full((p.B, p.H, p.T), -math.inf, device=q.device, dtype=torch.float32)
+    lse = q.new_empty(p.B, p.H, p.T, dtype=torch.float32)
+    if p.packed:
+        lse.copy_(lse_of_no_key(p.sinks, lse))
     q, k, v, o = with_rows(q), with_rows(k), with_rows(v), with_rows(out)
     chosen = p.configuration("fwd")
     tiles = p.tiles(p.T, chosen["BT"])

@@ -149,11 +149,12 @@ def attention_decode_merge_kernel(
         of_split = tl.load(p_partial + (i_split * total + i_n) * (DV + 2) + DV + tl.arange(0, 1))
         top = tl.where(of_split > top, of_split, top)
     finite = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp2(sink - finite)
+    endless = sink == float("inf")  # a sink that takes all of the weight
+    weights = tl.where(endless, 1.0, tl.exp2(sink - finite))
     b_o = tl.zeros([BDV], dtype=tl.float32)
     for i_split in range(loop_bound(splits)):
         p_split = p_partial + (i_split * total + i_n) * (DV + 2)
-        share = tl.exp2(tl.load(p_split + DV + tl.arange(0, 1)) - finite)
+        share = tl.where(endless, 0.0, tl.exp2(tl.load(p_split + DV + tl.arange(0, 1)) - finite))
         weights += share * tl.load(p_split + DV + 1 + tl.arange(0, 1))
         # [BDV]
         b_o += share * tl.load(p_split + o_dv, mask=o_dv < DV, other=0.0)
