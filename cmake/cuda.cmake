@@ -2,7 +2,8 @@
 
 set(cuda_sources csrc/cuda_module.cpp csrc/cuda/runtime.cpp csrc/cuda/relu.cu csrc/cuda/adam.cu
                  csrc/cuda/attention.cu csrc/cuda/attention_mma_forward.cu csrc/cuda/attention_mma_backward.cu
-                 csrc/cuda/attention_sm90.cu csrc/cuda/attention_decode.cu csrc/cuda/attention_f32.cu)
+                 csrc/cuda/attention_sm90_forward.cu csrc/cuda/attention_sm90_backward.cu
+                 csrc/cuda/attention_decode.cu csrc/cuda/attention_f32.cu)
 
 # Sets `problem` to why _cuda cannot be built, or to nothing.
 function(fastlm_find_cuda problem)

@@ -145,7 +145,7 @@ const char* attention_forward(const TensorView& q, const TensorView& k, const Te
                                   static_cast<float*>(lse.data));
 }
 
-void attention_backward(const TensorView& d_o, const OptionalTensor& dlse, const TensorView& q, const TensorView& k,
+const char* attention_backward(const TensorView& d_o, const OptionalTensor& dlse, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& o, const TensorView& lse, const OptionalTensor& dq,
                         const OptionalTensor& dk, const OptionalTensor& dv, const OptionalTensor& dbias,
                         const OptionalTensor& dslopes, const TensorView& stats, const OptionalTensor& mask,
@@ -172,9 +172,9 @@ void attention_backward(const TensorView& d_o, const OptionalTensor& dlse, const
   border.check_sums(op, "stats", q, stats, 2 * lse.numel());
   auto optional = [](const OptionalTensor& t) { return t ? operand(*t) : cuda::attention::Operand{}; };
   auto floats = [](const OptionalTensor& t) { return t ? static_cast<float*>(t->data) : nullptr; };
-  cuda::attention::backward({q.device, stream}, problem, operand(d_o), floats(dlse), operand(q), operand(k), operand(v),
-                            operand(o), static_cast<const float*>(lse.data), optional(dq), optional(dk), optional(dv),
-                            floats(dbias), floats(dslopes), stats.data);
+  return cuda::attention::backward({q.device, stream}, problem, operand(d_o), floats(dlse), operand(q), operand(k), operand(v),
+                                   operand(o), static_cast<const float*>(lse.data), optional(dq), optional(dk), optional(dv),
+                                   floats(dbias), floats(dslopes), stats.data);
 }
 
 // Attention of few queries to a cache, and the room that it works in: called twice, first for how many floats that is.

@@ -45,7 +45,7 @@ const char* forward(const Target& target, const Problem& problem, const Operand&
   return forward_mma(target, args), "sm80";
 }
 
-void backward(const Target& target, const Problem& problem, const Operand& d_o, const float* dlse, const Operand& q,
+const char* backward(const Target& target, const Problem& problem, const Operand& d_o, const float* dlse, const Operand& q,
               const Operand& k, const Operand& v, const Operand& o, const float* lse, const Operand& dq,
               const Operand& dk, const Operand& dv, float* dbias, float* dslopes, void* stats) {
   int64_t rows = int64_t(problem.batch) * problem.heads_q * problem.queries;
@@ -63,7 +63,9 @@ void backward(const Target& target, const Problem& problem, const Operand& d_o, 
   for (const Operand* x : {&v, &d_o, &dv}) {
     if (x->data != nullptr) args.aligned &= aligned(*x, problem.width_v, problem.dtype);
   }
-  on_tensor_cores(target, problem.dtype) ? backward_mma(target, args) : backward_f32(target, args);
+  if (!on_tensor_cores(target, problem.dtype)) return backward_f32(target, args), "fp32";
+  if (backward_sm90(target, args)) return "sm90";
+  return backward_mma(target, args), "sm80";
 }
 
 }  // namespace fastlm::cuda::attention

@@ -2,7 +2,8 @@
 //   attention.cu               which of the others a call takes, the statistics that backward starts from
 //   attention_mma_forward.cu,
 //   attention_mma_backward.cu  fp16 and bf16 on tensor cores, from sm_80 on
-//   attention_sm90.cu          the forward with Hopper's own instructions
+//   attention_sm90_forward.cu,
+//   attention_sm90_backward.cu with Hopper's own instructions
 //   attention_decode.cu        few queries against a cache, in both kinds of arithmetic
 //   attention_f32.cu           fp32 arithmetic without tensor cores: float32 anywhere, every dtype on older devices
 //
@@ -43,6 +44,7 @@ bool aligned(const Operand& x, int width, DType dtype);
 bool forward_sm90(const Target& target, const ForwardArgs& args);
 void forward_mma(const Target& target, const ForwardArgs& args);
 void forward_f32(const Target& target, const ForwardArgs& args);
+bool backward_sm90(const Target& target, const BackwardArgs& args);
 void backward_mma(const Target& target, const BackwardArgs& args);
 void backward_f32(const Target& target, const BackwardArgs& args);
 

@@ -59,8 +59,8 @@ const char* forward(const Target& target, const Problem& problem, const Operand&
 
 // Gradients from d_o and dlse (contiguous, or null). dq, or both dk and dv, may be null: not wanted. `stats` is 8 bytes
 // per query, to work in. With dq also, if not null, dbias (B, Hq, Tq, Tk), zero before, and of the slopes what each
-// query adds, dslopes (B, Hq, Tq); both contiguous.
-void backward(const Target& target, const Problem& problem, const Operand& d_o, const float* dlse, const Operand& q,
+// query adds, dslopes (B, Hq, Tq); both contiguous. Returns the family.
+const char* backward(const Target& target, const Problem& problem, const Operand& d_o, const float* dlse, const Operand& q,
               const Operand& k, const Operand& v, const Operand& o, const float* lse, const Operand& dq,
               const Operand& dk, const Operand& dv, float* dbias, float* dslopes, void* stats);
 

@@ -331,7 +331,7 @@ void decode(const Target& target, const Problem& problem, const Operand& q, cons
       });
     });
   } else {
-    dispatch_padded<64, 128, 256>(width, [&](auto padded) {
+    dispatch_padded<128, 256>(width, [&](auto padded) {
       constexpr int kD = decltype(padded)::value;
       launch(target, "attention_decode", attention_decode_f32_kernel<kD>, grid, kThreads, kDecodeF32SharedBytes<kD>, args);
     });

@@ -143,8 +143,18 @@ template <int kSize> __device__ inline void pin(float (&acc)[kSize][4]) {
   }
 }
 
-#define FASTLM_ACC1(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define FASTLM_ACC4(n) FASTLM_ACC1(n), FASTLM_ACC1(n + 1), FASTLM_ACC1(n + 2), FASTLM_ACC1(n + 3)
+// A number of which the compiler knows nothing: what is computed from it again need not be kept in registers meanwhile.
+__device__ inline int64_t afresh(int64_t x) {
+  asm volatile("" : "+l"(x));
+  return x;
+}
+// The compiler may move no load past this.
+__device__ inline void keep_order() { asm volatile("" ::: "memory"); }
+
+#define FASTLM_ACC1(how, n) how(c[n][0]), how(c[n][1]), how(c[n][2]), how(c[n][3])
+#define FASTLM_ACC4(how, n) FASTLM_ACC1(how, n), FASTLM_ACC1(how, n + 1), FASTLM_ACC1(how, n + 2), FASTLM_ACC1(how, n + 3)
+#define FASTLM_ACC8(how) FASTLM_ACC4(how, 0), FASTLM_ACC4(how, 4)
+#define FASTLM_ACC16(how) FASTLM_ACC8(how), FASTLM_ACC4(how, 8), FASTLM_ACC4(how, 12)
 #define FASTLM_REGS32                                                                                          \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31}, "
@@ -153,48 +163,44 @@ template <int kSize> __device__ inline void pin(float (&acc)[kSize][4]) {
   "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, " \
   "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
 
-// c (64 x 8 kSize, as multiply_add's accumulators side by side, 16 rows a warp) = a b, or c + a b where `add`. a: 16
-// columns of a tile, row after row (K-major). b: 16 of its rows as columns, row after row.
+// c (64 x 8 kSize, as multiply_add's accumulators side by side, 16 rows a warp) = a b, or c + a b where kAdd: two kinds of
+// instruction, so that the registers of c are free until the first. a: 16 columns of a tile, row after row (K-major). b: 16
+// columns of its rows, row after row.
+template <class T, int kSize, bool kAdd>
+__device__ void wgmma_shared(float (&c)[kSize][4], TileDescriptor a, TileDescriptor b);
+// c + a b with a: 16 columns in registers, as multiply_add's; b: 16 rows of a tile.
 template <class T, int kSize>
-__device__ void wgmma_shared(float (&c)[kSize][4], TileDescriptor a, TileDescriptor b, bool add);
-// a: 16 columns in registers, as multiply_add's; b: 16 rows of a tile.
-template <class T, int kSize>
-__device__ void wgmma_registers(float (&c)[kSize][4], const uint32_t (&a)[4], TileDescriptor b, bool add);
+__device__ void wgmma_registers(float (&c)[kSize][4], const uint32_t (&a)[4], TileDescriptor b);
 
 #ifdef FASTLM_SM90A
-// %NA etc.: the operands after the accumulators.
-#define FASTLM_WGMMA(TYPE, PTX, SIZE, COLS, REGS, ACCS, N0, N1, N2, N3, N4, N5)                                          \
+// N0 ... N4: the operands after the accumulators. Whether to add is a predicate, which is constant here.
+#define FASTLM_WGMMA_SHARED(TYPE, PTX, SIZE, COLS, REGS, ACCS, N0, N1, ADD, CONSTANT)                                    \
   template <>                                                                                                            \
-  __device__ inline void wgmma_shared<TYPE, SIZE>(float(&c)[SIZE][4], TileDescriptor a, TileDescriptor b, bool add) {    \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " N2 ", 0;\n"                                                         \
+  __device__ inline void wgmma_shared<TYPE, SIZE, ADD>(float(&c)[SIZE][4], TileDescriptor a, TileDescriptor b) {         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " CONSTANT ", 0;\n"                                                   \
                  "wgmma.mma_async.sync.aligned.m64n" COLS "k16.f32." PTX "." PTX " " REGS N0 ", " N1                      \
                  ", p, 1, 1, 0, 0;\n}"                                                                                   \
                  : ACCS                                                                                                  \
-                 : "l"(a.word), "l"(b.word), "r"(int(add)));                                                             \
-  }                                                                                                                      \
+                 : "l"(a.word), "l"(b.word));                                                                            \
+  }
+#define FASTLM_WGMMA(TYPE, PTX, SIZE, COLS, REGS, N0, N1, N2, N3, N4)                                                    \
+  FASTLM_WGMMA_SHARED(TYPE, PTX, SIZE, COLS, REGS, FASTLM_ACC##SIZE("=f"), N0, N1, false, "0")                           \
+  FASTLM_WGMMA_SHARED(TYPE, PTX, SIZE, COLS, REGS, FASTLM_ACC##SIZE("+f"), N0, N1, true, "1")                            \
   template <>                                                                                                            \
-  __device__ inline void wgmma_registers<TYPE, SIZE>(float(&c)[SIZE][4], const uint32_t(&a)[4], TileDescriptor b,         \
-                                                     bool add) {                                                         \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " N5 ", 0;\n"                                                         \
+  __device__ inline void wgmma_registers<TYPE, SIZE>(float(&c)[SIZE][4], const uint32_t(&a)[4], TileDescriptor b) {      \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                             \
                  "wgmma.mma_async.sync.aligned.m64n" COLS "k16.f32." PTX "." PTX " " REGS "{" N0 ", " N1 ", " N2 ", " N3  \
                  "}, " N4 ", p, 1, 1, 1;\n}"                                                                             \
-                 : ACCS                                                                                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.word), "r"(int(add)));                              \
+                 : FASTLM_ACC##SIZE("+f")                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.word));                                             \
   }
-#define FASTLM_WGMMA_SIZES(TYPE, PTX)                                                                                    \
-  FASTLM_WGMMA(TYPE, PTX, 8, "64", FASTLM_REGS32, FASTLM_ACC4(0) FASTLM_COMMA FASTLM_ACC4(4), "%32", "%33", "%34",       \
-               "%35", "%36", "%37")                                                                                      \
-  FASTLM_WGMMA(TYPE, PTX, 16, "128", FASTLM_REGS64,                                                                      \
-               FASTLM_ACC4(0) FASTLM_COMMA FASTLM_ACC4(4) FASTLM_COMMA FASTLM_ACC4(8) FASTLM_COMMA FASTLM_ACC4(12), "%64", \
-               "%65", "%66", "%67", "%68", "%69")
-#define FASTLM_COMMA ,
-FASTLM_WGMMA_SIZES(f16, "f16")
-FASTLM_WGMMA_SIZES(bf16, "bf16")
+FASTLM_WGMMA(f16, "f16", 8, "64", FASTLM_REGS32, "%32", "%33", "%34", "%35", "%36")
+FASTLM_WGMMA(f16, "f16", 16, "128", FASTLM_REGS64, "%64", "%65", "%66", "%67", "%68")
+FASTLM_WGMMA(bf16, "bf16", 8, "64", FASTLM_REGS32, "%32", "%33", "%34", "%35", "%36")
+FASTLM_WGMMA(bf16, "bf16", 16, "128", FASTLM_REGS64, "%64", "%65", "%66", "%67", "%68")
 #else
-template <class T, int kSize>
-__device__ void wgmma_shared(float (&)[kSize][4], TileDescriptor, TileDescriptor, bool) {}
-template <class T, int kSize>
-__device__ void wgmma_registers(float (&)[kSize][4], const uint32_t (&)[4], TileDescriptor, bool) {}
+template <class T, int kSize, bool kAdd> __device__ void wgmma_shared(float (&)[kSize][4], TileDescriptor, TileDescriptor) {}
+template <class T, int kSize> __device__ void wgmma_registers(float (&)[kSize][4], const uint32_t (&)[4], TileDescriptor) {}
 #endif
 
 }  // namespace fastlm::cuda

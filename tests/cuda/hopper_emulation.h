@@ -247,13 +247,15 @@ template <int kPending> void wgmma_wait() {
   wait(w.barrier, kWarpgroup);
 }
 template <int kSize> void pin(float (&)[kSize][4]) {}
+inline void keep_order() {}
+inline int64_t afresh(int64_t x) { return x; }
 
-template <class T, int kSize> void wgmma_shared(float (&c)[kSize][4], TileDescriptor a, TileDescriptor b, bool add) {
-  emulation::start<T>(c, kSize, nullptr, a, b, add);
+template <class T, int kSize, bool kAdd> void wgmma_shared(float (&c)[kSize][4], TileDescriptor a, TileDescriptor b) {
+  emulation::start<T>(c, kSize, nullptr, a, b, kAdd);
 }
 template <class T, int kSize>
-void wgmma_registers(float (&c)[kSize][4], const uint32_t (&a)[4], TileDescriptor b, bool add) {
-  emulation::start<T>(c, kSize, a, {}, b, add);
+void wgmma_registers(float (&c)[kSize][4], const uint32_t (&a)[4], TileDescriptor b) {
+  emulation::start<T>(c, kSize, a, {}, b, true);
 }
 
 }  // namespace fastlm::cuda

@@ -367,10 +367,17 @@ def on_hopper(kernels, monkeypatch):
     return kernels
 
 
-def family(kernels, q, k, v, scale=1.0):
+def families(kernels, q, k, v, scale=1.0):
+    """Of the forward and the backward."""
     o, lse = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
     last = (*[None] * 7, (-(2**30), 0, 2**30), scale, 0.0, 0.0, kernels.stream())
-    return kernels.module.attention_forward(q, k, v, o, lse, *last)
+    forward = kernels.module.attention_forward(q, k, v, o, lse, *last)
+    gradients, stats = (
+        [torch.empty_like(q), *(torch.empty(k.shape).to(q) for _ in range(2))],
+        lse.new_empty(*lse.shape, 2),
+    )
+    read = (o, None, q, k, v, o, lse, *gradients, None, None, stats)
+    return forward, kernels.module.attention_backward(*read, *last)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -378,8 +385,9 @@ def family(kernels, q, k, v, scale=1.0):
 def test_attention_on_hopper(on_hopper, dtype, case):
     first, again = (check_attention(on_hopper, dtype, case) for _ in range(2))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert all(torch.equal(a, b) for a, b in zip(first[2], again[2], strict=True))
     q = torch.zeros(*case[:2], case[3], case[5], dtype=dtype, device=on_hopper.device)
-    assert family(on_hopper, q, q, q) == "sm90"
+    assert families(on_hopper, q, q, q) == ("sm90", "sm90")
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -402,17 +410,37 @@ def test_hidden_positions_do_not_count_on_hopper(on_hopper, dtype, value, bad):
     assert_near(o2[:, :, ~seen], o[:, :, ~seen].cpu(), TOLERANCE[dtype])
     assert torch.equal(lse2[:, :, ~seen], lse[:, :, ~seen])
     assert not o2[:, :, seen].isfinite().all(-1).any()
+    do = draw(1, 1, 260, 64, dtype=dtype, seed=3).to(on_hopper.device)
+    backward = (*options(1, (100, -1), scale=0.1), [True] * 3 + [False] * 3)
+    clean = on_hopper["attention_backward"](do, None, q, *(t.nan_to_num(1, 1, 1) for t in (k, v)), o, lse, *backward)
+    dq = on_hopper["attention_backward"](do, None, q, k, v, o2, lse2, *backward)[0]
+    assert_near(dq[:, :, ~seen], clean[0][:, :, ~seen].cpu(), TOLERANCE[dtype])
+    # Nor keys that a query does not see, of which nothing is a number.
+    k, v = (t.nan_to_num(1, 1, 1) for t in (k, v))
+    q2, do2 = q.clone(), do.clone()
+    for t in (q2, do2):
+        t[:, :, bad] = value
+    o, lse = on_hopper["attention"](q, k, v, *options(1, (100, -1), scale=0.1))
+    clean = on_hopper["attention_backward"](do, None, q, k, v, o, lse, *backward)
+    o, lse = on_hopper["attention"](q2, k, v, *options(1, (100, -1), scale=0.1))
+    _, dk, dv, *_ = on_hopper["attention_backward"](do2, None, q2, k, v, o, lse, *backward)
+    hidden = torch.ones(260, dtype=torch.bool)
+    hidden[max(bad - 100, 0) : bad + 1] = False
+    assert_near(dk[:, :, hidden], clean[1][:, :, hidden].cpu(), TOLERANCE[dtype])
+    assert_near(dv[:, :, hidden], clean[2][:, :, hidden].cpu(), TOLERANCE[dtype])
+    assert not dv[:, :, ~hidden].isfinite().all(-1).any()
 
 
 def test_what_hopper_kernels_leave_to_the_others(on_hopper):
     q = torch.zeros(1, 2, 20, 64, dtype=torch.float16, device=on_hopper.device)
-    assert family(on_hopper, q, q, q) == "sm90"
+    assert families(on_hopper, q, q, q) == ("sm90", "sm90")
     wide = torch.zeros(1, 2, 20, 136, dtype=torch.float16, device=on_hopper.device)
     shared = q[:, :1].expand(1, 2, 20, 64)
     misaligned = torch.zeros(1, 2, 20, 65, dtype=torch.float16, device=on_hopper.device)[..., 1:]
     others = [(wide, 1.0, wide), (q, -1.0, q), (q, 1.0, shared), (q, 1.0, misaligned)]
-    assert [family(on_hopper, q, k, k, scale) for q, scale, k in others] == ["sm80"] * 4
-    assert family(on_hopper, *[q.float()] * 3) == "fp32"
+    found = [families(on_hopper, q, k, k, scale) for q, scale, k in others]
+    assert found == [("sm80", "sm80"), ("sm80", "sm90"), ("sm80", "sm80"), ("sm80", "sm80")]
+    assert families(on_hopper, *[q.float()] * 3) == ("fp32", "fp32")
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -4,20 +4,12 @@
 // and the values of this one are under way together. Blocks stay and take one tile of queries after another.
 //
 // Head dims are padded with zeros to 64 or 128. Scores are scaled products alone (no ScoreTerms), scale is positive.
-#include <cstdlib>
-
-#include "attention.cuh"
-#include "hopper.cuh"
+#include "attention_sm90.cuh"
 
 namespace fastlm::cuda::attention {
 namespace {
 
-constexpr int kConsumers = 2;  // warpgroups
-constexpr int kTileQueries = 64 * kConsumers;
 constexpr int kTileKeys = 128;
-constexpr int kStages = 2;
-constexpr int kBlockThreads = kWarpgroup * (1 + kConsumers);
-constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 constexpr int kTurn = 1;  // number of the barrier that gives the first consumer its turn on the tensor cores
 
 struct Sm90Args {
@@ -31,48 +23,11 @@ struct Barriers {
 };
 
 template <int kD> struct Sm90Tiles {
-  static constexpr int kQuery = kTileQueries * kD, kKey = kTileKeys * kD;  // elements
-  static constexpr int kAlignment = 1024;                                  // of a swizzled tile
-  static constexpr int kSharedBytes = 2 * (kQuery + 2 * kStages * kKey) + int(sizeof(Barriers)) + kAlignment;
+  static constexpr int kQuery = kTileRows * kD, kKey = kTileKeys * kD;  // elements
+  static constexpr int kSharedBytes = 2 * (kQuery + 2 * kStages * kKey) + int(sizeof(Barriers)) + kTileAlignment;
 };
 
-// Where chunk `chunk` (8 elements) of a row lies in a tile of boxes of 64 columns, one after the other. In elements.
-__device__ inline int box_offset(int row, int chunk, int rows) {
-  return (chunk / 8 * rows + row) * 64 + ((chunk % 8) ^ (row & 7)) * 8;
-}
-
-// A tile's boxes, all of which count for one barrier.
-template <class T, int kRows, int kD>
-__device__ void load_boxes(T* tile, const TensorMap* map, TileBarrier* full, int row, int64_t head, int64_t batch) {
-  barrier_arrive_expect(full, kRows * kD * int(sizeof(T)));
-#pragma unroll
-  for (int c = 0; c < kD / 64; ++c) load_box(tile + c * kRows * 64, map, full, 64 * c, row, int(head), int(batch));
-}
-
 // --- consumers --------------------------------------------------------------------------------------------------------
-// s (64 x kTileKeys) = q k^T; starts it.
-template <class T, int kD> __device__ void start_scores(float (&s)[kTileKeys / 8][4], const T* q, const T* k) {
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kD / 16; ++step) {
-    int box = step / 4, col = step % 4 * 16;
-    wgmma_shared<T, kTileKeys / 8>(s, tile_descriptor(q + box * kTileQueries * 64 + col, 16, 1024),
-                                   tile_descriptor(k + box * kTileKeys * 64 + col, 16, 1024), step > 0);
-  }
-  wgmma_commit();
-}
-
-// acc (64 x kD) += p v; starts it.
-template <class T, int kD>
-__device__ void start_values(float (&acc)[kD / 8][4], const uint32_t (&p)[kTileKeys / 16][4], const T* v) {
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kTileKeys / 16; ++step) {
-    wgmma_registers<T, kD / 8>(acc, p[step], tile_descriptor(v + step * 16 * 64, kTileKeys * 128, 1024), true);
-  }
-  wgmma_commit();
-}
-
 // Where a key is not seen, a product with its weight of 0 makes NaN of an inf or a NaN in its values. So where a row has
 // come out as no number, it is added up anew, term by term and without those keys: slow and rare, and free for all others.
 template <class T, int kD>
@@ -101,7 +56,7 @@ __device__ void add_up_anew(const ForwardArgs& args, const Block& block, int i, 
 #pragma unroll
   for (int c = 0; c < kD / kWarp; ++c) {
     int col = lane + kWarp * c;
-    tile[box_offset(tile_row, col / 8, kTileQueries) + col % 8] = narrow<T>(sums[c] * factor);
+    tile[box_offset(tile_row, col / 8, kTileRows) + col % 8] = narrow<T>(sums[c] * factor);
   }
 }
 
@@ -118,17 +73,17 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
   };
 
   for (int64_t index = blockIdx.x; index < args.tiles; index += gridDim.x) {
-    const Block block = block_of(problem, index, false, kTileQueries);
+    const Block block = block_of(problem, index, false, kTileRows);
     const Mask& mask = block.mask;
     int q0 = block.first, row0 = q0 + warp_row;
     if (q0 >= mask.queries) continue;
-    int begin = mask.key_begin(q0) / kTileKeys * kTileKeys, end = mask.key_end(q0, kTileQueries);
+    int begin = mask.key_begin(q0) / kTileKeys * kTileKeys, end = mask.key_end(q0, kTileRows);
     float acc[kD / 8][4] = {}, s[kTileKeys / 8][4];
     uint32_t p[kTileKeys / 16][4];
     float max[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of rows lane / 4 and lane / 4 + 8, before scaling; sum: this lane's columns
     // Weights of the tile at k0 from its scores; by how much sums of former tiles shrink.
     auto softmax = [&](int k0, float (&factor)[2]) {
-      bool whole = mask.whole(q0, kTileQueries, k0, kTileKeys);
+      bool whole = mask.whole(q0, kTileRows, k0, kTileKeys);
       float new_max[2] = {max[0], max[1]};
 #pragma unroll
       for (int n = 0; n < kTileKeys / 8; ++n) {
@@ -158,25 +113,25 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
     };
     auto keep_weights = [&] {
 #pragma unroll
-      for (int j = 0; j < kTileKeys / 16; ++j) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          const float(&from)[4] = s[2 * j + r / 2];
-          p[j][r] = pack<T>(from[r % 2 * 2], from[r % 2 * 2 + 1]);
-        }
-      }
+      for (int j = 0; j < kTileKeys / 16; ++j) as_operand<T>(p[j], s[2 * j], s[2 * j + 1]);
+    };
+    auto start_scores = [&](int at) {
+      barrier_wait(&bars->k_full[at % kStages], at / kStages % 2);
+      wgmma_fence();
+      start_transposed<T, kD, kTileKeys>(s, tile_q + 64 * group * 64, tile_k + at % kStages * Tiles::kKey);
+      wgmma_commit();
     };
     auto add_values = [&](int at) {
       barrier_wait(&bars->v_full[at % kStages], at / kStages % 2);
-      start_values<T, kD>(acc, p, tile_v + at % kStages * Tiles::kKey);
+      wgmma_fence();
+      start_product<T, kD, kTileKeys>(acc, p, tile_v + at % kStages * Tiles::kKey);
+      wgmma_commit();
     };
 
     barrier_wait(&bars->q_full, turn % 2);
-    const T* q = tile_q + 64 * group * 64;
     if (begin < end) {
       float factor[2];
-      barrier_wait(&bars->k_full[step % kStages], step / kStages % 2);
-      start_scores<T, kD>(s, q, tile_k + step % kStages * Tiles::kKey);
+      start_scores(step);
       wgmma_wait<0>();
       pin(s);
       done_with(&bars->k_empty[step % kStages]);
@@ -185,8 +140,7 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
       for (int k0 = begin + kTileKeys; k0 < end; k0 += kTileKeys, ++step) {
         int next = step + 1;
         group_sync(kTurn + group, kConsumers * kWarpgroup);
-        barrier_wait(&bars->k_full[next % kStages], next / kStages % 2);
-        start_scores<T, kD>(s, q, tile_k + next % kStages * Tiles::kKey);
+        start_scores(next);
         add_values(step);
         group_arrive(kTurn + (group + 1) % kConsumers, kConsumers * kWarpgroup);
         wgmma_wait<1>();
@@ -212,27 +166,20 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
     }
 
     // The rows leave through this warp's part of the query tile, in 16-byte pieces.
-    float factor[2], found = 0;
-    T* o = static_cast<T*>(const_cast<void*>(forward.o.data)) + block.at_query(forward.o, block.head);
+    float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       sum[half] = lanes_sum<4>(sum[half]);
-      int row = acc_row(lane, 2 * half);
-      if (lane % 4 == 0 && row0 + row < mask.queries) {
+      int row = row0 + acc_row(lane, 2 * half);
+      if (lane % 4 == 0 && row < mask.queries) {
         float lse = sum[half] == 0.0f ? -INFINITY : (finite_max(max[half]) * scale + log2f(sum[half])) * kLn2;
-        forward.lse[block.query_number(problem, block.head, row0 + row)] = lse;
+        forward.lse[block.query_number(problem, block.head, row)] = lse;
       }
       factor[half] = final_factor(sum[half]);
-#pragma unroll
-      for (int n = 0; n < kD / 8; ++n) {
-        float first = acc[n][2 * half] * factor[half], second = acc[n][2 * half + 1] * factor[half];
-        if (!(fabsf(first) + fabsf(second) < INFINITY)) found = 1;
-        *reinterpret_cast<uint32_t*>(tile_q + box_offset(warp_row + row, n, kTileQueries) + acc_col(lane, 0)) =
-            pack<T>(first, second);
-      }
     }
+    put_rows<T, kD>(tile_q, warp_row, acc, factor[0], factor[1]);
     sync_warp();
-    if (lanes_max<kWarp>(found) > 0) {
+    if (warp_has_nonfinite(acc)) {
       for (int row = 0; row < 16 && row0 + row < mask.queries; ++row) {
         int source = row % 8 * 4;  // a lane that knows of it
         float least = finite_max(shuffle(row < 8 ? max[0] : max[1], source)) * scale;
@@ -241,13 +188,8 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
       }
       sync_warp();
     }
-#pragma unroll 2
-    for (int i = lane; i < 16 * (kD / 8); i += kWarp) {
-      int row = i / (kD / 8), chunk = i % (kD / 8);
-      if (row0 + row >= mask.queries || 8 * chunk >= problem.width_v) continue;
-      Vector<T> x = *reinterpret_cast<const Vector<T>*>(tile_q + box_offset(warp_row + row, chunk, kTileQueries));
-      store_count(o + (row0 + row) * forward.o.row + 8 * chunk, x, problem.width_v - 8 * chunk, true);
-    }
+    T* o = static_cast<T*>(const_cast<void*>(forward.o.data)) + block.at_query(forward.o, block.head);
+    store_tile_rows<T, kD>(tile_q, warp_row, o, forward.o.row, row0, mask.queries, problem.width_v);
     fence_async();
     sync_warp();
     done_with(&bars->q_empty);
@@ -261,18 +203,21 @@ template <class T, int kD> __device__ void produce(const Sm90Args& args, T* tile
   const Problem& problem = args.forward.problem;
   int turn = 0, step = 0;
   for (int64_t index = blockIdx.x; index < args.tiles; index += gridDim.x) {
-    const Block block = block_of(problem, index, false, kTileQueries);
+    const Block block = block_of(problem, index, false, kTileRows);
     const Mask& mask = block.mask;
     if (block.first >= mask.queries) continue;
     barrier_wait(&bars->q_empty, turn % 2 ^ 1);
-    load_boxes<T, kTileQueries, kD>(tile_q, &args.q, &bars->q_full, block.query0 + block.first, block.head, block.batch);
-    int begin = mask.key_begin(block.first) / kTileKeys * kTileKeys, end = mask.key_end(block.first, kTileQueries);
+    barrier_arrive_expect(&bars->q_full, Tiles::kQuery * int(sizeof(T)));
+    load_boxes<T, kTileRows, kD>(tile_q, &args.q, &bars->q_full, block.query0 + block.first, block.head, block.batch);
+    int begin = mask.key_begin(block.first) / kTileKeys * kTileKeys, end = mask.key_end(block.first, kTileRows);
     for (int k0 = begin; k0 < end; k0 += kTileKeys, ++step) {
       int stage = step % kStages, before = step / kStages % 2 ^ 1;
       barrier_wait(&bars->k_empty[stage], before);
+      barrier_arrive_expect(&bars->k_full[stage], Tiles::kKey * int(sizeof(T)));
       load_boxes<T, kTileKeys, kD>(tile_k + stage * Tiles::kKey, &args.k, &bars->k_full[stage], block.key0 + k0, block.head_k,
                                    block.batch);
       barrier_wait(&bars->v_empty[stage], before);
+      barrier_arrive_expect(&bars->v_full[stage], Tiles::kKey * int(sizeof(T)));
       load_boxes<T, kTileKeys, kD>(tile_v + stage * Tiles::kKey, &args.v, &bars->v_full[stage], block.key0 + k0, block.head_k,
                                    block.batch);
     }
@@ -284,14 +229,11 @@ template <class T, int kD>
 __global__ void __launch_bounds__(kBlockThreads, 1) attention_fwd_sm90_kernel(const __grid_constant__ Sm90Args args) {
 #ifdef FASTLM_SM90A
   using Tiles = Sm90Tiles<kD>;
-  char* base = dynamic_shared();
-  base += (Tiles::kAlignment - shared_address(base) % Tiles::kAlignment) % Tiles::kAlignment;
-  T* tile_q = reinterpret_cast<T*>(base);
+  T* tile_q = reinterpret_cast<T*>(aligned_shared());
   T* tile_k = tile_q + Tiles::kQuery;
   T* tile_v = tile_k + kStages * Tiles::kKey;
   Barriers* bars = reinterpret_cast<Barriers*>(tile_v + kStages * Tiles::kKey);
   if (threadIdx.x == 0) {
-    constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
     barrier_init(&bars->q_full, 1);
     barrier_init(&bars->q_empty, kConsumerWarps);
     for (int stage = 0; stage < kStages; ++stage) {
@@ -316,15 +258,6 @@ __global__ void __launch_bounds__(kBlockThreads, 1) attention_fwd_sm90_kernel(co
 }
 
 // --- launch -----------------------------------------------------------------------------------------------------------
-bool make_map(TensorMap* map, const Operand& x, DType dtype, int batch, int heads, int rows, int width, int box_rows) {
-  int64_t sizes[4] = {batch, heads, rows, width}, strides[3] = {x.batch, x.head, x.row};
-  for (int i = 0; i < 3; ++i) {
-    if (sizes[i] == 1) strides[i] = (width + 7) / 8 * 8;  // never used, but it has to be one
-    if (strides[i] <= 0) return false;
-  }
-  return make_tensor_map(map, x.data, dtype == DType::kF16, sizes, strides, box_rows);
-}
-
 template <class T, int kD> void launch_forward(const Target& target, const Sm90Args& args) {
   launch(target, "attention", attention_fwd_sm90_kernel<T, kD>,
          grid_of(std::min<int64_t>(args.tiles, processors(target))), kBlockThreads, Sm90Tiles<kD>::kSharedBytes, args);
@@ -334,18 +267,9 @@ template <class T, int kD> void launch_forward(const Target& target, const Sm90A
 
 bool forward_sm90(const Target& target, const ForwardArgs& forward) {
   const Problem& p = forward.problem;
-  // Not chosen by itself before it has run on a GPU.
-  const char* family = std::getenv("FASTLM_CUDA_FAMILY");
-  if (family == nullptr || std::string(family) != "sm90") return false;
-  if (p.terms.any() || !(p.scale > 0) || !forward.aligned || p.keys == 0 || p.queries == 0) return false;
-  if (std::max(p.width, p.width_v) > 128) return false;
-#ifdef FASTLM_HAS_SM90A  // machine code for sm_90 alone says 90 too
-  if (compiled_capability(target, attention_fwd_sm90_kernel<f16, 64>) != 90) return false;
-#else
-  return false;
-#endif
-  Sm90Args args{{}, {}, {}, forward, blocks_of(p, false, kTileQueries)};
-  if (!make_map(&args.q, forward.q, p.dtype, p.batch, p.heads_q, p.queries, p.width, kTileQueries) ||
+  if (!sm90_takes(target, p, forward.aligned, attention_fwd_sm90_kernel<f16, 64>) || !(p.scale > 0)) return false;
+  Sm90Args args{{}, {}, {}, forward, blocks_of(p, false, kTileRows)};
+  if (!make_map(&args.q, forward.q, p.dtype, p.batch, p.heads_q, p.queries, p.width, kTileRows) ||
       !make_map(&args.k, forward.k, p.dtype, p.batch, p.heads_k, p.keys, p.width, kTileKeys) ||
       !make_map(&args.v, forward.v, p.dtype, p.batch, p.heads_k, p.keys, p.width_v, kTileKeys)) {
     return false;
