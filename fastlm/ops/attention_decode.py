@@ -95,7 +95,8 @@ def _append(cache: Tensor, new: Tensor, cache_seqlens: Tensor, page_table: Tenso
         row = torch.arange(len(at), device=new.device)[:, None]
     else:
         row, at = page_table.gather(1, at // cache.shape[2]), at % cache.shape[2]
-    cache[row, :, at] = new.transpose(1, 2).to(cache.dtype)
+    # The two indices side by side: with a dimension between them torch.func.vmap writes to other places, without a word.
+    cache.transpose(1, 2)[row, at] = new.transpose(1, 2).to(cache.dtype)
 
 
 def _check(q, k_cache, v_cache, cache_seqlens, k, v, page_table, alibi_slopes, sinks, scale, softcap) -> None:
