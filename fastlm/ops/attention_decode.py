@@ -95,7 +95,7 @@ def _append(cache: Tensor, new: Tensor, cache_seqlens: Tensor, page_table: Tenso
         row = torch.arange(len(at), device=new.device)[:, None]
     else:
         row, at = page_table.gather(1, at // cache.shape[2]), at % cache.shape[2]
-    # The two indices side by side: with a dimension between them torch.func.vmap writes to other places, without a word.
+    # The two indices side by side: with a dimension between them torch.func.vmap writes elsewhere, without a word.
     cache.transpose(1, 2)[row, at] = new.transpose(1, 2).to(cache.dtype)
 
 
