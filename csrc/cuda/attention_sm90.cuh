@@ -115,9 +115,13 @@ bool make_map(TensorMap* map, const Operand& x, DType dtype, int batch, int head
 
 // Not chosen by itself before it has run on a GPU; only for scores that are scaled products alone.
 template <class Kernel> bool sm90_takes(const Target& target, const Problem& p, bool aligned, Kernel* kernel) {
+  const char* set = std::getenv("FASTLM_CUDA_FAMILY");
+  const std::string family = set == nullptr || *set == 0 ? "sm80" : set;
+  if (family != "sm80" && family != "sm90") {
+    throw std::invalid_argument("fastlm: FASTLM_CUDA_FAMILY must be sm80 or sm90, got " + family);
+  }
 #ifdef FASTLM_HAS_SM90A  // machine code for sm_90 alone says 90 too
-  const char* family = std::getenv("FASTLM_CUDA_FAMILY");
-  if (family == nullptr || std::string(family) != "sm90") return false;
+  if (family != "sm90") return false;
   if (p.terms.any() || !aligned || p.keys == 0 || p.queries == 0 || std::max(p.width, p.width_v) > 128) return false;
   return compiled_capability(target, kernel) == 90;
 #else

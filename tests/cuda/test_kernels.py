@@ -431,6 +431,13 @@ def test_hidden_positions_do_not_count_on_hopper(on_hopper, dtype, value, bad):
     assert not dv[:, :, ~hidden].isfinite().all(-1).any()
 
 
+def test_a_family_that_does_not_exist(kernels, monkeypatch):
+    monkeypatch.setenv("FASTLM_CUDA_FAMILY", "sm91")
+    q = torch.zeros(1, 1, 4, 16, dtype=torch.float16, device=kernels.device)
+    with pytest.raises(ValueError, match="FASTLM_CUDA_FAMILY must be sm80 or sm90, got sm91"):
+        families(kernels, q, q, q)
+
+
 def test_what_hopper_kernels_leave_to_the_others(on_hopper):
     q = torch.zeros(1, 2, 20, 64, dtype=torch.float16, device=on_hopper.device)
     assert families(on_hopper, q, q, q) == ("sm90", "sm90")
