@@ -127,6 +127,10 @@ def _measure(found: Case, limits: dict[str, float], rounds: int, seconds: float,
         else:
             hosts["system"] = Local(found)
         return measure(found, hosts, limits, rounds, seconds)
+    except BenchmarkError:
+        raise
+    except RuntimeError as error:  # of torch, such as no memory: costs this case alone
+        raise BenchmarkError(f"{found.group} {found.name}: {error}") from error
     finally:
         for host in hosts.values():
             host.close()

@@ -54,7 +54,7 @@ class Variant:
 
     run: Callable[[], object]
     outputs: Callable[[], dict[str, Tensor]] | None = None  # what the gate compares; None: nothing to compare
-    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # entered around timed runs
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around runs and outputs
     clock: Callable[[], float] = time.perf_counter  # of the CPU
     seconds: Callable[[int], float] | None = None  # times so many runs itself, instead of `run`
 
@@ -83,7 +83,7 @@ class Case:
     device: str = "cpu"
     allocators: bool = True  # whether the setting can matter
     compare: bool = True  # whether the variants do the same work
-    target: str = ""  # what fastlm should take at most, on the machine of bench/LOG.md
+    target: str = ""  # what fastlm should take at most, on the machine of bench/LOG.md; on CUDA its rate on one H200
 
 
 @dataclass
@@ -98,6 +98,7 @@ class Row:
     quartiles: tuple[float, float] = (math.nan, math.nan)
     ratio: float = math.nan  # times faster than the baseline under the same allocator
     ratio_quartiles: tuple[float, float] = (math.nan, math.nan)
+    ratios: dict[str, float] = field(default_factory=dict)  # the same to each other variant
     share: float = math.nan  # of the machine's limit
     flops: float = 0.0
     bytes: float = 0.0
@@ -115,24 +116,29 @@ def check(case: Case, built: Built) -> None:
     if built.exact is None:
         return
     exact = built.exact()
-    baseline = built.variants[case.baseline].outputs
-    stock = baseline() if baseline is not None else {}
+    baseline = built.variants[case.baseline]
+    stock = _outputs(baseline) if baseline.outputs is not None else {}
     for name, variant in built.variants.items():
         if variant.outputs is None:
             continue
-        got = stock if name == case.baseline else variant.outputs()
+        got = stock if name == case.baseline else _outputs(variant)
         for key, want in exact.items():
-            value, want = got[key].detach().double().cpu(), want.double().cpu()
+            value, want = got[key].detach().double(), want.double().to(got[key].device)
             error = (value - want).abs().max().item()
             eps = torch.finfo(got[key].dtype if case.dtype == "float32" else torch.bfloat16).eps
             allowed = _ULPS * eps * want.abs().max().item()
             if key in stock:
-                allowed += _FACTOR * (stock[key].detach().double().cpu() - want).abs().max().item()
+                allowed += _FACTOR * (stock[key].detach().double() - want).abs().max().item()
             if not error <= allowed:  # NaN is an error too
                 raise BenchmarkError(
                     f"{case.group} {case.name}: {name} is not timed, since its {key} is off by {error:.3g},"
                     f" {allowed:.3g} allowed"
                 )
+
+
+def _outputs(variant: Variant) -> dict[str, Tensor]:
+    with variant.context():
+        return variant.outputs()
 
 
 # --- timing -----------------------------------------------------------------------------------------------------------
@@ -170,6 +176,7 @@ class Local:
     """A case in this process."""
 
     def __init__(self, case: Case):
+        gc.collect()  # of the case before
         self.case = case
         self.built = case.build()
         check(case, self.built)
@@ -181,7 +188,8 @@ class Local:
         return runs_for(self.built.variants[name], seconds, self.case.device)
 
     def time(self, name: str, count: int) -> float:
-        gc.collect()
+        if self.case.device == "cpu":  # a GPU does not wait for it; the whole of a quick run there would
+            gc.collect()
         gc.disable()
         try:
             return time_runs(self.built.variants[name], count, self.case.device)
@@ -287,6 +295,11 @@ def measure(
             row = Row(case.group, case.name, name, allocator, middle, quartiles)
             if case.compare:
                 row.ratio, row.ratio_quartiles = ratio, ratio_quartiles
+                others = {other: times[allocator, other] for other in names if other != name}
+                row.ratios = {
+                    other: statistics.median(b / t for b, t in zip(theirs, taken, strict=True))
+                    for other, theirs in others.items()
+                }
             row.target = case.target if name == "fastlm" else ""
             row.share = least / middle if least else math.nan
             row.flops, row.bytes, row.items, row.rounds = case.flops, case.bytes, case.items, rounds
@@ -394,6 +407,8 @@ def as_json(rows: Sequence[Row], machine: dict[str, Any], limits: dict[str, floa
     def plain(value: Any) -> Any:
         if isinstance(value, float) and not math.isfinite(value):
             return None
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
     listed = [{key: plain(value) for key, value in asdict(row).items()} for row in rows]

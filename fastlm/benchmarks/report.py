@@ -25,7 +25,8 @@ def rate(row: Row) -> str:
     if row.items:
         return f"{row.items / row.seconds:,.0f} tokens/s"
     if row.flops:
-        return f"{row.flops / row.seconds / 1e9:,.0f} GFLOP/s"
+        value, unit = row.flops / row.seconds / 1e9, "GFLOP/s"
+        return f"{value:,.0f} {unit}" if value < 1e4 else f"{value / 1e3:,.0f} T{unit[1:]}"
     return f"{row.bytes / row.seconds / 1e9:,.1f} GB/s" if row.bytes else ""
 
 
@@ -39,6 +40,8 @@ def _cells(row: Row) -> list[str]:
         ratio = ""
     share = "" if math.isnan(row.share) else f"{100 * row.share:.0f} %"
     remarks = [f"±{50 * spread:.0f} %"] + ["noisy"] * row.noisy + ["loaded machine"] * row.loaded
+    if row.variant == "fastlm":  # beside torch's backends one by one
+        remarks += [f"{row.ratios[name]:.2f}x {name}" for name in ("torch flash", "torch cuDNN") if name in row.ratios]
     median = seconds(row.seconds) + (f" (target {row.target})" if row.target else "")
     return [row.case, row.variant, row.allocator, median, rate(row), share, ratio, ", ".join(remarks)]
 

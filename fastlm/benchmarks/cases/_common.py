@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 
@@ -17,6 +18,31 @@ def leaf(shape: Sequence[int], dtype: torch.dtype, device: str, seed: int) -> Te
     """Normal values that require a gradient, the same ones for a seed on every device."""
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
     return values.to(device, dtype).requires_grad_()
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of a GPU's L2 cache; 0 on the CPU, whose cases are as large as they are in use."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
+def copies_beyond_the_cache(inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The inputs and copies of them, together more than twice the L2 cache: runs that take them in turn read memory,
+    not what the run before left in the cache.
+    """
+    size = sum(x.numel() * x.element_size() for x in inputs)
+    more = range(2 * cache_bytes(inputs[0].device) // size)
+    return [list(inputs), *([x.detach().clone().requires_grad_(x.requires_grad) for x in inputs] for _ in more)]
+
+
+def forward_in_turn(function: Callable[..., Tensor], copies: Sequence[Sequence[Tensor]]) -> Variant:
+    """`function` without a graph, each run on the next of the copies of its inputs."""
+    turns = itertools.cycle(copies)
+
+    def run() -> None:
+        with torch.no_grad():
+            function(*next(turns))
+
+    return Variant(run, lambda: {"output": function(*copies[0])})
 
 
 def forward_backward(function: Callable[..., Tensor], inputs: Sequence[Tensor], dy: Tensor) -> Callable[[], object]:

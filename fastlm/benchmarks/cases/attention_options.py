@@ -15,9 +15,11 @@ from torch import Tensor
 import fastlm
 from fastlm.benchmarks.cases._common import (
     DTYPES,
+    copies_beyond_the_cache,
     eager_compiled_ours,
     forward_alone,
     forward_backward,
+    forward_in_turn,
     in_float64,
     leaf,
     outputs_of,
@@ -27,6 +29,7 @@ from fastlm.benchmarks.harness import Built, Case, Variant
 
 SHAPE, QUICK = (4, 12, 1024, 64), (2, 4, 256, 64)  # (B, H, T, D)
 CACHE, QUICK_CACHE = (8, 12, 2048, 64), (2, 4, 256, 64)  # of the keys and values
+GOAL = (32, 32, 8, 8192, 128)  # of a GPU: B, Hq, Hk, keys, D
 PAGE = 64  # keys
 SEQUENCES = 8  # packed into each row of SHAPE
 KINDS = {
@@ -114,9 +117,34 @@ def build_decode(shape: tuple[int, int, int, int], paged: bool, dtype: torch.dty
     return forward_alone(F.scaled_dot_product_attention, decode_in_pages if paged else decode, [q, k, v], dy)
 
 
+def build_goal(B: int, Hq: int, Hk: int, S: int, D: int, device: str) -> Built:
+    """bf16, several query heads on each key head."""
+    generator, sizes = torch.Generator(device).manual_seed(0), [(Hq, 1), (Hk, S), (Hk, S)]
+    inputs = [torch.randn(B, h, t, D, generator=generator, device=device).bfloat16() for h, t in sizes]
+    lens = torch.full((B,), S, device=device)
+    stock = partial(F.scaled_dot_product_attention, enable_gqa=True)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return fastlm.attention_decode(q, k, v, cache_seqlens=lens)
+
+    def exact() -> dict[str, Tensor]:  # row by row: the whole cache is large
+        return {"output": torch.cat([stock(*(x[b : b + 1].double() for x in inputs)) for b in range(B)])}
+
+    copies = copies_beyond_the_cache(inputs)
+    return Built({"torch": forward_in_turn(stock, copies), "fastlm": forward_in_turn(ours, copies)}, exact)
+
+
+def goals(device: str) -> list[Case]:
+    B, Hq, Hk, S, D = GOAL
+    name = f"one query, {S} keys, {Hq} heads on {Hk} {(B, Hq, S, D)} bf16"
+    work, size = partial(build_goal, *GOAL, device), 2 * 2 * B * (Hk * S + Hq) * D  # k, v, q, o
+    target = "80 % of the bandwidth"
+    return [Case("attention_options", name, work, dtype="bfloat16", bytes=size, device=device, target=target)]
+
+
 def cases(device: str, quick: bool) -> list[Case]:
     shape, cache = (QUICK, QUICK_CACHE) if quick else (SHAPE, CACHE)
-    made = []
+    made = goals(device) if device == "cuda" else []
     for name, dtype in DTYPES.items():
         kind_of = str(dtype).removeprefix("torch.")
         for kind, share in KINDS.items():

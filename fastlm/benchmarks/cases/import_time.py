@@ -20,4 +20,6 @@ def build_import() -> Built:
 
 
 def cases(device: str, quick: bool) -> list[Case]:
+    if quick and device == "cuda":  # no matter of the GPU, and the longest of a quick run
+        return []
     return [Case("import_time", "import", build_import, allocators=False, compare=False, target="0.3 s")]
