@@ -221,7 +221,8 @@ def info(arguments: list[str]) -> int:
         rows.append(("_cpu", runs))
     else:
         rows.append(("_cpu", f"missing: {_native.reasons['cpu']}"))
-    rows.append(("_cuda", "loaded" if _native.cuda is not None else f"missing: {_native.reasons['cuda']}"))
+    loaded = f"loaded; {_cuda_family()}"
+    rows.append(("_cuda", loaded if _native.cuda is not None else f"missing: {_native.reasons['cuda']}"))
     rows.append(("CUDA", _cuda_state(torch)))
     rows.append(("Triton", _triton_state()))
     alike: dict[str, list[str]] = {}  # the ops that have the same to say
@@ -234,6 +235,14 @@ def info(arguments: list[str]) -> int:
     for name, text in rows:
         print(f"{name:<{width}}  {text}")
     return 0
+
+
+def _cuda_family() -> str:
+    """Which kernels attention takes. Whether sm90's were built is known only where they run."""
+    family = os.environ.get("FASTLM_CUDA_FAMILY") or "sm80"
+    if family not in ("sm80", "sm90"):
+        return f"attention in 16 bits does not run: FASTLM_CUDA_FAMILY must be sm80 or sm90, got {family}"
+    return f"attention on the kernels of {family}" + (", where they were built and can" if family == "sm90" else "")
 
 
 def _cuda_state(torch: Any) -> str:

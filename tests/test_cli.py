@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastlm
-from fastlm import cli
+from fastlm import _native, cli
 from fastlm.train import PRESETS
 from fastlm.train.config import decide
 from fastlm.train.plan import estimate
@@ -341,6 +341,29 @@ def test_info_names_every_part(capsys):
     for op, statuses in fastlm.backends().items():
         (text,) = (text for text, alike in zip(listed, ops, strict=True) if op in alike)
         assert all(s.backend in text and (s.usable or s.reason in text) for s in statuses)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (None, "loaded; attention on the kernels of sm80"),
+        ("", "loaded; attention on the kernels of sm80"),
+        ("sm90", "loaded; attention on the kernels of sm90, where they were built and can"),
+        ("sm91", "loaded; attention in 16 bits does not run: FASTLM_CUDA_FAMILY must be sm80 or sm90, got sm91"),
+    ],
+)
+def test_info_names_the_family_of_cuda_kernels(capsys, monkeypatch, given, said):
+    fastlm.backends()  # the kernels' wrappers are imported with the module that there really is
+    monkeypatch.setattr(_native, "cuda", object())
+    monkeypatch.delenv("FASTLM_CUDA_FAMILY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("FASTLM_CUDA_FAMILY", given)
+    assert cli.main(["info"]) == 0
+    assert re.search(f"^_cuda +{re.escape(said)}$", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setattr(_native, "cuda", None)
+    monkeypatch.setitem(_native.reasons, "cuda", "not built")
+    assert cli.main(["info"]) == 0
+    assert "kernels of" not in capsys.readouterr().out
 
 
 def test_version_and_help(capsys):
