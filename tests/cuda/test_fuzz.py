@@ -1,0 +1,273 @@
+"""Random calls of every CUDA kernel against its definition in float64, the same ones in every run.
+
+FASTLM_FUZZ_CASES says how many of each op (10 emulated and 50 on a GPU, if not given), FASTLM_FUZZ_SEED which. A
+failure names the cases by their parameters; tensors follow from shapes and seeds.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import test_kernels
+import torch
+from attention_cases import OPTIONS, draw, option_case, scattered
+from cuda_testing import Kernels
+from test_kernels import (
+    FLOATS,
+    RELU,
+    TOLERANCE,
+    adam_lists,
+    assert_close,
+    check_adam,
+    check_decode,
+    laid_out,
+)
+from torch import Tensor
+
+from fastlm.ops.attention import attention_backward_reference, attention_reference
+
+SEED = os.environ.get("FASTLM_FUZZ_SEED", "0")
+LAYOUTS = ["plain", "plain", "bthd", "bthd", "misaligned", "columns"]
+
+
+def fuzz(
+    kernels: Kernels, name: str, plan: Callable[[random.Random, int], Any], check: Callable[[Any], object]
+) -> None:
+    """check(plan(...)) of every case; what the failing ones were."""
+    count = int(os.environ.get("FASTLM_FUZZ_CASES") or (10 if kernels.emulated else 50))
+    longest = 130 if kernels.emulated else 600  # of lengths: an emulated product takes its time
+    failures = []
+    for i in range(count):
+        planned = plan(random.Random(f"{name} {i} {SEED}"), longest)
+        try:
+            check(planned)
+        except Exception as error:  # the next cases tell whether it is one of a kind
+            failures.append(f"case {i}: {planned}\n    {type(error).__name__}: {str(error).splitlines()[0]}")
+    assert not failures, f"{len(failures)} of {count} cases of {name} fail:\n" + "\n".join(failures[:10])
+
+
+def length(rng: random.Random, longest: int) -> int:
+    """Most likely where tiles begin and end."""
+    edge = rng.choice([16, 64, 128, 256]) + rng.choice([-1, 0, 1])
+    return min(longest, rng.choice([0, 1, rng.randint(1, 8), edge, edge, *(rng.randint(1, longest) for _ in range(5))]))
+
+
+def head_dim(rng: random.Random) -> int:
+    return rng.choice([1, 8, 32, 64, 64, 96, 128, 128, 192, 256, *(rng.randint(1, 256) for _ in range(5))])
+
+
+def ends(rng: random.Random, total: int, sequences: int) -> list[int]:
+    return [0, *sorted(rng.randint(0, total) for _ in range(sequences - 1)), total]
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+class Strided:
+    """The kernels, which get their inputs in memory layouts that a case names for each of q, k, v and do."""
+
+    def __init__(self, kernels: Kernels, layouts: list[str]):
+        self.kernels, self.device = kernels, kernels.device
+        self.layouts = layouts
+
+    def __getitem__(self, op: str) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            args = list(args)
+            for i, layout in zip([2, 3, 4, 0] if op == "attention_backward" else [0, 1, 2], self.layouts, strict=False):
+                args[i] = laid_out(args[i], layout, self.device)
+            return self.kernels[op](*args)
+
+        return run
+
+
+def plan_attention(rng: random.Random, longest: int, plain: float) -> dict[str, Any]:
+    """plain: how often a call has no more options than a mask by positions, and packed sequences."""
+    heads_k, batch = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 1, 2, 2, 3])
+    heads = heads_k * rng.choice([1, 1, 2, 4])
+    q_len, k_len = length(rng, longest), length(rng, longest)
+    k_len = q_len if rng.random() < 0.3 else k_len
+    if rng.random() < 0.03:
+        batch = 0
+    width = head_dim(rng)
+    planned = {
+        "dtype": rng.choice(list(TOLERANCE)),
+        "width": width,
+        "width_v": width if rng.random() < 0.7 else head_dim(rng),
+        "layouts": [rng.choice(LAYOUTS) for _ in range(4)],
+        "causal": rng.choice([0, 1, 1, 2]),
+    }
+    if rng.random() < 0.4:
+        planned["window"] = tuple(rng.choice([-1, 0, rng.randint(0, longest)]) for _ in range(2))
+    if rng.random() < 0.25:
+        batch, sequences = 1, rng.randint(1, 6)
+        planned["cu_seqlens_q"], planned["cu_seqlens_k"] = ends(rng, q_len, sequences), ends(rng, k_len, sequences)
+    planned["sizes"] = batch, heads, heads_k, q_len, k_len
+    if rng.random() < plain:
+        return planned
+    scores = (batch, heads, q_len, k_len)
+    chosen = {name for name in ("mask", "bias", "alibi_slopes", "sinks", "softcap", "dropout_p") if rng.random() < 0.35}
+    for name in chosen & {"mask", "bias"}:  # each dimension, or one for all of it; or none of the first ones
+        shape = tuple(n if rng.random() < 0.7 else 1 for n in scores)
+        planned[name] = shape[rng.choice([0, 0, 1, 2]) :]
+    if "bias" in chosen:
+        planned["bias_kind"] = rng.choice(["float32", "float16", "bfloat16", "hides"])
+    if "alibi_slopes" in chosen:
+        planned["alibi_slopes"] = rng.choice([(heads,), (batch, heads)])
+    if "sinks" in chosen:
+        planned["sinks"] = (heads,)
+    if "softcap" in chosen:
+        planned["softcap"] = rng.choice([0.5, 2.0, 30.0])
+    if "dropout_p" in chosen:
+        planned["dropout_p"], planned["seed"] = rng.choice([0.1, 0.5]), rng.randint(-(2**63), 2**63 - 1)
+    return planned
+
+
+def assert_no_worse(got: Tensor, want: Tensor, plain: Tensor, tolerance: float, least: float = 0.0) -> None:
+    """Of the typical element, rows without a key left aside; and three times the error of plain torch in the same
+    dtype, where numbers cancel. `least` is of the typical element.
+    """
+    assert got.shape == want.shape and got.isfinite().all()
+    if want.numel() == 0:
+        return
+    error, beside = ((x.cpu().double() - want).abs() for x in (got, plain))
+    typical = max(want[want != 0].square().mean().sqrt().nan_to_num(0).item(), least)
+    share = (want != 0).double().mean().sqrt().item() if least == 0 else 1.0
+    mean, worst = error.square().mean().sqrt().item(), error.max().item()
+    mean_allowed = tolerance * typical * share + 3 * beside.square().mean().sqrt().item()
+    worst_allowed = 8 * tolerance * typical + 3 * beside.max().item()
+    assert mean <= mean_allowed, f"off by {mean:.2e} in the mean, allowed {mean_allowed:.2e}"
+    assert worst <= worst_allowed, f"an element is off by {worst:.2e}, allowed {worst_allowed:.2e}"
+
+
+def check_planned_attention(kernels: Kernels, planned: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
+    given = dict(planned)
+    dtype, width, width_v = given.pop("dtype"), given.pop("width"), given.pop("width_v")
+    layouts, kind = given.pop("layouts"), given.pop("bias_kind", None)
+    if "mask" in given:
+        given["mask"] = scattered(*given["mask"])
+    if "bias" in given:
+        bias = draw(*given["bias"], seed=1)
+        hidden = torch.where(scattered(*given["bias"]), bias, -torch.inf)
+        given["bias"] = hidden if kind == "hides" else bias.to(getattr(torch, kind))
+    if "alibi_slopes" in given:
+        given["alibi_slopes"] = draw(*given["alibi_slopes"]).abs() / 8
+    if "sinks" in given:
+        given["sinks"] = draw(*given["sinks"])
+    if "seed" in given:
+        given["seed"] = torch.tensor(given["seed"])
+    patch.setitem(OPTIONS, "fuzz", given)
+    case, strided = option_case("fuzz", dtype, width, width_v, kernels.device), Strided(kernels, layouts)
+    plain_o, plain_lse = attention_reference(*case.qkv, *case.options)
+    saved = (case.do, case.dlse, *case.qkv)
+    plain = attention_backward_reference(*saved, plain_o, plain_lse, *case.options, case.wanted)
+
+    def run() -> tuple[Tensor, ...]:
+        o, lse = strided["attention"](*case.qkv, *case.options)
+        return o, lse, *strided["attention_backward"](*saved, o, lse, *case.options, case.wanted)
+
+    o, lse, *gradients = first = run()
+    assert torch.equal(lse.cpu() == -torch.inf, case.lse == -torch.inf), "other rows without a key"
+    assert_no_worse(o, case.o, plain_o, TOLERANCE[dtype])
+    assert_no_worse(*(x.nan_to_num(neginf=0) for x in (lse, case.lse, plain_lse)), 1e-5, least=1.0)
+    for i, (a, b, c) in enumerate(zip(gradients, case.gradients, plain, strict=True)):
+        assert_no_worse(a, b, c, (2 if i < 3 else 4) * max(TOLERANCE[dtype], TOLERANCE[a.dtype]))
+    assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), "another result in the second run"
+
+
+@pytest.mark.parametrize("family", ["sm80", "sm90"])
+def test_attention_fuzz(kernels, monkeypatch, family):
+    if family == "sm90" and not kernels.emulated and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.setenv("FASTLM_CUDA_FAMILY", family)
+    monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", family.removeprefix("sm"))
+    plain = 0.35 if family == "sm80" else 0.9  # with more options the kernels of sm90 leave it to the others
+
+    def check(planned: dict[str, Any]) -> None:
+        check_planned_attention(kernels, planned, monkeypatch)
+
+    fuzz(kernels, f"attention {family}", lambda rng, longest: plan_attention(rng, longest, plain), check)
+
+
+def plan_decode(rng: random.Random, longest: int) -> tuple[torch.dtype, list[str], tuple]:
+    """What a case of DECODE is, its dtype and the layouts of q and the cache."""
+    heads_k, queries = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 1, 2, 5, 17])
+    page = rng.choice([0, 0, 1, 7, 16, 64])
+    capacity = max(1, 4 * length(rng, longest))
+    capacity = -(-capacity // page) * page if page else capacity
+    filled = [rng.choice([0, 1, capacity, rng.randint(0, capacity)]) for _ in range(rng.randint(1, 4))]
+    given: dict[str, Any] = {}
+    if rng.random() < 0.3:
+        given["window_left"] = rng.randint(0, capacity)
+    if rng.random() < 0.3:
+        given["window_right"] = rng.choice([-1, 1, 3])
+    if rng.random() < 0.3:
+        given["softcap"] = rng.choice([1.5, 30.0])
+    given |= {name: True for name in ("alibi_slopes", "sinks") if rng.random() < 0.3}
+    width = head_dim(rng)
+    widths = (width, width if rng.random() < 0.7 else head_dim(rng))
+    case = (heads_k * rng.choice([1, 1, 2, 4, 8]), heads_k, queries, capacity, *widths, page, filled, given)
+    return rng.choice(list(TOLERANCE)), [rng.choice(LAYOUTS) for _ in range(3)], case
+
+
+def test_attention_decode_fuzz(kernels):
+    def check(planned: tuple[torch.dtype, list[str], tuple]) -> None:
+        dtype, layouts, case = planned
+        check_decode(Strided(kernels, layouts), dtype, case)
+
+    fuzz(kernels, "attention_decode", plan_decode, check)
+
+
+# --- the others -------------------------------------------------------------------------------------------------------
+def plan_relu(rng: random.Random, longest: int) -> tuple:
+    sizes = tuple(rng.choice([1, rng.randint(1, longest)]) for _ in range(2))
+    return rng.choice(list(RELU)), rng.choice(FLOATS), sizes, rng.choice(["plain", "mT", "slice", "expanded", "offset"])
+
+
+def check_relu(kernels: Kernels, planned: tuple) -> None:
+    op, dtype, (rows, cols), layout = planned
+    reference, backward, backward_reference = RELU[op]
+
+    def laid(seed: int) -> Tensor:
+        x = draw(rows, 2 * cols + 1, dtype=dtype, seed=seed).to(kernels.device)
+        return {
+            "plain": lambda: x, "mT": lambda: x.mT, "slice": lambda: x[:, 1::2], "expanded": lambda: x[:1].expand_as(x),
+            "offset": lambda: x.flatten()[1:],
+        }[layout]()  # fmt: skip
+
+    x, dy = laid(0), laid(1)
+    y = kernels[op](x)
+    assert_close(y, reference(x.cpu().double()))
+    saved = y if op == "relu" else x
+    assert_close(kernels[backward](dy, saved), backward_reference(dy.cpu().double(), saved.cpu().double()))
+
+
+def test_relu_fuzz(kernels):
+    fuzz(kernels, "relu", plan_relu, lambda planned: check_relu(kernels, planned))
+
+
+def plan_bias_act(rng: random.Random, longest: int) -> tuple[str, torch.dtype, tuple[int, ...]]:
+    rows = tuple(rng.choice([0, 1, 2, rng.randint(1, 60), rng.randint(1, 60)]) for _ in range(rng.randint(0, 2)))
+    return rng.choice(["relu", "relu_squared"]), rng.choice(FLOATS), (*rows, rng.randint(4, 2 * longest))
+
+
+def test_bias_act_fuzz(kernels):
+    fuzz(kernels, "bias_act", plan_bias_act, lambda planned: test_kernels.test_bias_act(kernels, *planned))
+
+
+def plan_adam(rng: random.Random, longest: int) -> tuple[torch.dtype, list[int], tuple]:
+    sizes = [rng.choice([0, 1, rng.randint(1, 9), rng.randint(1, 20 * longest)]) for _ in range(rng.randint(1, 9))]
+    numbers = (
+        rng.choice([1e-4, 0.1]), rng.choice([0.0, 0.9]), rng.choice([0.0, 0.9, 0.999]), rng.choice([1e-8, 1e-6]),
+        rng.choice([0.0, 0.1]),
+    )  # fmt: skip
+    return rng.choice(FLOATS), sizes, (*numbers, *(rng.random() < 0.5 for _ in range(3)))
+
+
+def test_adam_fuzz(kernels):
+    def check(planned: tuple[torch.dtype, list[int], tuple]) -> None:
+        dtype, sizes, given = planned  # given: lr, both betas, eps, weight_decay, decoupled, amsgrad, maximize
+        check_adam(kernels, adam_lists(dtype, sizes, given[6]), given)
+
+    fuzz(kernels, "adam", plan_adam, check)
