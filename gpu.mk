@@ -5,11 +5,11 @@ COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 # Machine code for the GPUs that are there; the letter brings Hopper's own instructions.
 GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | tr -d . | \
               sed 's/^90$$/90a/; s/$$/-real/' | paste -sd';' -)
-GPU_TESTS ?= tests/cuda/test_kernels.py tests/cuda/test_gpu.py tests/kernels
+GPU_TESTS ?= tests/cuda/test_kernels.py tests/cuda/test_gpu.py tests/cuda/test_fuzz.py tests/kernels
 # Seconds that each part may take, the sanitizer per tool: ten minutes in all. Longer runs give their own, and name one
 # part: make gpu-test GPU_TESTS="tests/cuda tests/kernels tests/ops" GPU_TEST_SECONDS=540
 GPU_BUILD_SECONDS    ?= 180
-GPU_TEST_SECONDS     ?= 150
+GPU_TEST_SECONDS     ?= 180
 GPU_SANITIZE_SECONDS ?= 30
 GPU_BENCH_SECONDS    ?= 120
 SANITIZER ?= $(firstword $(shell command -v compute-sanitizer) /usr/local/cuda/bin/compute-sanitizer)
@@ -17,7 +17,7 @@ GPU_PYTHON = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
 # Run from the results, so that Python finds the installed package and not the sources.
 IN_RESULTS = cd "$(RESULTS)" && export PYTHONPATH= PYTHONDONTWRITEBYTECODE=1 &&
 
-.PHONY: gpu gpu-build gpu-test gpu-sanitize gpu-bench
+.PHONY: gpu gpu-build gpu-test gpu-fuzz gpu-sanitize gpu-bench
 gpu: gpu-build  ## Build, test, sanitize and measure on a CUDA GPU, with PYTHON's torch and no network
 	@status=0; for part in test sanitize bench; do $(MAKE) --no-print-directory gpu-$$part || status=1; done; exit $$status
 
@@ -33,6 +33,9 @@ gpu-test:  ## Run the GPU tests on the fastlm that PYTHON has
 	mkdir -p "$(RESULTS)"
 	$(IN_RESULTS) timeout $(GPU_TEST_SECONDS) "$(GPU_PYTHON)" -m pytest -q -p no:cacheprovider -k "not emulated" \
 	  --junitxml=test.xml $(GPU_TESTS:%="$(CURDIR)/%")
+
+gpu-fuzz:  ## Ten times as many random calls of each CUDA kernel as gpu-test makes, within nine minutes
+	FASTLM_FUZZ_CASES=500 $(MAKE) --no-print-directory gpu-test GPU_TESTS=tests/cuda/test_fuzz.py GPU_TEST_SECONDS=540
 
 gpu-sanitize:  ## Run each CUDA kernel under NVIDIA's four sanitizers
 	mkdir -p "$(RESULTS)"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 
 import pytest
+import test_kernels
 import torch
 from attention_cases import draw, options
 from cuda_testing import Kernels
-from test_kernels import TOLERANCE, assert_near, check_attention
+from test_kernels import TOLERANCE, assert_near, check_attention, families
 
 import fastlm
 from fastlm import _native
+from fastlm.ops.attention import attention_backward_reference, attention_reference
+from fastlm.ops.attention_decode import attention_decode_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -19,6 +22,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @pytest.fixture(scope="module")
 def kernels() -> Kernels:
     return Kernels("gpu")
+
+
+@pytest.fixture(params=["sm80", "sm90"])
+def family(request, kernels, monkeypatch) -> str:
+    """Attention's kernels of one family, where this GPU and this build have them."""
+    monkeypatch.setenv("FASTLM_CUDA_FAMILY", request.param)
+    q = torch.zeros(1, 1, 128, 128, dtype=torch.bfloat16, device=kernels.device)
+    if (taken := families(kernels, q, q, q)) != (request.param, request.param):
+        pytest.skip(f"attention takes the kernels of {' and '.join(taken)}")
+    return request.param
 
 
 @pytest.mark.parametrize("op", ["relu", "relu_squared", "bias_act", "adam_", "attention"])
@@ -56,6 +69,38 @@ def test_kernels_run_on_the_current_stream(kernels):
         got = kernels["relu"](source[0]), kernels["attention"](source[1], source[1], source[1], *options(1))[0]
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_two_streams_at_once(kernels, family):
+    """Different calls side by side on one GPU give what each gives alone."""
+    bf16, half = torch.bfloat16, torch.float16
+    q, do = (draw(2, 8, 700, 128, dtype=bf16, seed=i).to(kernels.device) for i in range(2))
+    k, v = (draw(3, 2, 900, 64, dtype=half, seed=i).to(kernels.device) for i in range(2))
+    q2, one = (draw(3, 4, t, 64, dtype=half, seed=2).to(kernels.device) for t in (500, 1))
+    lens = torch.tensor([900, 1, 333], device=kernels.device)
+    wanted = [True] * 3 + [False] * 3
+
+    def both_ways() -> list[torch.Tensor]:
+        o, lse = kernels["attention"](q, q, q, *options(1, scale=0.1))
+        return [o, lse, *kernels["attention_backward"](do, lse, q, q, q, o, lse, *options(1, scale=0.1), wanted)]
+
+    def others() -> list[torch.Tensor]:
+        o, lse = kernels["attention"](q2, k, v, *options(0, (300, 40), scale=0.1))
+        backward = kernels["attention_backward"](q2, None, q2, k, v, o, lse, *options(0, (300, 40), scale=0.1), wanted)
+        return [o, lse, *backward, *kernels["attention_decode"](one, k, v, lens, None, None, None, -1, 0, 0.1, 0.0)]
+
+    calls = (both_ways, others)
+    alone = [call() for call in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    got: list[list[list[torch.Tensor]]] = [[], []]
+    for _ in range(30):
+        for stream, call, results in zip(streams, calls, got, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(call())
+    torch.cuda.synchronize()
+    for want, results in zip(alone, got, strict=True):
+        assert all(torch.equal(a, b) for result in results for a, b in zip(want, result, strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -99,6 +144,28 @@ def test_attention_of_real_sizes(kernels, dtype, width, causal):
         assert all(torch.equal(a, b) for a, b in zip(first[2], again[2], strict=True))
 
 
+def test_a_hundred_reruns_give_the_same_bits(kernels, family):
+    generator = torch.Generator(kernels.device).manual_seed(0)
+    q, k, v, do = (
+        torch.randn(16, 16, 1024, 128, generator=generator, device=kernels.device).bfloat16() for _ in range(4)
+    )
+
+    def run() -> list[torch.Tensor]:
+        o, lse = kernels["attention"](q, k, v, *options(1, scale=0.1))
+        wanted = [True] * 3 + [False] * 3
+        return [o, lse, *kernels["attention_backward"](do, None, q, k, v, o, lse, *options(1, scale=0.1), wanted)]
+
+    first = run()
+    for i in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True)), f"rerun {i}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [40, 64, 128])
+def test_outputs_are_written_wholly_and_alone_by_each_family(kernels, family, dtype, width):
+    test_kernels.test_outputs_are_written_wholly_and_alone(kernels, dtype, width)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_attention_memory(kernels, dtype):
     """At 16,384 keys the extra memory stays within 4 times the output: no scores in device memory."""
@@ -130,6 +197,72 @@ def test_more_elements_than_32_bits_count(kernels):
     rows = x.view(-1, 4096)
     y = kernels["bias_act"](rows, torch.ones(4096, dtype=torch.bfloat16, device=kernels.device), "relu", 0.0, None)
     assert y[-1, -4:-1].tolist() == [2.0, 0.0, 3.0]
+
+
+def assert_head_is_right(kernels, read: list[torch.Tensor], found: list[torch.Tensor], at: tuple[slice, slice]):
+    """One head of q, k, v, do, and of o, lse, dq, dk, dv after a causal call, in float64."""
+    q, k, v, do = (x[at].double().cpu() for x in read)
+    o, lse = attention_reference(q, k, v, *options(1, scale=0.03))
+    backward = attention_backward_reference(
+        do, None, q, k, v, o, lse, *options(1, scale=0.03), [True] * 3 + [False] * 3
+    )
+    for got, want, times in zip(found, [o, lse, *backward], [1, 1e-3, 2, 2, 2], strict=False):
+        assert_near(got[at], want, times * TOLERANCE[torch.bfloat16])
+
+
+def large_attention(kernels, read: list[torch.Tensor]) -> list[torch.Tensor]:
+    *qkv, do = read
+    o, lse = kernels["attention"](*qkv, *options(1, scale=0.03))
+    wanted = [True] * 3 + [False] * 3
+    gradients = kernels["attention_backward"](do, None, *qkv, o, lse, *options(1, scale=0.03), wanted)
+    return [o, lse, *gradients[:3]]
+
+
+def start_of_a_large_test(size: int) -> None:
+    torch.manual_seed(0)
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < size:
+        pytest.skip(f"needs {size / 2**30:.0f} GiB of free GPU memory")
+
+
+def test_attention_on_more_elements_than_32_bits_count(kernels, family):
+    shape = (129, 128, 1024, 128)
+    start_of_a_large_test(8 * 2 * math.prod(shape))
+    x, do = (torch.randn(shape, device=kernels.device, dtype=torch.bfloat16) for _ in range(2))
+    read = [x, x, x, do]
+    found = large_attention(kernels, read)
+    for b, h in ((0, 0), (64, 127), (127, 127), (128, 0), (128, 127)):  # around 2**30 and 2**31, and the ends
+        assert_head_is_right(kernels, read, found, (slice(b, b + 1), slice(h, h + 1)))
+
+
+def test_attention_on_rows_far_apart(kernels, family):
+    """Within a head, and within a tile, offsets outgrow 32 bits."""
+    rows, apart, heads, width = 300, 2**23, 2, 64
+    start_of_a_large_test(2 * rows * apart + 2**30)
+    base = torch.empty(rows, apart, device=kernels.device, dtype=torch.bfloat16)
+    read = []
+    for i in range(4):  # (1, H, T, D), one beside the other in each row, the last at its end
+        columns = slice(-heads * width, None) if i == 3 else slice(i * heads * width, (i + 1) * heads * width)
+        base[:, columns] = torch.randn(rows, heads * width, device=kernels.device).bfloat16()
+        read.append(base[:, columns].unflatten(1, (heads, width)).transpose(0, 1)[None])
+    found = large_attention(kernels, read)
+    for h in range(heads):
+        assert_head_is_right(kernels, read, found, (slice(None), slice(h, h + 1)))
+
+
+def test_attention_decode_on_more_elements_than_32_bits_count(kernels):
+    B, Hk, S, D = 132, 8, 16384, 128
+    start_of_a_large_test(2 * B * Hk * S * D + 2**30)
+    cache = torch.randn(B, Hk, S, D, device=kernels.device, dtype=torch.bfloat16)
+    q = torch.randn(B, 2 * Hk, 1, D, device=kernels.device, dtype=torch.bfloat16)
+    lens = torch.full((B,), S, device=kernels.device)
+    last = (None, None, None, -1, 0, 0.1, 0.0)
+    o, lse = kernels["attention_decode"](q, cache, cache, lens, *last)
+    for b in (0, B - 1):
+        wide = cache[b : b + 1].double()
+        want = attention_decode_reference(q[b : b + 1].double(), wide, wide, lens[:1], *last)
+        assert_near(o[b : b + 1], want[0].cpu(), TOLERANCE[torch.bfloat16])
+        assert_near(lse[b : b + 1], want[1].cpu(), 1e-5)
 
 
 def test_training_step_matches_the_reference():
