@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "_flops": {"_library"},
     "_sharding": {"_library"},
     "_dropout": {"_library"},
-    "kernels": {"_library", "_native", "_activations", "_dropout", "_attention"},
+    "kernels": {"_library", "_native", "_activations", "_dropout", "_attention", "_version"},
     "ops": {"_library", "_activations", "_checks", "_dropout", "_attention"},
     "compat": OPS,
     "nn": OPS,

@@ -4,7 +4,8 @@ https://arxiv.org/abs/2307.08691).
 Key j is visible to query i where lo <= j - i <= hi: every causal alignment and window is a choice of two diagonals. A
 tile of scores is skipped, full, or cut by a diagonal or by the end of a sequence; only cut tiles pay for masks. Scores
 are kept in units of log 2. The backward has one kernel for dk and dv, by tiles of keys, and one for dq, by tiles of
-queries: each sum has one owner and one order, so gradients are the same in every run.
+queries: each sum has one owner and, with tiles of one size, one order, so gradients are the same in every run. Another
+size is another order: see _tuning.py for when it may change.
 
 Packed sequences: tiles have numbers that need no lengths from the host, and a program finds its sequence by bisection
 (csrc/cuda/attention_index.h). Terms of a score that are not given are no arguments of the compiled kernel.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor
 from fastlm._attention import empty_in_order_of, lse_of_no_key, sinks_gradient
 from fastlm.kernels._common import with_rows
 from fastlm.kernels.triton._common import capability, launch, loop_bound, triton_kernel
+from fastlm.kernels.triton._tuning import Configuration, bucket, pick
 
 _LOG2E = math.log2(math.e)
 # Bound for the diagonals, so that differences of positions and diagonals stay in 32 bits.
@@ -588,36 +590,73 @@ def attention_bwd_dq_kernel(
 
 
 # --- launch -----------------------------------------------------------------------------------------------------------
-# (BT, BS, num_warps, num_stages) by kernel and head dim (the larger of the two, as a power of two). Written down, not
-# tuned at run time: a tuner needs a GPU, measures under load, and picks sums of another order in each run. Chosen by
-# what the compiler reports: 16-bit tiles up to a head dim of 128 spill no register, and all fit into the 99 KB of
-# shared memory that sm_86, sm_89 and sm_120 have. In float32 products unroll instead of going to tensor cores, so tiles
-# are small.
+# (BT, BS, num_warps, num_stages) by kernel and head dim (the larger of the two, as a power of two): the default and
+# what _tuning.py tries beside it. Each costs a compilation at a key's first call, so there are few, those that the
+# compiler speaks for: 16-bit tiles up to a head dim of 128 spill no register, and all fit into the 99 KB of shared
+# memory that sm_86, sm_89 and sm_120 have. In float32 products unroll instead of going to tensor cores, so tiles are
+# small.
 _HALF_TILES = {
-    "fwd": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
-    "dkdv": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 2)},
-    "dq": {64: (64, 64, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    "fwd": {
+        64: [(128, 64, 8, 2), (64, 64, 4, 3), (128, 64, 8, 3)],
+        128: [(128, 32, 8, 2), (128, 32, 8, 3)],
+        256: [(64, 32, 8, 2), (32, 32, 4, 2)],
+    },
+    "dkdv": {
+        64: [(64, 64, 8, 2), (32, 64, 4, 2), (32, 128, 8, 2)],
+        128: [(64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 8, 1)],
+        256: [(32, 32, 8, 2)],
+    },
+    "dq": {
+        64: [(64, 64, 8, 2), (64, 32, 4, 2), (128, 32, 8, 2)],
+        128: [(64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 1)],
+        256: [(32, 32, 8, 1), (32, 32, 8, 2)],
+    },
 }
-_FLOAT_TILES = {32: (16, 32, 8, 1), 64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (16, 16, 8, 1)}
-_HOPPER_TILES = {("fwd", 128): (128, 64, 8, 2), ("dkdv", 128): (32, 64, 8, 2)}
+_FLOAT_TILES = {
+    32: [(16, 32, 8, 1), (16, 32, 4, 1)],
+    64: [(32, 32, 8, 1)],
+    128: [(32, 32, 8, 1)],
+    256: [(16, 16, 8, 1)],
+}
+# Up to 227 KB of shared memory, and products from it.
+_HOPPER_TILES = {
+    "fwd": {
+        64: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3)],
+        128: [(128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)],
+    },
+    "dkdv": {
+        64: [(64, 64, 8, 2), (64, 64, 8, 3), (64, 128, 8, 2)],
+        128: [(32, 64, 8, 2), (32, 64, 8, 3)],
+    },
+    "dq": {
+        64: [(64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3)],
+        128: [(64, 64, 8, 2), (64, 64, 8, 3), (128, 32, 8, 2)],
+    },
+}
 # Masks, biases, slopes and dropout need registers of their own.
-_TILES_WITH_TERMS = {"fwd": (64, 32, 8, 1), "dkdv": (32, 32, 8, 1), "dq": (32, 32, 8, 1)}
+_TILES_WITH_TERMS = {
+    "fwd": [(64, 32, 8, 1), (64, 32, 8, 2), (64, 32, 4, 1)],
+    "dkdv": [(32, 32, 8, 1), (32, 32, 8, 2)],
+    "dq": [(32, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 2)],
+}
+# Up to so many queries and keys the default is as good as any, and a key is not worth its time.
+_TOO_SMALL_TO_TUNE = 256
 
 
 @functools.cache
-def configuration(
+def configurations(
     kernel: str, capability: tuple[int, int], dtype: torch.dtype, D: int, terms: bool = False
-) -> dict[str, int]:
-    """Tiles, warps and pipeline stages of one kernel: "fwd", "dkdv" or "dq"."""
+) -> tuple[Configuration, ...]:
+    """Tiles, warps and pipeline stages that one kernel, "fwd", "dkdv" or "dq", may run with; the default first."""
     if dtype == torch.float32:
         tiles = _FLOAT_TILES[max(D, 32)]
     elif terms:
-        tiles = _TILES_WITH_TERMS[kernel]
+        tiles = _TILES_WITH_TERMS[kernel][: 1 if D > 128 else None]
     else:
         tiles = _HALF_TILES[kernel][max(D, 64)]
         if capability[0] == 9:
-            tiles = _HOPPER_TILES.get((kernel, D), tiles)
-    return dict(zip(("BT", "BS", "num_warps", "num_stages"), tiles, strict=True))
+            tiles = _HOPPER_TILES[kernel].get(max(D, 64), tiles)
+    return tuple(dict(zip(("BT", "BS", "num_warps", "num_stages"), each, strict=True)) for each in tiles)
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, *_options: object) -> str | None:
@@ -684,12 +723,24 @@ class _Problem:
         """The kernels' arguments from p_mask on."""
         return (*self.tensors, *sinks, *self.more_tensors, *self.strides, tiles, self.n_sequences, *self.drop)
 
-    def configuration(self, kernel: str) -> dict:
-        terms = any(x is not None for x in (*self.tensors, self.more_tensors[0]))
-        chosen = configuration(kernel, self.capability, self.dtype, max(self.BD, self.BDV), terms)
-        rows, block = (self.T, chosen["BT"]) if kernel == "dkdv" else (self.S, chosen["BS"])
-        even = {"EVEN_T" if kernel == "dkdv" else "EVEN_S": rows % block == 0 and not self.packed}
-        return {**chosen, **even, "D": self.D, "DV": self.DV, "BD": self.BD, "BDV": self.BDV, **self.flags}
+    def run(self, kernel: str, launch_with: Callable[[dict[str, Any]], None], device: torch.device) -> None:
+        """`launch_with` the constants of the configuration that suits this problem."""
+
+        def constants(chosen: Configuration) -> dict[str, Any]:
+            rows, block = (self.T, chosen["BT"]) if kernel == "dkdv" else (self.S, chosen["BS"])
+            even = {"EVEN_T" if kernel == "dkdv" else "EVEN_S": rows % block == 0 and not self.packed}
+            return {**chosen, **even, "D": self.D, "DV": self.DV, "BD": self.BD, "BDV": self.BDV, **self.flags}
+
+        terms = tuple(x is not None for x in (*self.tensors, self.more_tensors[0]))
+        candidates = configurations(kernel, self.capability, self.dtype, max(self.BD, self.BDV), any(terms))
+        if max(self.T, self.S) <= _TOO_SMALL_TO_TUNE or self.B * self.H * self.T * self.S == 0:
+            candidates = candidates[:1]
+        key = (
+            kernel, str(self.dtype), self.BD, self.BDV, *terms, *self.flags.values(), bucket(self.B * self.H, 256),
+            self.H // max(self.Hk, 1), bucket(self.T, 8192), bucket(self.S, 8192), bucket(self.n_sequences, 256),
+        )  # fmt: skip
+        chosen = pick(key, candidates, lambda candidate: launch_with(constants(candidate)), device)
+        launch_with(constants(chosen))
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -710,12 +761,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, T
     if p.packed:
         lse.copy_(lse_of_no_key(p.sinks, lse))
     q, k, v, o = with_rows(q), with_rows(k), with_rows(v), with_rows(out)
-    chosen = p.configuration("fwd")
-    tiles = p.tiles(p.T, chosen["BT"])
-    launch(
-        attention_fwd_kernel, tiles * p.B * p.H, q, k, v, o, lse, *_strides(q, k, v, o), *p.numbers,
-        *p.terms(tiles, p.sinks), **chosen,
-    )  # fmt: skip
+
+    def forward(constants: dict[str, Any]) -> None:
+        tiles = p.tiles(p.T, constants["BT"])
+        launch(
+            attention_fwd_kernel, tiles * p.B * p.H, q, k, v, o, lse, *_strides(q, k, v, o), *p.numbers,
+            *p.terms(tiles, p.sinks), **constants,
+        )  # fmt: skip
+
+    p.run("fwd", forward, q.device)
     return (out if o is out else out.copy_(o)), lse
 
 
@@ -740,24 +794,30 @@ def attention_backward(
     scale = options[12]
     if wanted[1] or wanted[2]:
         dk, dv = with_rows(out[1]), with_rows(out[2])
-        chosen = p.configuration("dkdv")
-        tiles = p.tiles(p.S, chosen["BS"])
-        launch(
-            attention_bwd_dkdv_kernel, tiles * p.B * p.Hk, q, k, v, do, lse, delta, dk, dv,
-            *_strides(q, k, v, do, dk, dv), scale, *p.numbers, *p.terms(tiles), **chosen,
-        )  # fmt: skip
+
+        def of_keys(constants: dict[str, Any]) -> None:
+            tiles = p.tiles(p.S, constants["BS"])
+            launch(
+                attention_bwd_dkdv_kernel, tiles * p.B * p.Hk, q, k, v, do, lse, delta, dk, dv,
+                *_strides(q, k, v, do, dk, dv), scale, *p.numbers, *p.terms(tiles), **constants,
+            )  # fmt: skip
+
+        p.run("dkdv", of_keys, q.device)
         dk = (dk if dk is out[1] else out[1].copy_(dk)) if wanted[1] else q.new_empty(0)
         dv = (dv if dv is out[2] else out[2].copy_(dv)) if wanted[2] else q.new_empty(0)
     if wanted[0] or wanted[3] or wanted[4]:
         dq = with_rows(out[0])
         ds = lse.new_zeros(*lse.shape, p.S) if wanted[3] else None
         of_rows = lse.new_zeros(lse.shape) if wanted[4] else None
-        chosen = p.configuration("dq")
-        tiles = p.tiles(p.T, chosen["BT"])
-        launch(
-            attention_bwd_dq_kernel, tiles * p.B * p.H, q, k, v, do, lse, delta, dq, ds, of_rows,
-            *_strides(q, k, v, do, dq), scale, *p.numbers, *p.terms(tiles), **chosen,
-        )  # fmt: skip
+
+        def of_queries(constants: dict[str, Any]) -> None:
+            tiles = p.tiles(p.T, constants["BT"])
+            launch(
+                attention_bwd_dq_kernel, tiles * p.B * p.H, q, k, v, do, lse, delta, dq, ds, of_rows,
+                *_strides(q, k, v, do, dq), scale, *p.numbers, *p.terms(tiles), **constants,
+            )  # fmt: skip
+
+        p.run("dq", of_queries, q.device)
         dq = (dq if dq is out[0] else out[0].copy_(dq)) if wanted[0] else q.new_empty(0)
         if ds is not None:
             dbias = ds.sum_to_size(p.bias.shape).to(p.bias.dtype)

@@ -183,7 +183,8 @@ def attention_decode(
     pages = None if page_table is None else page_table.contiguous()
     capacity = S if pages is None else S * pages.shape[1]
     BD, BDV = (max(16, triton.next_power_of_2(d)) for d in (D, DV))
-    # By what the compiler reports: no register spills, and all fits into 99 KB of shared memory.
+    # By what the compiler reports: no register spills, and all fits into 99 KB of shared memory. Not by _tuning.py: the
+    # first call sees the fewest keys, whose number the host does not know, and would choose for all that follow.
     wide = max(BD, BDV) > 128
     BS, warps = (16, 8) if q.dtype == torch.float32 else (32, 8) if wide else (64, 4)
     G = H // Hk
