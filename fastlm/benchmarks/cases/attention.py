@@ -104,22 +104,22 @@ def build_goal(goal: Goal, device: str) -> Built:
     stock = partial(F.scaled_dot_product_attention, is_causal=goal.causal)
     ours = partial(fastlm.attention, causal=goal.causal)
     ways = {name: (stock, context) for name, context in BACKENDS.items()}
-    ways["fastlm"] = ours, contextlib.nullcontext
-    if goal.backward:
-        ways["fastlm deterministic=False"] = partial(ours, deterministic=False), contextlib.nullcontext
-    # Not what fastlm chooses: these kernels had not run on a GPU when the choice was made.
-    ways["fastlm sm90"] = ours, partial(family, "sm90")
+    # sm90 is not what fastlm chooses: these kernels had not run on a GPU when the choice was made.
+    for name, context in (("fastlm", contextlib.nullcontext), ("fastlm sm90", partial(family, "sm90"))):
+        ways[name] = ours, context
+        if goal.backward:
+            ways[f"{name} deterministic=False"] = partial(ours, deterministic=False), context
 
     make, variants, missing = backward_in_turn if goal.backward else forward_in_turn, {}, {}
     for name, (function, context) in ways.items():
         with warnings.catch_warnings(record=True) as said, context():
             warnings.simplefilter("always")  # in which a backend of torch tells why it refuses
             try:
-                if name == "fastlm sm90":
+                if name.startswith("fastlm sm90"):
                     need_capability_9(device)
                 variant = make(function, copies)
                 variant.run()
-                if name == "fastlm sm90" and (taken := families_of(variant.run)) != {"sm90"}:
+                if name.startswith("fastlm sm90") and (taken := families_of(variant.run)) != {"sm90"}:
                     raise Refused(f"fastlm._cuda took other kernels: {', '.join(taken) or 'none'}")
             except Refused as error:
                 missing[name] = str(error)
