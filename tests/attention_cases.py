@@ -20,9 +20,9 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 TENSORS = ("mask", "bias", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k")
 
 
-def options(causal=0, window=(-1, -1), scale=1.0, softcap=0.0, dropout_p=0.0, **tensors):
+def options(causal=0, window=(-1, -1), scale=1.0, softcap=0.0, dropout_p=0.0, deterministic=True, **tensors):
     """The op's arguments after q, k and v."""
-    return (*(tensors.get(name) for name in TENSORS), 0, 0, causal, *window, scale, softcap, dropout_p, True)
+    return (*(tensors.get(name) for name in TENSORS), 0, 0, causal, *window, scale, softcap, dropout_p, deterministic)
 
 
 def scattered(*shape: int, seed: int = 0) -> Tensor:

@@ -35,6 +35,10 @@ bool aligned(const Operand& x, int width, DType dtype) {
 
 bool on_tensor_cores(const Target& target, DType dtype) { return dtype != DType::kF32 && mma_runs(target); }
 
+bool adds_in_any_order(const Target& target, int width, bool terms) {
+  return width <= kSm90Width && !terms && sm90_chosen(target);
+}
+
 const char* forward(const Target& target, const Problem& problem, const Operand& q, const Operand& k, const Operand& v,
              const Operand& o, float* lse) {
   ForwardArgs args{problem, q, k, v, o, lse, true};
@@ -47,7 +51,7 @@ const char* forward(const Target& target, const Problem& problem, const Operand&
 
 const char* backward(const Target& target, const Problem& problem, const Operand& d_o, const float* dlse, const Operand& q,
               const Operand& k, const Operand& v, const Operand& o, const float* lse, const Operand& dq,
-              const Operand& dk, const Operand& dv, float* dbias, float* dslopes, void* stats) {
+              const Operand& dk, const Operand& dv, float* dbias, float* dslopes, float* dq_sums, void* stats) {
   int64_t rows = int64_t(problem.batch) * problem.heads_q * problem.queries;
   dispatch_float(problem.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
@@ -56,7 +60,7 @@ const char* backward(const Target& target, const Problem& problem, const Operand
              0, problem, d_o, o, lse, dlse, static_cast<float2*>(stats), rows);
     }
   });
-  BackwardArgs args{problem, q, k, v, d_o, dq, dk, dv, static_cast<const float2*>(stats), dbias, dslopes, true};
+  BackwardArgs args{problem, q, k, v, d_o, dq, dk, dv, static_cast<const float2*>(stats), dbias, dslopes, dq_sums, true};
   for (const Operand* x : {&q, &k, &dq, &dk}) {
     if (x->data != nullptr) args.aligned &= aligned(*x, problem.width, problem.dtype);
   }

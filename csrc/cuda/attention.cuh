@@ -32,6 +32,7 @@ struct BackwardArgs {
   Operand q, k, v, d_o, dq, dk, dv;
   const float2* stats;  // per query: {lse * log2(e), sum(d_o * o) - dlse}; lse -inf stands as +inf, which makes P zero
   float *dbias, *dslopes;
+  float* dq_sums;  // (B, Hq, Tq, D), zero before, to add up dq in any order; null: in one order
   bool aligned;
 };
 
@@ -40,7 +41,9 @@ bool mma_runs(const Target& target);
 bool on_tensor_cores(const Target& target, DType dtype);
 // Whether every row of a tensor starts at a multiple of 16 bytes and is whole 16-byte vectors.
 bool aligned(const Operand& x, int width, DType dtype);
-// On Hopper, where it is asked for and can: false else.
+// Whether the kernels for Hopper are asked for and can run: not chosen by themselves before they have run on a GPU.
+bool sm90_chosen(const Target& target);
+// With them, where they take the call: false else.
 bool forward_sm90(const Target& target, const ForwardArgs& args);
 void forward_mma(const Target& target, const ForwardArgs& args);
 void forward_f32(const Target& target, const ForwardArgs& args);

@@ -31,6 +31,23 @@ struct Mask {
     return clamp(last - lower + 1, queries);
   }
 
+  // What query i sees, and what sees key j: nothing where end <= begin.
+  struct Span {
+    int begin, end;
+
+    FASTLM_HOST_DEVICE Span both(Span other) const {
+      return {begin > other.begin ? begin : other.begin, end < other.end ? end : other.end};
+    }
+  };
+  FASTLM_HOST_DEVICE Span keys_of(int i) const {
+    int end = i + upper + 1;
+    return {i + lower, end < keys ? end : keys};
+  }
+  FASTLM_HOST_DEVICE Span queries_of(int j) const {
+    int end = j - lower + 1;
+    return {j - upper, j >= keys ? j - upper : end < queries ? end : queries};
+  }
+
   // Each of the queries q0 ... q0 + rows - 1 sees all of the keys k0 ... k0 + cols - 1: the tile needs no mask.
   FASTLM_HOST_DEVICE bool whole(int q0, int rows, int k0, int cols) const {
     return k0 + cols <= keys && k0 + cols - 1 <= q0 + upper && q0 + rows - 1 + lower <= k0;

@@ -15,17 +15,10 @@ constexpr int kStages = 2;
 constexpr int kBlockThreads = kWarpgroup * (1 + kConsumers);
 constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
-constexpr int kTileAlignment = 1024;  // of a swizzled tile
 
 // Where chunk `chunk` (8 elements) of a row lies in a tile of boxes of 64 columns, one after the other. In elements.
 __device__ inline int box_offset(int row, int chunk, int rows) {
   return (chunk / 8 * rows + row) * 64 + ((chunk % 8) ^ (row & 7)) * 8;
-}
-
-// Where tiles begin in shared memory.
-__device__ inline char* aligned_shared() {
-  char* base = dynamic_shared();
-  return base + (kTileAlignment - shared_address(base) % kTileAlignment) % kTileAlignment;
 }
 
 // A tile's boxes, whose bytes a barrier waits for.
@@ -77,24 +70,35 @@ template <int kSize> __device__ bool warp_has_nonfinite(const float (&acc)[kSize
 // d (64 x 8 kSize) = a b^T with a 64 rows of a tile of kTileRows, b one of kCols rows; does not commit.
 template <class T, int kD, int kCols>
 __device__ void start_transposed(float (&d)[kCols / 8][4], const T* a, const T* b) {
+  TileDescriptor of_a = tile_descriptor(a, 16, 1024), of_b = tile_descriptor(b, 16, 1024);
 #pragma unroll
   for (int step = 0; step < kD / 16; ++step) {
-    int box = step / 4, col = step % 4 * 16;
-    TileDescriptor of_a = tile_descriptor(a + box * kTileRows * 64 + col, 16, 1024),
-                   of_b = tile_descriptor(b + box * kCols * 64 + col, 16, 1024);
+    int box = step / 4, col = step % 4 * 32;  // in bytes, as a row of a box has 128
+    TileDescriptor a_step = of_a.after(box * kTileRows * 128 + col), b_step = of_b.after(box * kCols * 128 + col);
     if (step == 0) {
-      wgmma_shared<T, kCols / 8, false>(d, of_a, of_b);
+      wgmma_shared<T, kCols / 8, false>(d, a_step, b_step);
     } else {
-      wgmma_shared<T, kCols / 8, true>(d, of_a, of_b);
+      wgmma_shared<T, kCols / 8, true>(d, a_step, b_step);
     }
   }
 }
 // acc (64 x kD) += p y, with y a tile of kCols rows; does not commit.
 template <class T, int kD, int kCols>
 __device__ void start_product(float (&acc)[kD / 8][4], const uint32_t (&p)[kCols / 16][4], const T* y) {
+  TileDescriptor of_y = tile_descriptor(y, kCols * 128, 1024);
 #pragma unroll
-  for (int step = 0; step < kCols / 16; ++step) {
-    wgmma_registers<T, kD / 8>(acc, p[step], tile_descriptor(y + step * 16 * 64, kCols * 128, 1024));
+  for (int step = 0; step < kCols / 16; ++step) wgmma_registers<T, kD / 8>(acc, p[step], of_y.after(step * 16 * 128));
+}
+// acc (64 x 64) = a^T b with a and b one box wide and kRows rows high, of tiles of kTileRows rows; does not commit.
+template <class T, int kRows> __device__ void start_product_of_rows(float (&acc)[8][4], const T* a, const T* b) {
+  TileDescriptor of_a = tile_descriptor(a, kTileRows * 128, 1024), of_b = tile_descriptor(b, kTileRows * 128, 1024);
+#pragma unroll
+  for (int step = 0; step < kRows / 16; ++step) {
+    if (step == 0) {
+      wgmma_rows<T, false>(acc, of_a, of_b);
+    } else {
+      wgmma_rows<T, true>(acc, of_a.after(step * 16 * 128), of_b.after(step * 16 * 128));
+    }
   }
 }
 // Two accumulators side by side as 16 columns of the operand of the next product.
@@ -113,20 +117,10 @@ bool make_map(TensorMap* map, const Operand& x, DType dtype, int batch, int head
   return make_tensor_map(map, x.data, dtype == DType::kF16, sizes, strides, box_rows);
 }
 
-// Not chosen by itself before it has run on a GPU; only for scores that are scaled products alone.
-template <class Kernel> bool sm90_takes(const Target& target, const Problem& p, bool aligned, Kernel* kernel) {
-  const char* set = std::getenv("FASTLM_CUDA_FAMILY");
-  const std::string family = set == nullptr || *set == 0 ? "sm80" : set;
-  if (family != "sm80" && family != "sm90") {
-    throw std::invalid_argument("fastlm: FASTLM_CUDA_FAMILY must be sm80 or sm90, got " + family);
-  }
-#ifdef FASTLM_HAS_SM90A  // machine code for sm_90 alone says 90 too
-  if (family != "sm90") return false;
-  if (p.terms.any() || !aligned || p.keys == 0 || p.queries == 0 || std::max(p.width, p.width_v) > 128) return false;
-  return compiled_capability(target, kernel) == 90;
-#else
-  return false;
-#endif
+// Positive scales alone, so that -inf stays what a hidden score is.
+bool sm90_takes(const Target& target, const Problem& p, bool aligned) {
+  return sm90_chosen(target) && aligned && p.keys > 0 && p.queries > 0 && std::max(p.width, p.width_v) <= kSm90Width &&
+         p.scale > 0 && !p.terms.any();
 }
 
 }  // namespace

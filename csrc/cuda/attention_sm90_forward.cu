@@ -24,7 +24,7 @@ struct Barriers {
 
 template <int kD> struct Sm90Tiles {
   static constexpr int kQuery = kTileRows * kD, kKey = kTileKeys * kD;  // elements
-  static constexpr int kSharedBytes = 2 * (kQuery + 2 * kStages * kKey) + int(sizeof(Barriers)) + kTileAlignment;
+  static constexpr int kSharedBytes = 2 * (kQuery + 2 * kStages * kKey) + int(sizeof(Barriers));
 };
 
 // --- consumers --------------------------------------------------------------------------------------------------------
@@ -84,14 +84,24 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
     // Weights of the tile at k0 from its scores; by how much sums of former tiles shrink.
     auto softmax = [&](int k0, float (&factor)[2]) {
       bool whole = mask.whole(q0, kTileRows, k0, kTileKeys);
+      if (!whole) {  // by itself, or every element would have a branch
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          Mask::Span seen = mask.keys_of(row0 + acc_row(lane, 2 * half));
+          int begin = seen.begin - k0 - acc_col(lane, 0), end = seen.end - k0 - acc_col(lane, 0);
+#pragma unroll
+          for (int i = 0; i < kTileKeys / 4; ++i) {
+            float& score = s[i / 2][2 * half + i % 2];
+            int col = i / 2 * 8 + i % 2;
+            score = col < begin || col >= end ? -INFINITY : score;
+          }
+        }
+      }
       float new_max[2] = {max[0], max[1]};
 #pragma unroll
       for (int n = 0; n < kTileKeys / 8; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (!whole && !mask.visible(row0 + acc_row(lane, e), k0 + 8 * n + acc_col(lane, e))) s[n][e] = -INFINITY;
-          new_max[e / 2] = fmaxf(new_max[e / 2], s[n][e]);
-        }
+        for (int e = 0; e < 4; ++e) new_max[e / 2] = fmaxf(new_max[e / 2], s[n][e]);
       }
       float least[2];
 #pragma unroll
@@ -229,7 +239,7 @@ template <class T, int kD>
 __global__ void __launch_bounds__(kBlockThreads, 1) attention_fwd_sm90_kernel(const __grid_constant__ Sm90Args args) {
 #ifdef FASTLM_SM90A
   using Tiles = Sm90Tiles<kD>;
-  T* tile_q = reinterpret_cast<T*>(aligned_shared());
+  T* tile_q = reinterpret_cast<T*>(tile_memory());
   T* tile_k = tile_q + Tiles::kQuery;
   T* tile_v = tile_k + kStages * Tiles::kKey;
   Barriers* bars = reinterpret_cast<Barriers*>(tile_v + kStages * Tiles::kKey);
@@ -265,9 +275,22 @@ template <class T, int kD> void launch_forward(const Target& target, const Sm90A
 
 }  // namespace
 
+bool sm90_chosen(const Target& target) {
+  const char* set = std::getenv("FASTLM_CUDA_FAMILY");
+  const std::string family = set == nullptr || *set == 0 ? "sm80" : set;
+  if (family != "sm80" && family != "sm90") {
+    throw std::invalid_argument("fastlm: FASTLM_CUDA_FAMILY must be sm80 or sm90, got " + family);
+  }
+#ifdef FASTLM_HAS_SM90A  // machine code for sm_90 alone says 90 too
+  return family == "sm90" && compiled_capability(target, attention_fwd_sm90_kernel<f16, 64>) == 90;
+#else
+  return false;
+#endif
+}
+
 bool forward_sm90(const Target& target, const ForwardArgs& forward) {
   const Problem& p = forward.problem;
-  if (!sm90_takes(target, p, forward.aligned, attention_fwd_sm90_kernel<f16, 64>) || !(p.scale > 0)) return false;
+  if (!sm90_takes(target, p, forward.aligned)) return false;
   Sm90Args args{{}, {}, {}, forward, blocks_of(p, false, kTileRows)};
   if (!make_map(&args.q, forward.q, p.dtype, p.batch, p.heads_q, p.queries, p.width, kTileRows) ||
       !make_map(&args.k, forward.k, p.dtype, p.batch, p.heads_k, p.keys, p.width, kTileKeys) ||

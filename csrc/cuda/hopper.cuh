@@ -46,6 +46,14 @@ inline bool make_tensor_map(TensorMap* map, const void* data, bool is_f16, const
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+// --- shared memory ----------------------------------------------------------------------------------------------------
+// Where tiles begin: at a multiple of 1024 bytes, as the swizzle wants it. An address that is known when compiling, and so
+// costs no registers.
+__device__ inline char* tile_memory() {
+  extern __shared__ __align__(1024) char tiles[];
+  return tiles;
+}
+
 // --- barriers in shared memory ----------------------------------------------------------------------------------------
 struct alignas(8) TileBarrier {
   uint64_t word;
@@ -111,11 +119,15 @@ __device__ inline void group_arrive(int number, int threads) {
 // --- products of a warpgroup ------------------------------------------------------------------------------------------
 // A tile in shared memory as the tensor cores read it: its address and two distances, for the swizzle of 128 bytes.
 struct TileDescriptor {
-  uint64_t word;
+  uint32_t low, high;
+  __device__ uint64_t word() const { return uint64_t(high) << 32 | low; }
+  // The same of what lies so many bytes farther on, a multiple of 16.
+  __device__ TileDescriptor after(int bytes) const { return {low + uint32_t(bytes >> 4), high}; }
 };
 __device__ inline TileDescriptor tile_descriptor(const void* at, int leading_bytes, int stride_bytes) {
-  return {uint64_t(shared_address(at) >> 4 & 0x3fff) | uint64_t(leading_bytes >> 4 & 0x3fff) << 16 |
-          uint64_t(stride_bytes >> 4 & 0x3fff) << 32 | uint64_t(1) << 62};
+  uint32_t low = (shared_address(at) >> 4 & 0x3fff) | uint32_t(leading_bytes >> 4 & 0x3fff) << 16;
+  asm volatile("" : "+r"(low));  // else those of all steps of a product would be kept in registers from turn to turn
+  return {low, uint32_t(stride_bytes >> 4 & 0x3fff) | 1u << 30};
 }
 
 __device__ inline void wgmma_fence() {
@@ -126,6 +138,12 @@ __device__ inline void wgmma_fence() {
 __device__ inline void wgmma_commit() {
 #ifdef FASTLM_SM90A
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+// Adds to two neighbours in device memory at a multiple of 8 bytes, in whatever order they come.
+__device__ inline void add_two(float* to, float first, float second) {
+#ifdef FASTLM_SM90A
+  atomicAdd(reinterpret_cast<float2*>(to), make_float2(first, second));
 #endif
 }
 // Until at most kPending of the committed groups are under way.
@@ -143,11 +161,6 @@ template <int kSize> __device__ inline void pin(float (&acc)[kSize][4]) {
   }
 }
 
-// A number of which the compiler knows nothing: what is computed from it again need not be kept in registers meanwhile.
-__device__ inline int64_t afresh(int64_t x) {
-  asm volatile("" : "+l"(x));
-  return x;
-}
 // The compiler may move no load past this.
 __device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 
@@ -168,38 +181,46 @@ __device__ inline void keep_order() { asm volatile("" ::: "memory"); }
 // columns of its rows, row after row.
 template <class T, int kSize, bool kAdd>
 __device__ void wgmma_shared(float (&c)[kSize][4], TileDescriptor a, TileDescriptor b);
+// The same for 64 columns, with a and b: 16 rows of tiles, a transposed.
+template <class T, bool kAdd> __device__ void wgmma_rows(float (&c)[8][4], TileDescriptor a, TileDescriptor b);
 // c + a b with a: 16 columns in registers, as multiply_add's; b: 16 rows of a tile.
 template <class T, int kSize>
 __device__ void wgmma_registers(float (&c)[kSize][4], const uint32_t (&a)[4], TileDescriptor b);
 
 #ifdef FASTLM_SM90A
-// N0 ... N4: the operands after the accumulators. Whether to add is a predicate, which is constant here.
-#define FASTLM_WGMMA_SHARED(TYPE, PTX, SIZE, COLS, REGS, ACCS, N0, N1, ADD, CONSTANT)                                    \
-  template <>                                                                                                            \
-  __device__ inline void wgmma_shared<TYPE, SIZE, ADD>(float(&c)[SIZE][4], TileDescriptor a, TileDescriptor b) {         \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " CONSTANT ", 0;\n"                                                   \
-                 "wgmma.mma_async.sync.aligned.m64n" COLS "k16.f32." PTX "." PTX " " REGS N0 ", " N1                      \
-                 ", p, 1, 1, 0, 0;\n}"                                                                                   \
-                 : ACCS                                                                                                  \
-                 : "l"(a.word), "l"(b.word));                                                                            \
+// N0 ... N4: the operands after the accumulators. Whether to add is a predicate, which is constant here. ROWS: whether
+// operands are read by rows, "1, 1", or by columns.
+#define FASTLM_WGMMA_SHARED(DECLARATION, SIZE, PTX, COLS, REGS, ACCS, N0, N1, ADD, ROWS)                      \
+  template <> __device__ inline void DECLARATION(float(&c)[SIZE][4], TileDescriptor a, TileDescriptor b) {   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " ADD ", 0;\n"                                           \
+                 "wgmma.mma_async.sync.aligned.m64n" COLS "k16.f32." PTX "." PTX " " REGS N0 ", " N1         \
+                 ", p, 1, 1, " ROWS ";\n}"                                                                   \
+                 : ACCS                                                                                      \
+                 : "l"(a.word()), "l"(b.word()));                                                            \
   }
 #define FASTLM_WGMMA(TYPE, PTX, SIZE, COLS, REGS, N0, N1, N2, N3, N4)                                                    \
-  FASTLM_WGMMA_SHARED(TYPE, PTX, SIZE, COLS, REGS, FASTLM_ACC##SIZE("=f"), N0, N1, false, "0")                           \
-  FASTLM_WGMMA_SHARED(TYPE, PTX, SIZE, COLS, REGS, FASTLM_ACC##SIZE("+f"), N0, N1, true, "1")                            \
+  FASTLM_WGMMA_SHARED((wgmma_shared<TYPE, SIZE, false>), SIZE, PTX, COLS, REGS, FASTLM_ACC##SIZE("=f"), N0, N1, "0", "0, 0") \
+  FASTLM_WGMMA_SHARED((wgmma_shared<TYPE, SIZE, true>), SIZE, PTX, COLS, REGS, FASTLM_ACC##SIZE("+f"), N0, N1, "1", "0, 0")  \
   template <>                                                                                                            \
   __device__ inline void wgmma_registers<TYPE, SIZE>(float(&c)[SIZE][4], const uint32_t(&a)[4], TileDescriptor b) {      \
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"                                                             \
                  "wgmma.mma_async.sync.aligned.m64n" COLS "k16.f32." PTX "." PTX " " REGS "{" N0 ", " N1 ", " N2 ", " N3  \
                  "}, " N4 ", p, 1, 1, 1;\n}"                                                                             \
                  : FASTLM_ACC##SIZE("+f")                                                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.word));                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.word()));                                             \
   }
+#define FASTLM_WGMMA_ROWS(TYPE, PTX)                                                                              \
+  FASTLM_WGMMA_SHARED((wgmma_rows<TYPE, false>), 8, PTX, "64", FASTLM_REGS32, FASTLM_ACC8("=f"), "%32", "%33", "0", "1, 1") \
+  FASTLM_WGMMA_SHARED((wgmma_rows<TYPE, true>), 8, PTX, "64", FASTLM_REGS32, FASTLM_ACC8("+f"), "%32", "%33", "1", "1, 1")
+FASTLM_WGMMA_ROWS(f16, "f16")
+FASTLM_WGMMA_ROWS(bf16, "bf16")
 FASTLM_WGMMA(f16, "f16", 8, "64", FASTLM_REGS32, "%32", "%33", "%34", "%35", "%36")
 FASTLM_WGMMA(f16, "f16", 16, "128", FASTLM_REGS64, "%64", "%65", "%66", "%67", "%68")
 FASTLM_WGMMA(bf16, "bf16", 8, "64", FASTLM_REGS32, "%32", "%33", "%34", "%35", "%36")
 FASTLM_WGMMA(bf16, "bf16", 16, "128", FASTLM_REGS64, "%64", "%65", "%66", "%67", "%68")
 #else
 template <class T, int kSize, bool kAdd> __device__ void wgmma_shared(float (&)[kSize][4], TileDescriptor, TileDescriptor) {}
+template <class T, bool kAdd> __device__ void wgmma_rows(float (&)[8][4], TileDescriptor, TileDescriptor) {}
 template <class T, int kSize> __device__ void wgmma_registers(float (&)[kSize][4], const uint32_t (&)[4], TileDescriptor) {}
 #endif
 

@@ -428,7 +428,8 @@ def _arguments(
     return (
         q, k, v, mask, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0,
         max_seqlen_k or 0, _CAUSAL[causal], left, right,
-        q.shape[-1] ** -0.5 if scale is None else float(scale), softcap or 0.0, dropout_p, deterministic is not False,
+        q.shape[-1] ** -0.5 if scale is None else float(scale), softcap or 0.0, dropout_p,
+        deterministic is not False or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 
@@ -493,7 +494,8 @@ def attention(
             then q is (1, Hq, total, D), and a query sees keys of its own sequence alone. On a GPU their numbers are
             not checked, since that would wait for it; a query outside of all sequences sees nothing.
         max_seqlen_q, max_seqlen_k: the longest of those; checked, and of no use to today's kernels.
-        deterministic: False allows a backward whose last bits may differ from run to run; today's kernels have none.
+        deterministic: False allows a backward whose last bits may differ from run to run, where that is faster: in the
+            CUDA kernels for Hopper up to head dims of 128. `torch.use_deterministic_algorithms` overrules it.
         return_lse: also give lse (B, Hq, Tq), the natural log of the softmax's denominator; it has a gradient.
 
     Returns:

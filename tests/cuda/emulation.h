@@ -102,6 +102,7 @@ struct Machine {
   bool progress = false;
   bool late_copies = false;
   unsigned launches = 0;
+  int shared_bytes = 0;       // that the block has
   int64_t bank_conflicts = 0;  // extra passes that ldmatrix would take
   std::function<void()> begin_block;  // what else starts anew
   alignas(1024) char shared[kHopperSharedLimit];
@@ -213,6 +214,7 @@ void launch(const Target&, const char*, void (*kernel)(Params...), dim3 grid, in
   if (shared_bytes > int(hopper ? kHopperSharedLimit : kSharedLimit)) throw std::runtime_error("more shared memory than a block has");
   if (threads % kLanes != 0) throw std::runtime_error("a block must be whole warps");
   Machine& m = machine;
+  m.shared_bytes = shared_bytes;
   m.fibers.resize(threads);
   for (Fiber& f : m.fibers) {
     if (!f.stack) f.stack.reset(new char[kStack]);
@@ -323,7 +325,7 @@ template <int kBytes> void copy_async(void* shared, const void* global, bool val
   using namespace emulation;
   if (reinterpret_cast<uintptr_t>(shared) % kBytes != 0) fail("copy_async to a misaligned address");
   if (valid && reinterpret_cast<uintptr_t>(global) % kBytes != 0) fail("copy_async from a misaligned address");
-  if (shared < machine.shared || static_cast<char*>(shared) + kBytes > machine.shared + kSharedLimit) {
+  if (shared < machine.shared || static_cast<char*>(shared) + kBytes > machine.shared + machine.shared_bytes) {
     fail("copy_async outside shared memory");
   }
   Copy copy{shared, {}, kBytes};

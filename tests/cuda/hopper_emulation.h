@@ -25,6 +25,9 @@ inline bool make_tensor_map(TensorMap* map, const void* data, bool, const int64_
   return true;
 }
 
+// --- shared memory ----------------------------------------------------------------------------------------------------
+inline char* tile_memory() { return emulation::machine.shared; }
+
 // --- barriers in shared memory ----------------------------------------------------------------------------------------
 struct alignas(8) TileBarrier {
   int count, left, bytes;
@@ -134,6 +137,7 @@ inline void group_arrive(int number, int threads) {
 struct TileDescriptor {
   const char* at;
   int leading, stride;
+  TileDescriptor after(int bytes) const { return {at + bytes, leading, stride}; }
 };
 inline TileDescriptor tile_descriptor(const void* at, int leading_bytes, int stride_bytes) {
   return {static_cast<const char*>(at), leading_bytes, stride_bytes};
@@ -148,13 +152,14 @@ struct Operands {
 struct Product {
   Operands operands[kWarpgroup];
   TileDescriptor a, b;
-  bool add, from_registers;
+  bool add, from_registers, by_rows;  // by_rows: of b, and of a where that is a tile
   int size;
   float (*widen16)(uint16_t);
 };
 struct Warpgroup {
   Barrier barrier;
   Operands slots[2][kWarpgroup];
+  int started[kWarpgroup];  // by each thread
   std::vector<Product> open;
   std::vector<std::vector<Product>> groups;  // committed, oldest first
 };
@@ -176,12 +181,14 @@ inline void compute(const Product& p) {
       if (p.from_registers) {  // as for mma.m16n8k16, 16 rows a warp
         const uint32_t word = p.operands[r / 16 * 32 + r % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + r % 16 / 8];
         a[r][k] = p.widen16(uint16_t(word >> 16 * (k % 2)));
+      } else if (p.by_rows) {
+        a[r][k] = p.widen16(swizzled(p.a.at + k / 8 * p.a.stride + k % 8 * 128 + r * 2));
       } else {
         a[r][k] = p.widen16(swizzled(p.a.at + r / 8 * p.a.stride + r % 8 * 128 + 2 * k));
       }
     }
     for (int n = 0; n < 8 * p.size; ++n) {
-      b[k][n] = p.widen16(p.from_registers  // then b is read by rows, else by columns
+      b[k][n] = p.widen16(p.by_rows
                               ? swizzled(p.b.at + n / 64 * p.b.leading + k / 8 * p.b.stride + k % 8 * 128 + n % 64 * 2)
                               : swizzled(p.b.at + n / 8 * p.b.stride + n % 8 * 128 + 2 * k));
     }
@@ -202,6 +209,7 @@ inline const bool registered = [] {
     for (Warpgroup& w : warpgroups) {
       if (!w.open.empty() || !w.groups.empty()) fail("a block ended with products under way");
       w.barrier = {};
+      std::fill(std::begin(w.started), std::end(w.started), 0);
     }
     for (Barrier& b : numbered) b = {};
   };
@@ -211,15 +219,16 @@ inline const bool registered = [] {
 template <class T> float widen_bits(uint16_t bits) { return widen(T{bits}); }
 
 template <class T>
-void start(float (*acc)[4], int size, const uint32_t* a_registers, TileDescriptor a, TileDescriptor b, bool add) {
+void start(float (*acc)[4], int size, const uint32_t* a_registers, TileDescriptor a, TileDescriptor b, bool add, bool by_rows) {
   Warpgroup& w = warpgroup();
-  auto& slots = w.slots[self().collectives++ % 2];
-  Operands& mine = slots[machine.current % kWarpgroup];
+  int thread = machine.current % kWarpgroup;
+  auto& slots = w.slots[w.started[thread]++ % 2];
+  Operands& mine = slots[thread];
   mine.acc = acc;
   for (int i = 0; i < 4; ++i) mine.a[i] = a_registers != nullptr ? a_registers[i] : 0;
   wait(w.barrier, kWarpgroup);
   if (!leads()) return;
-  Product p{{}, a, b, add, a_registers != nullptr, size, widen_bits<T>};
+  Product p{{}, a, b, add, a_registers != nullptr, by_rows, size, widen_bits<T>};
   std::memcpy(p.operands, slots, sizeof slots);
   machine.late_copies ? w.open.push_back(p) : compute(p);
 }
@@ -234,6 +243,7 @@ inline void wgmma_commit() {
   w.groups.push_back(std::move(w.open));
   w.open.clear();
 }
+inline void add_two(float* to, float first, float second) { to[0] += first, to[1] += second; }
 template <int kPending> void wgmma_wait() {
   using namespace emulation;
   Warpgroup& w = warpgroup();
@@ -248,14 +258,16 @@ template <int kPending> void wgmma_wait() {
 }
 template <int kSize> void pin(float (&)[kSize][4]) {}
 inline void keep_order() {}
-inline int64_t afresh(int64_t x) { return x; }
 
 template <class T, int kSize, bool kAdd> void wgmma_shared(float (&c)[kSize][4], TileDescriptor a, TileDescriptor b) {
-  emulation::start<T>(c, kSize, nullptr, a, b, kAdd);
+  emulation::start<T>(c, kSize, nullptr, a, b, kAdd, false);
+}
+template <class T, bool kAdd> void wgmma_rows(float (&c)[8][4], TileDescriptor a, TileDescriptor b) {
+  emulation::start<T>(c, 8, nullptr, a, b, kAdd, true);
 }
 template <class T, int kSize>
 void wgmma_registers(float (&c)[kSize][4], const uint32_t (&a)[4], TileDescriptor b) {
-  emulation::start<T>(c, kSize, a, {}, b, true);
+  emulation::start<T>(c, kSize, a, {}, b, true, true);
 }
 
 }  // namespace fastlm::cuda

@@ -93,17 +93,11 @@ def test_every_kernel_is_compiled_for_every_architecture(resources):
         for width in WIDTHS:
             assert sum(n.startswith(f"attention_fwd_kernel<{t}, {width}, ") for n in names) == 2
             assert sum(n.startswith(f"attention_bwd_kernel<{t}, {width}, ") for n in names) == 4
-    assert len(names) <= 150
-
-
-# dk and dv of 128 columns take 128 of a thread's 240 registers, and the two products that they come from 64 more.
-KNOWN_SPILLS = {("sm_90a", f"attention_bwd_sm90_kernel<{t}, 128, (Role)1>"): 140 for t in ("__half", "__nv_bfloat16")}
+    assert sum(n.startswith("attention") for n in names) <= 150
 
 
 def test_nothing_is_spilled(resources):
-    spilled = {k: v["stores"] for k, v in resources.items() if v["stores"] or v["loads"] or v["stack"]}
-    assert spilled.keys() <= KNOWN_SPILLS.keys()
-    assert all(stores <= KNOWN_SPILLS[kernel] for kernel, stores in spilled.items())
+    assert not {k: v for k, v in resources.items() if v["stores"] or v["loads"] or v["stack"]}
 
 
 # --- instructions -----------------------------------------------------------------------------------------------------
@@ -142,17 +136,21 @@ def test_attention_runs_on_tensor_cores(instructions, dtype, product, width):
 
 def test_attention_on_hopper_uses_its_instructions(module, built):
     kernels = {n: i for n, i in machine_code(module, "sm_90a").items() if "sm90_kernel" in n}
-    assert len(kernels) == 2 * 2 * 3  # dtypes, widths; forward, dq, dk and dv
+    assert len(kernels) == 2 * 2 * 4  # dtypes, widths; forward, dq, dk and dv, all three
     for name, body in kernels.items():
         width = 64 if ", 64" in name else 128
         products = [i for i in body if i.startswith("HGMMA")]
         # In the loop and once outside of it. Forward: scores over `width`, values over 128 keys. Backward: two products
-        # over `width`, one or two over 64 rows. By 16.
-        in_loop = width // 16 + 8 if "fwd" in name else 2 * width // 16 + (4 if "(Role)0" in name else 8)
+        # over `width`, one or two over 64 rows, and for all three one over `width` keys. By 16.
+        sums = {"0": 4, "1": 8, "2": 8 + width // 16}
+        in_loop = width // 16 + 8 if "fwd" in name else 2 * width // 16 + sums[name[name.index("(Role)") + 6]]
         assert len(products) == 2 * in_loop, name
         assert any(i.startswith("UTMALDG.4D") for i in body), f"{name} does not use the copy engine"
         assert sum(i.startswith("USETMAXREG") for i in body) == 2, f"{name} does not share registers out"
         assert not any(i.startswith("HMMA") for i in body), name
+        # Masks are no branches: but for loops, waits and whether a tile is masked, elements go straight through.
+        at = [i for i, instruction in enumerate(body) if instruction.startswith("HGMMA")]
+        assert max(sum(i.startswith("BRA") for i in body[a:b]) for a, b in itertools.pairwise(at)) < 24, name
         if "bwd" in name:
             continue
         # The exponentials of one tile run beside the product with the values of another, not after it.

@@ -233,7 +233,7 @@ ATTENTION = [
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
 
-def check_attention(kernels, dtype, case, tolerance=None):
+def check_attention(kernels, dtype, case, tolerance=None, deterministic=True):
     batch, heads, heads_k, q_len, k_len, width, width_v, causal, window, layout = case
     tolerance = tolerance or TOLERANCE[dtype]
     q, k, v = (
@@ -256,7 +256,8 @@ def check_attention(kernels, dtype, case, tolerance=None):
     assert_near(got_o, o.detach(), tolerance)
     assert_near(torch.where(blind, 0, got_lse.cpu()), torch.where(blind, 0, lse.detach()), 1e-5)
     saved = (do, dlse.to(kernels.device), q, k, v, got_o, got_lse)
-    got = kernels["attention_backward"](*saved, *options(causal, window, scale), [True] * 3 + [False] * 3)
+    last = (*options(causal, window, scale, deterministic=deterministic), [True] * 3 + [False] * 3)
+    got = kernels["attention_backward"](*saved, *last)
     for name, a, b, t in zip("qkv", got[:3], want, (q, k, v), strict=True):
         assert a.dtype == dtype and a.stride() == torch.empty_like(t).stride(), name
         assert_near(a, b.nan_to_num(0), 2 * tolerance)
@@ -280,13 +281,14 @@ def test_attention_without_tensor_cores(kernels, dtype, case, monkeypatch):
     check_attention(kernels, dtype, case)
 
 
-def check_options(kernels, dtype, width, width_v, name):
+def check_options(kernels, dtype, width, width_v, name, deterministic=True):
     case = option_case(name, dtype, width, width_v, kernels.device)
-    o, lse = kernels["attention"](*case.qkv, *case.options)
+    case_options = (*case.options[:-1], deterministic)
+    o, lse = kernels["attention"](*case.qkv, *case_options)
     assert torch.equal(lse.cpu() == -math.inf, case.lse == -math.inf)
     assert_near(o, case.o, TOLERANCE[dtype])
     assert_near(lse.cpu().nan_to_num(neginf=0), case.lse.nan_to_num(neginf=0), 1e-5)
-    got = kernels["attention_backward"](case.do, case.dlse, *case.qkv, o, lse, *case.options, case.wanted)
+    got = kernels["attention_backward"](case.do, case.dlse, *case.qkv, o, lse, *case_options, case.wanted)
     for i, (a, b) in enumerate(zip(got, case.gradients, strict=True)):
         assert a.shape == b.shape
         # A sum over all scores: roundings of o in its dtype cancel as little as in the reference.
@@ -329,7 +331,7 @@ def test_attention_unchecked_ends_lead_nowhere_else(kernels, ends):
     ends = torch.tensor(ends, device=kernels.device)
     last = bare(kernels.stream(), ends=ends)
     module.attention_forward(q, k, v, o, lse, *last)
-    module.attention_backward(do, None, q, k, v, o, lse, dq, dk, dv, None, None, stats, *last)
+    module.attention_backward(do, None, q, k, v, o, lse, dq, dk, dv, None, None, None, stats, *last)
     canaries.check()
     assert all((t == 0).all() for t in (o, dq, dk, dv))
 
@@ -376,7 +378,7 @@ def families(kernels, q, k, v, scale=1.0):
         [torch.empty_like(q), *(torch.empty(k.shape).to(q) for _ in range(2))],
         lse.new_empty(*lse.shape, 2),
     )
-    read = (o, None, q, k, v, o, lse, *gradients, None, None, stats)
+    read = (o, None, q, k, v, o, lse, *gradients, None, None, None, stats)
     return forward, kernels.module.attention_backward(*read, *last)
 
 
@@ -388,18 +390,43 @@ def test_attention_on_hopper(on_hopper, dtype, case):
     assert all(torch.equal(a, b) for a, b in zip(first[2], again[2], strict=True))
     q = torch.zeros(*case[:2], case[3], case[5], dtype=dtype, device=on_hopper.device)
     assert families(on_hopper, q, q, q) == ("sm90", "sm90")
+    # Where dq is added up in any order, keys are still walked over in one.
+    _, _, other = check_attention(on_hopper, dtype, case, deterministic=False)
+    assert torch.equal(other[1], first[2][1]) and torch.equal(other[2], first[2][2])
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["packed", "packed, window"])
-def test_packed_sequences_on_hopper(on_hopper, dtype, name):
-    check_options(on_hopper, dtype, 64, 64, name)
+def test_packed_sequences_on_hopper(on_hopper, dtype, name, deterministic):
+    check_options(on_hopper, dtype, 64, 64, name, deterministic)
 
 
+@pytest.mark.parametrize("width", [40, 128])
+def test_sums_in_any_order_on_hopper(on_hopper, width):
+    """dq comes from dq_sums, of which nothing is written beyond the tensor."""
+    module, canaries = on_hopper.module, Canaries(on_hopper.device)
+    assert module.attention_adds_in_any_order(max(on_hopper.device.index or 0, 0), width, False)
+    assert not module.attention_adds_in_any_order(max(on_hopper.device.index or 0, 0), width, True)
+    assert not module.attention_adds_in_any_order(max(on_hopper.device.index or 0, 0), 136, False)
+    q, k, v, do = (draw(1, 2, 130, width, dtype=torch.bfloat16, seed=i).to(on_hopper.device) for i in range(4))
+    o, lse = on_hopper["attention"](q, k, v, *options(1))
+    want = on_hopper["attention_backward"](do, None, q, k, v, o, lse, *options(1), [True] * 3 + [False] * 3)
+    dq, dk, dv = (canaries.empty(1, 2, 130, width, dtype=torch.bfloat16) for _ in range(3))
+    stats = canaries.empty(1, 2, 130, 2, dtype=torch.float32)
+    dq_sums = canaries.empty(1, 2, 130, width, dtype=torch.float32).zero_()
+    read, last = (do, None, q, k, v, o, lse), (*[None] * 7, (-(2**30), 0, 2**30), 1.0, 0.0, 0.0, on_hopper.stream())
+    assert module.attention_backward(*read, dq, dk, dv, None, None, dq_sums, stats, *last) == "sm90"
+    canaries.check()
+    assert torch.equal(dq, dq_sums.bfloat16()) and torch.equal(dk, want[1]) and torch.equal(dv, want[2])
+    assert_near(dq, want[0].cpu(), TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("bad", [5, 200])
-def test_hidden_positions_do_not_count_on_hopper(on_hopper, dtype, value, bad):
+def test_hidden_positions_do_not_count_on_hopper(on_hopper, dtype, value, bad, deterministic):
     q, k, v = (draw(1, 1, 260, 64, dtype=dtype, seed=i).to(on_hopper.device) for i in range(3))
     o, lse = on_hopper["attention"](q, k, v, *options(1, (100, -1), scale=0.1))
     for t in (k, v):
@@ -411,7 +438,7 @@ def test_hidden_positions_do_not_count_on_hopper(on_hopper, dtype, value, bad):
     assert torch.equal(lse2[:, :, ~seen], lse[:, :, ~seen])
     assert not o2[:, :, seen].isfinite().all(-1).any()
     do = draw(1, 1, 260, 64, dtype=dtype, seed=3).to(on_hopper.device)
-    backward = (*options(1, (100, -1), scale=0.1), [True] * 3 + [False] * 3)
+    backward = (*options(1, (100, -1), scale=0.1, deterministic=deterministic), [True] * 3 + [False] * 3)
     clean = on_hopper["attention_backward"](do, None, q, *(t.nan_to_num(1, 1, 1) for t in (k, v)), o, lse, *backward)
     dq = on_hopper["attention_backward"](do, None, q, k, v, o2, lse2, *backward)[0]
     assert_near(dq[:, :, ~seen], clean[0][:, :, ~seen].cpu(), TOLERANCE[dtype])
@@ -446,7 +473,7 @@ def test_what_hopper_kernels_leave_to_the_others(on_hopper):
     misaligned = torch.zeros(1, 2, 20, 65, dtype=torch.float16, device=on_hopper.device)[..., 1:]
     others = [(wide, 1.0, wide), (q, -1.0, q), (q, 1.0, shared), (q, 1.0, misaligned)]
     found = [families(on_hopper, q, k, k, scale) for q, scale, k in others]
-    assert found == [("sm80", "sm80"), ("sm80", "sm90"), ("sm80", "sm80"), ("sm80", "sm80")]
+    assert found == [("sm80", "sm80")] * 4
     assert families(on_hopper, *[q.float()] * 3) == ("fp32", "fp32")
 
 
@@ -641,13 +668,13 @@ def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
     dslopes = canaries.empty(1, 2, rows, dtype=torch.float32).zero_()
     slopes, scores = draw(1, 2).to(kernels.device), draw(1, 2, rows, rows).to(kernels.device)
     module.attention_forward(q, k, v, o, lse, *bare(stream))
-    module.attention_backward(q, None, q, k, v, o, lse, dq, dk, dv, None, None, stats, *bare(stream))
+    module.attention_backward(q, None, q, k, v, o, lse, dq, dk, dv, None, None, None, stats, *bare(stream))
     canaries.check()
     for t in (o, dq, dk, dv, lse, stats, dslopes):
         t.fill_(math.nan)
     with_terms = bare(stream, bias=scores, slopes=slopes)
     module.attention_forward(q, k, v, o, lse, *with_terms)
-    module.attention_backward(q, None, q, k, v, o, lse, dq, dk, dv, dbias, dslopes, stats, *with_terms)
+    module.attention_backward(q, None, q, k, v, o, lse, dq, dk, dv, dbias, dslopes, None, stats, *with_terms)
     canaries.check()
 
 

@@ -221,7 +221,12 @@ if _native.cuda is not None:
         do = torch.zeros_like(o) if do is None else do
         read = [with_rows(do), None if dlse is None else dlse.contiguous(), *map(with_rows, (q, k, v, o))]
         read.append(lse.contiguous())
-        last = (dbias, dslopes, lse.new_empty(*lse.shape, 2), *_last(q, k, options))
+        dq_sums = None
+        if not options[-1] and dq is not None and dk is not None:  # bits may differ from run to run
+            terms = any(x is not None for x in options[:4]) or options[13] > 0 or options[14] > 0
+            if _cuda.attention_adds_in_any_order(q.get_device(), max(q.shape[-1], v.shape[-1]), terms):
+                dq_sums = lse.new_zeros(*lse.shape, q.shape[-1])
+        last = (dbias, dslopes, dq_sums, lse.new_empty(*lse.shape, 2), *_last(q, k, options))
 
         def run(*outputs: Tensor) -> None:
             given = iter(outputs)
