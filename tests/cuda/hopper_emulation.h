@@ -145,27 +145,28 @@ inline TileDescriptor tile_descriptor(const void* at, int leading_bytes, int str
 
 namespace emulation {
 
+// A warp's part of a product: 16 of its 64 rows. Warps go on by themselves, so that one may be done with a tile that another
+// still reads.
 struct Operands {
   float (*acc)[4];
   uint32_t a[4];
 };
 struct Product {
-  Operands operands[kWarpgroup];
+  Operands operands[kLanes];
   TileDescriptor a, b;
   bool add, from_registers, by_rows;  // by_rows: of b, and of a where that is a tile
   int size;
   float (*widen16)(uint16_t);
 };
-struct Warpgroup {
+struct Products {
   Barrier barrier;
-  Operands slots[2][kWarpgroup];
-  int started[kWarpgroup];  // by each thread
+  Operands slots[2][kLanes];
+  int started[kLanes];
   std::vector<Product> open;
   std::vector<std::vector<Product>> groups;  // committed, oldest first
 };
-inline Warpgroup warpgroups[8];
-inline Warpgroup& warpgroup() { return warpgroups[machine.current / kWarpgroup]; }
-inline bool leads() { return machine.current % kWarpgroup == 0; }
+inline Products products[32];  // of each warp
+inline Products& own_products() { return products[machine.current / kLanes]; }
 
 inline uint16_t swizzled(const char* at) {
   size_t from = size_t(at - machine.shared);
@@ -175,16 +176,17 @@ inline uint16_t swizzled(const char* at) {
 }
 
 inline void compute(const Product& p) {
-  static float a[64][16], b[16][256];
+  static float a[16][16], b[16][256];
+  int first = machine.current % kWarpgroup / kLanes * 16;
   for (int k = 0; k < 16; ++k) {
-    for (int r = 0; r < 64; ++r) {
-      if (p.from_registers) {  // as for mma.m16n8k16, 16 rows a warp
-        const uint32_t word = p.operands[r / 16 * 32 + r % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + r % 16 / 8];
-        a[r][k] = p.widen16(uint16_t(word >> 16 * (k % 2)));
+    for (int r = 0; r < 16; ++r) {
+      int row = first + r;
+      if (p.from_registers) {  // as for mma.m16n8k16
+        a[r][k] = p.widen16(uint16_t(p.operands[r % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + r / 8] >> 16 * (k % 2)));
       } else if (p.by_rows) {
-        a[r][k] = p.widen16(swizzled(p.a.at + k / 8 * p.a.stride + k % 8 * 128 + r * 2));
+        a[r][k] = p.widen16(swizzled(p.a.at + k / 8 * p.a.stride + k % 8 * 128 + row * 2));
       } else {
-        a[r][k] = p.widen16(swizzled(p.a.at + r / 8 * p.a.stride + r % 8 * 128 + 2 * k));
+        a[r][k] = p.widen16(swizzled(p.a.at + row / 8 * p.a.stride + row % 8 * 128 + 2 * k));
       }
     }
     for (int n = 0; n < 8 * p.size; ++n) {
@@ -193,9 +195,9 @@ inline void compute(const Product& p) {
                               : swizzled(p.b.at + n / 8 * p.b.stride + n % 8 * 128 + 2 * k));
     }
   }
-  for (int t = 0; t < kWarpgroup; ++t) {
+  for (int t = 0; t < kLanes; ++t) {
     for (int i = 0; i < 4 * p.size; ++i) {
-      int e = i % 4, row = t / 32 * 16 + t % 32 / 4 + e / 2 * 8, col = i / 4 * 8 + t % 4 * 2 + e % 2;
+      int e = i % 4, row = t / 4 + e / 2 * 8, col = i / 4 * 8 + t % 4 * 2 + e % 2;
       float sum = p.add ? p.operands[t].acc[i / 4][e] : 0.0f;
       for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][col];
       p.operands[t].acc[i / 4][e] = sum;
@@ -206,10 +208,10 @@ inline void compute(const Product& p) {
 inline const bool registered = [] {
   machine.begin_block = [] {
     if (!boxes.empty()) fail("a block ended with boxes under way");
-    for (Warpgroup& w : warpgroups) {
-      if (!w.open.empty() || !w.groups.empty()) fail("a block ended with products under way");
-      w.barrier = {};
-      std::fill(std::begin(w.started), std::end(w.started), 0);
+    for (Products& p : products) {
+      if (!p.open.empty() || !p.groups.empty()) fail("a block ended with products under way");
+      p.barrier = {};
+      std::fill(std::begin(p.started), std::end(p.started), 0);
     }
     for (Barrier& b : numbered) b = {};
   };
@@ -220,14 +222,13 @@ template <class T> float widen_bits(uint16_t bits) { return widen(T{bits}); }
 
 template <class T>
 void start(float (*acc)[4], int size, const uint32_t* a_registers, TileDescriptor a, TileDescriptor b, bool add, bool by_rows) {
-  Warpgroup& w = warpgroup();
-  int thread = machine.current % kWarpgroup;
-  auto& slots = w.slots[w.started[thread]++ % 2];
-  Operands& mine = slots[thread];
+  Products& w = own_products();
+  auto& slots = w.slots[w.started[lane()]++ % 2];
+  Operands& mine = slots[lane()];
   mine.acc = acc;
   for (int i = 0; i < 4; ++i) mine.a[i] = a_registers != nullptr ? a_registers[i] : 0;
-  wait(w.barrier, kWarpgroup);
-  if (!leads()) return;
+  wait(w.barrier, kLanes);
+  if (lane() != 0) return;
   Product p{{}, a, b, add, a_registers != nullptr, by_rows, size, widen_bits<T>};
   std::memcpy(p.operands, slots, sizeof slots);
   machine.late_copies ? w.open.push_back(p) : compute(p);
@@ -238,23 +239,23 @@ void start(float (*acc)[4], int size, const uint32_t* a_registers, TileDescripto
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
   using namespace emulation;
-  Warpgroup& w = warpgroup();
-  if (!leads()) return;
+  Products& w = own_products();
+  if (lane() != 0) return;
   w.groups.push_back(std::move(w.open));
   w.open.clear();
 }
 inline void add_two(float* to, float first, float second) { to[0] += first, to[1] += second; }
 template <int kPending> void wgmma_wait() {
   using namespace emulation;
-  Warpgroup& w = warpgroup();
-  wait(w.barrier, kWarpgroup);
-  if (leads()) {
+  Products& w = own_products();
+  wait(w.barrier, kLanes);
+  if (lane() == 0) {
     while (int(w.groups.size()) > kPending) {
       for (const Product& p : w.groups.front()) compute(p);
       w.groups.erase(w.groups.begin());
     }
   }
-  wait(w.barrier, kWarpgroup);
+  wait(w.barrier, kLanes);
 }
 template <int kSize> void pin(float (&)[kSize][4]) {}
 inline void keep_order() {}
