@@ -22,6 +22,11 @@ static void check_mask(int queries, int keys, int lower, int upper, int rows, in
     for (int j = 0; j < keys + cols; ++j) {
       bool want = j < keys && j - i >= lower && j - i <= upper;
       expect(mask.visible(i, j) == want, "visible", i, j, lower, upper);
+      Mask::Span keys_seen = mask.keys_of(i), seen_by = mask.queries_of(j), next = mask.keys_of(i + 1);
+      expect((keys_seen.begin <= j && j < keys_seen.end) == want, "keys of a query", i, j, lower, upper);
+      expect((seen_by.begin <= i && i < seen_by.end) == want, "queries of a key", i, j, lower, upper);
+      Mask::Span both = keys_seen.both(next);
+      expect((both.begin <= j && j < both.end) == (want && next.begin <= j && j < next.end), "keys of both", i, j, lower, upper);
     }
   }
   for (int q0 = 0; q0 < queries; q0 += rows) {

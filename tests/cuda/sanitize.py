@@ -3,10 +3,13 @@
 Inputs are drawn on the CPU and only copied, so that what the sanitizer sees is fastlm's own.
 """
 
+import itertools
+
+import pytest
 import torch
 from attention_cases import DECODE, OPTIONS, draw, options
 from cuda_testing import Kernels
-from test_kernels import adam_lists, check_decode, check_options
+from test_kernels import adam_lists, check_attention, check_decode, check_options
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ADAM = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, None, False)
@@ -45,6 +48,13 @@ def run_every_kernel(kernels: Kernels) -> None:
         check_options(kernels, dtype, 128, 128, "all")
         for case in DECODE:
             check_decode(kernels, dtype, case)
+    with pytest.MonkeyPatch.context() as patch:  # taken on Hopper alone
+        patch.setenv("FASTLM_CUDA_FAMILY", "sm90")
+        for dtype, width in itertools.product(DTYPES[1:], (40, 128)):
+            for deterministic in (True, False):
+                case = (1, 2, 1, 150, 200, width, width, 1, (-1, -1), "plain")
+                check_attention(kernels, dtype, case, deterministic=deterministic)
+                check_options(kernels, dtype, width, width, "packed", deterministic)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,32 @@ def test_gradients_of_bias_slopes_and_sinks():
     assert gradgradcheck(f, (q, k, v, *extras))
 
 
+@pytest.mark.parametrize("always", [False, True])
+def test_deterministic_algorithms_overrule_the_option(always):
+    """What kernels are told: only an explicit False lets bits differ, and not where torch is to be deterministic."""
+    from fastlm.ops.attention import _arguments
+
+    traced = []
+
+    def record(graph, _inputs):
+        traced.extend(n.args[-1] for n in graph.graph.nodes if n.target is torch.ops.fastlm.attention.default)
+        return graph
+
+    @torch.compile(backend=record, fullgraph=True)
+    def attend(*qkv):
+        return [fastlm.attention(*qkv, deterministic=given) for given in (None, True, False)]
+
+    inputs = [t.detach() for t in qkv()]
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(always)
+    try:
+        eager = [_arguments(*inputs, deterministic=given)[-1] for given in (None, True, False)]
+        attend(*inputs)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert eager == traced == [True, True, always]
+
+
 def test_third_derivative():
     q, k, v = qkv(B=1, Hq=1, Hk=1, Tq=3, Tk=3, D=2, Dv=2)
 
