@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <variant>
 
 #include "arguments.h"
 #include "cuda/adam.h"
@@ -145,10 +146,12 @@ const char* attention_forward(const TensorView& q, const TensorView& k, const Te
                                   static_cast<float*>(lse.data));
 }
 
-const char* attention_backward(const TensorView& d_o, const OptionalTensor& dlse, const TensorView& q, const TensorView& k,
+// With `stats` the family of kernels that it took; without, does nothing and says how many floats dq_sums may have.
+std::variant<const char*, int64_t> attention_backward(
+                        const TensorView& d_o, const OptionalTensor& dlse, const TensorView& q, const TensorView& k,
                         const TensorView& v, const TensorView& o, const TensorView& lse, const OptionalTensor& dq,
                         const OptionalTensor& dk, const OptionalTensor& dv, const OptionalTensor& dbias,
-                        const OptionalTensor& dslopes, const OptionalTensor& dq_sums, const TensorView& stats,
+                        const OptionalTensor& dslopes, const OptionalTensor& dq_sums, const OptionalTensor& stats,
                         const OptionalTensor& mask, const OptionalTensor& bias, const OptionalTensor& slopes,
                         const OptionalTensor& sinks, const OptionalTensor& seed, const OptionalTensor& ends_q,
                         const OptionalTensor& ends_k, const Diagonals& diagonals, double scale, double softcap,
@@ -169,13 +172,22 @@ const char* attention_backward(const TensorView& d_o, const OptionalTensor& dlse
   if (dv) border.check_operand(op, "dv", q, *dv, sizes.v);
   if (dbias) border.check_sums(op, "dbias", q, *dbias, lse.numel() * sizes.k.length);
   if (dslopes) border.check_per_query(op, "dslopes", q, *dslopes);
-  if (dq_sums) border.check_sums(op, "dq_sums", q, *dq_sums, lse.numel() * sizes.q.width);
-  border.check_sums(op, "stats", q, stats, 2 * lse.numel());
+  if (dq_sums) {
+    FASTLM_CHECK(dq && dk, op, ": dq_sums is for all of dq, dk and dv");
+    border.check_sums(op, "dq_sums", q, *dq_sums, lse.numel() * sizes.q.width);
+  }
+  cuda::Target target{q.device, stream};
   auto optional = [](const OptionalTensor& t) { return t ? operand(*t) : cuda::attention::Operand{}; };
   auto floats = [](const OptionalTensor& t) { return t ? static_cast<float*>(t->data) : nullptr; };
-  return cuda::attention::backward({q.device, stream}, problem, operand(d_o), floats(dlse), operand(q), operand(k), operand(v),
-                                   operand(o), static_cast<const float*>(lse.data), optional(dq), optional(dk), optional(dv),
-                                   floats(dbias), floats(dslopes), floats(dq_sums), stats.data);
+  if (!stats) {
+    bool adds = dq && dk && cuda::attention::adds_in_any_order(target, problem, operand(d_o), operand(q), operand(k), operand(v),
+                                                               operand(*dq), operand(*dk), operand(*dv));
+    return adds ? lse.numel() * sizes.q.width : int64_t(0);
+  }
+  border.check_sums(op, "stats", q, *stats, 2 * lse.numel());
+  return cuda::attention::backward(target, problem, operand(d_o), floats(dlse), operand(q), operand(k), operand(v), operand(o),
+                                   static_cast<const float*>(lse.data), optional(dq), optional(dk), optional(dv),
+                                   floats(dbias), floats(dslopes), floats(dq_sums), stats->data);
 }
 
 // Attention of few queries to a cache, and the room that it works in: called twice, first for how many floats that is.
@@ -255,10 +267,9 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   kernel("adam_step", &fastlm::adam_step, "steps stay on the CPU; everything else is on one device.");
   kernel("attention_forward", &fastlm::attention_forward, 
          "Diagonals (lower, upper, upper from the start) as in attention_index.h. Returns the family of kernels that it took.");
-  kernel("attention_backward", &fastlm::attention_backward);
-  m.def("attention_adds_in_any_order",
-        [](int device, int width, bool terms) { return cuda::attention::adds_in_any_order({device, 0}, width, terms); },
-        "Whether attention_backward is faster with dq_sums; width: the wider head dim.");
+  kernel("attention_backward", &fastlm::attention_backward,
+         "Returns the family that it took. Without `stats` does nothing, and returns how many elements dq_sums, float32 and zero, "
+         "must have for dq to be added up in any order, in fewer products; 0 where no kernel does so.");
   kernel("attention_decode", &fastlm::attention_decode,
          "Returns the elements that `partial`, float32, must have; without it, does nothing else.");
 }

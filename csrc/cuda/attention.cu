@@ -35,10 +35,6 @@ bool aligned(const Operand& x, int width, DType dtype) {
 
 bool on_tensor_cores(const Target& target, DType dtype) { return dtype != DType::kF32 && mma_runs(target); }
 
-bool adds_in_any_order(const Target& target, int width, bool terms) {
-  return width <= kSm90Width && !terms && sm90_chosen(target);
-}
-
 const char* forward(const Target& target, const Problem& problem, const Operand& q, const Operand& k, const Operand& v,
              const Operand& o, float* lse) {
   ForwardArgs args{problem, q, k, v, o, lse, true};
@@ -47,6 +43,23 @@ const char* forward(const Target& target, const Problem& problem, const Operand&
   if (!on_tensor_cores(target, problem.dtype)) return forward_f32(target, args), "fp32";
   if (forward_sm90(target, args)) return "sm90";
   return forward_mma(target, args), "sm80";
+}
+
+static BackwardArgs backward_args(const Problem& problem, const Operand& d_o, const Operand& q, const Operand& k, const Operand& v,
+                                  const Operand& dq, const Operand& dk, const Operand& dv) {
+  BackwardArgs args{problem, q, k, v, d_o, dq, dk, dv, nullptr, nullptr, nullptr, nullptr, true};
+  for (const Operand* x : {&q, &k, &dq, &dk}) {
+    if (x->data != nullptr) args.aligned &= aligned(*x, problem.width, problem.dtype);
+  }
+  for (const Operand* x : {&v, &d_o, &dv}) {
+    if (x->data != nullptr) args.aligned &= aligned(*x, problem.width_v, problem.dtype);
+  }
+  return args;
+}
+
+bool adds_in_any_order(const Target& target, const Problem& problem, const Operand& d_o, const Operand& q, const Operand& k,
+                       const Operand& v, const Operand& dq, const Operand& dk, const Operand& dv) {
+  return on_tensor_cores(target, problem.dtype) && backward_sm90_takes(target, backward_args(problem, d_o, q, k, v, dq, dk, dv));
 }
 
 const char* backward(const Target& target, const Problem& problem, const Operand& d_o, const float* dlse, const Operand& q,
@@ -60,13 +73,9 @@ const char* backward(const Target& target, const Problem& problem, const Operand
              0, problem, d_o, o, lse, dlse, static_cast<float2*>(stats), rows);
     }
   });
-  BackwardArgs args{problem, q, k, v, d_o, dq, dk, dv, static_cast<const float2*>(stats), dbias, dslopes, dq_sums, true};
-  for (const Operand* x : {&q, &k, &dq, &dk}) {
-    if (x->data != nullptr) args.aligned &= aligned(*x, problem.width, problem.dtype);
-  }
-  for (const Operand* x : {&v, &d_o, &dv}) {
-    if (x->data != nullptr) args.aligned &= aligned(*x, problem.width_v, problem.dtype);
-  }
+  BackwardArgs args = backward_args(problem, d_o, q, k, v, dq, dk, dv);
+  args.stats = static_cast<const float2*>(stats);
+  args.dbias = dbias, args.dslopes = dslopes, args.dq_sums = dq_sums;
   if (!on_tensor_cores(target, problem.dtype)) return backward_f32(target, args), "fp32";
   if (backward_sm90(target, args)) return "sm90";
   return backward_mma(target, args), "sm80";

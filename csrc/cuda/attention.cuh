@@ -47,6 +47,7 @@ bool sm90_chosen(const Target& target);
 bool forward_sm90(const Target& target, const ForwardArgs& args);
 void forward_mma(const Target& target, const ForwardArgs& args);
 void forward_f32(const Target& target, const ForwardArgs& args);
+bool backward_sm90_takes(const Target& target, const BackwardArgs& args);
 bool backward_sm90(const Target& target, const BackwardArgs& args);
 void backward_mma(const Target& target, const BackwardArgs& args);
 void backward_f32(const Target& target, const BackwardArgs& args);

@@ -59,15 +59,15 @@ const char* forward(const Target& target, const Problem& problem, const Operand&
 
 // Gradients from d_o and dlse (contiguous, or null). dq, or both dk and dv, may be null: not wanted. `stats` is 8 bytes
 // per query, to work in. With dq also, if not null, dbias (B, Hq, Tq, Tk), zero before, and of the slopes what each
-// query adds, dslopes (B, Hq, Tq); both contiguous. With dq_sums, (B, Hq, Tq, D), zero before, gradients may have other last
-// bits every time, where adds_in_any_order(). Returns the family.
+// query adds, dslopes (B, Hq, Tq); both contiguous. With dq_sums, (B, Hq, Tq, D), zero before, and all of dq, dk and dv, the
+// last bits of dq may differ from call to call, where adds_in_any_order(). Returns the family.
 const char* backward(const Target& target, const Problem& problem, const Operand& d_o, const float* dlse, const Operand& q,
               const Operand& k, const Operand& v, const Operand& o, const float* lse, const Operand& dq,
               const Operand& dk, const Operand& dv, float* dbias, float* dslopes, float* dq_sums, void* stats);
 
-// Whether backward is faster with dq_sums, for this widest head dim and with or without terms.
-constexpr int kSm90Width = 128;
-bool adds_in_any_order(const Target& target, int width, bool terms);
+// Whether backward computes two products less of the same call with dq_sums.
+bool adds_in_any_order(const Target& target, const Problem& problem, const Operand& d_o, const Operand& q, const Operand& k,
+                       const Operand& v, const Operand& dq, const Operand& dk, const Operand& dv);
 
 // Keys and values of sequences, (B, Hk, capacity, D), or in pages: then a page is where a sequence is in k and v, and
 // `pages` (B, pages_row) lists those of each sequence. All of it on the device.

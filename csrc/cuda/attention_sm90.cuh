@@ -119,7 +119,7 @@ bool make_map(TensorMap* map, const Operand& x, DType dtype, int batch, int head
 
 // Positive scales alone, so that -inf stays what a hidden score is.
 bool sm90_takes(const Target& target, const Problem& p, bool aligned) {
-  return sm90_chosen(target) && aligned && p.keys > 0 && p.queries > 0 && std::max(p.width, p.width_v) <= kSm90Width &&
+  return sm90_chosen(target) && aligned && p.keys > 0 && p.queries > 0 && std::max(p.width, p.width_v) <= 128 &&
          p.scale > 0 && !p.terms.any();
 }
 

@@ -1,5 +1,4 @@
-// The backward of attention on Hopper, in fp16 and bf16. As in attention_mma_backward.cu one kernel in two roles, without
-// atomics: a block owns 128 queries and walks over keys (dq), or owns 128 keys and walks over queries, of all query heads
+// The backward of attention on Hopper, in fp16 and bf16. As in attention_mma_backward.cu one kernel in two roles: a block owns 128 queries and walks over keys (dq), or owns 128 keys and walks over queries, of all query heads
 // of its group (dk and dv). One warpgroup has the copy engine fetch the tiles that are walked over; each of two others
 // computes 64 of the owned rows: P and dS go from the accumulators of two products straight into the operands of the
 // next. While one waits for its products, the other computes exponentials.
@@ -148,7 +147,7 @@ __device__ void consume(const Sm90BackwardArgs& args, int group, const BackwardM
   // What is added to dq: at 128 columns each warpgroup computes half of them over all keys, at 64 all over its own keys.
   constexpr bool kByColumns = kD == 128;
   const int first_key = kByColumns ? 0 : 64 * group, box = kByColumns ? group : 0;
-  auto meet = [&] { kByColumns ? group_sync(1, kConsumers * kWarpgroup) : group_sync(1 + group, kWarpgroup); };
+  auto meet = [&] { kSums && kByColumns ? group_sync(1, kConsumers * kWarpgroup) : group_sync(1 + group, kWarpgroup); };
   int done = 0;  // tiles walked over so far
   ThreadMemory& own = memory.own[threadIdx.x - kWarpgroup];
   own.turn = 0, own.nonfinite = false;
@@ -318,8 +317,8 @@ __device__ void consume(const Sm90BackwardArgs& args, int group, const BackwardM
       start_sums();
       wait_for_sums();
       ++done;
-      if constexpr (kSums) meet();  // x1 is written now, which other warps may still read
     }
+    meet();  // x1 and x2 are written now, which other warps may still read
 
     put_rows<T, kD>(memory.x1, warp_row, acc1, problem.scale, problem.scale);
     bool nonfinite = warp_has_nonfinite(acc1);
@@ -462,7 +461,7 @@ template <class T, int kD, Role kRole> void launch_role(const Target& target, co
 
 }  // namespace
 
-bool backward_sm90(const Target& target, const BackwardArgs& backward) {
+bool backward_sm90_takes(const Target& target, const BackwardArgs& backward) {
   const Problem& p = backward.problem;
   if (!sm90_takes(target, p, backward.aligned)) return false;
   if (std::max(blocks_of(p, false, kTileRows), blocks_of(p, true, kTileRows)) >= kFar) return false;  // counted in 32 bits
@@ -473,11 +472,17 @@ bool backward_sm90(const Target& target, const BackwardArgs& backward) {
       return false;
     }
   }
+  return true;
+}
+
+bool backward_sm90(const Target& target, const BackwardArgs& backward) {
+  if (!backward_sm90_takes(target, backward)) return false;
+  const Problem& p = backward.problem;
   dispatch_padded<64, 128>(std::max(p.width, p.width_v), [&](auto width) {
     constexpr int kD = decltype(width)::value;
     auto run = [&](auto tag) {
       using T = typename decltype(tag)::type;
-      if (backward.dq_sums != nullptr && backward.dq.data != nullptr && backward.dk.data != nullptr) {
+      if (backward.dq_sums != nullptr) {
         launch_role<T, kD, Role::kKeysAndSums>(target, backward);
         launch(target, "attention_backward", attention_bwd_sums_kernel<T>, grid_of(blocks_of(p, false, kTileRows)), kBlockThreads,
                0, backward);

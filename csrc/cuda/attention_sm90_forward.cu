@@ -175,7 +175,8 @@ template <class T, int kD> __device__ void consume(const Sm90Args& args, int gro
       ++step;
     }
 
-    // The rows leave through this warp's part of the query tile, in 16-byte pieces.
+    // The rows leave through this warp's part of the query tile, which other warps may still read, in 16-byte pieces.
+    group_sync(kTurn + kConsumers + group, kWarpgroup);
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

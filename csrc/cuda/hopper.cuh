@@ -116,6 +116,19 @@ __device__ inline void group_sync(int number, int threads) {
 __device__ inline void group_arrive(int number, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
+
+// Adds to two neighbours in device memory at a multiple of 8 bytes, in whatever order they come.
+__device__ inline void add_two(float* to, float first, float second) {
+#if CUDART_VERSION >= 12010
+#ifdef FASTLM_SM90A
+  atomicAdd(reinterpret_cast<float2*>(to), make_float2(first, second));
+#endif
+#else
+  atomicAdd(to, first);
+  atomicAdd(to + 1, second);
+#endif
+}
+
 // --- products of a warpgroup ------------------------------------------------------------------------------------------
 // A tile in shared memory as the tensor cores read it: its address and two distances, for the swizzle of 128 bytes.
 struct TileDescriptor {
@@ -138,12 +151,6 @@ __device__ inline void wgmma_fence() {
 __device__ inline void wgmma_commit() {
 #ifdef FASTLM_SM90A
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
-}
-// Adds to two neighbours in device memory at a multiple of 8 bytes, in whatever order they come.
-__device__ inline void add_two(float* to, float first, float second) {
-#ifdef FASTLM_SM90A
-  atomicAdd(reinterpret_cast<float2*>(to), make_float2(first, second));
 #endif
 }
 // Until at most kPending of the committed groups are under way.

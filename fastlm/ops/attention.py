@@ -494,8 +494,10 @@ def attention(
             then q is (1, Hq, total, D), and a query sees keys of its own sequence alone. On a GPU their numbers are
             not checked, since that would wait for it; a query outside of all sequences sees nothing.
         max_seqlen_q, max_seqlen_k: the longest of those; checked, and of no use to today's kernels.
-        deterministic: False allows a backward whose last bits may differ from run to run, where that is faster: in the
-            CUDA kernels for Hopper up to head dims of 128. `torch.use_deterministic_algorithms` overrules it.
+        deterministic: False allows a backward whose last bits may differ from run to run, where it takes fewer
+            products: in the CUDA kernels for Hopper (FASTLM_CUDA_FAMILY=sm90), with 4 bytes more for each element of
+            q. `torch.use_deterministic_algorithms` overrules it. Triton's kernels give the same bits for the same
+            choice of tiles (FASTLM_TRITON_TUNE).
         return_lse: also give lse (B, Hq, Tq), the natural log of the softmax's denominator; it has a gradient.
 
     Returns:

@@ -39,7 +39,7 @@ def test_goals_are_measured_and_what_is_not_here_is_missing_with_its_reason():
             assert {"torch", "torch flash", "fastlm"} <= set(names)
             assert "No viable backend" in missing["torch cuDNN"]
             assert missing["fastlm sm90"] == "needs a GPU of compute capability 9.0"
-            assert ("fastlm deterministic=False" in names) == ("backward" in case.name)
+            assert ("fastlm sm90 deterministic=False" in missing) == ("backward" in case.name)
     scores = 2 * 1 * 2 * 70 * 70 * 16
     assert [case.flops for case in goals()] == [scores, 2 * scores, 5 * scores / 2, 0]
     assert goals()[3].bytes == 2 * (2 * 3 * 2 * 50 * 16 + 2 * 3 * 4 * 16)
@@ -130,6 +130,20 @@ def test_hoppers_kernels_are_measured_where_the_module_takes_them(monkeypatch, t
     names, missing = Local(attention.goals("cpu")[0]).names()
     assert ("fastlm sm90" in names) == (taken == "sm90") and seen == {None, "sm90"}
     assert taken == "sm90" or missing["fastlm sm90"] == "fastlm._cuda took other kernels: sm80"
+
+
+def test_kernels_that_are_not_proven_cost_nobody_else(monkeypatch):
+    """Wrong ones are missing with their error, others are measured."""
+    monkeypatch.setattr(attention, "need_capability_9", lambda device: None)
+    monkeypatch.setattr(attention, "families_of", lambda run: (run(), {"sm90"})[1])
+    right = fastlm.attention
+    monkeypatch.setattr(
+        fastlm, "attention", lambda *a, **k: right(*a, **k) * (2 if "FASTLM_CUDA_FAMILY" in os.environ else 1)
+    )
+    monkeypatch.delenv("FASTLM_CUDA_FAMILY", raising=False)
+    names, missing = Local(attention.goals("cpu")[0]).names()
+    assert {"torch", "fastlm"} <= set(names) and "fastlm sm90" not in names
+    assert missing["fastlm sm90"].startswith("its output is off by")
 
 
 def test_a_rate_in_a_unit_that_fits():

@@ -128,6 +128,19 @@ def plan_attention(rng: random.Random, longest: int, plain: float) -> dict[str, 
     return planned
 
 
+def for_hopper(rng: random.Random, planned: dict[str, Any]) -> dict[str, Any]:
+    """Mostly what its kernels take."""
+    if rng.random() < 0.1:
+        return planned
+    planned["dtype"] = rng.choice([torch.float16, torch.bfloat16])
+    planned["width"], planned["width_v"] = (
+        8 * rng.choice([1, 5, 8, 8, 12, 16, 16, rng.randint(1, 16)]) for _ in range(2)
+    )
+    planned["layouts"] = [rng.choice(["plain", "bthd", "columns"]) for _ in range(4)]
+    planned["deterministic"] = rng.random() < 0.5
+    return planned
+
+
 def assert_no_worse(got: Tensor, want: Tensor, plain: Tensor, tolerance: float, least: float = 0.0) -> None:
     """Of the typical element, rows without a key left aside; and three times the error of plain torch in the same
     dtype, where numbers cancel. `least` is of the typical element.
@@ -188,12 +201,34 @@ def test_attention_fuzz(kernels, monkeypatch, family):
         pytest.skip("needs a GPU of compute capability 9.0")
     monkeypatch.setenv("FASTLM_CUDA_FAMILY", family)
     monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", family.removeprefix("sm"))
-    plain = 0.35 if family == "sm80" else 0.9  # with more options the kernels of sm90 leave it to the others
+    forward, backward = kernels.module.attention_forward, kernels.module.attention_backward
+    taken = {"forward": [], "backward": [], "in any order": []}
 
-    def check(planned: dict[str, Any]) -> None:
-        check_planned_attention(kernels, planned, monkeypatch)
+    def heard_forward(*args: Any) -> Any:
+        taken["forward"].append(forward(*args))
+        return taken["forward"][-1]
 
-    fuzz(kernels, f"attention {family}", lambda rng, longest: plan_attention(rng, longest, plain), check)
+    def heard_backward(*args: Any) -> Any:
+        took, dq_sums = backward(*args), args[12]
+        if isinstance(took, str):  # else it was only asked
+            taken["in any order" if dq_sums is not None else "backward"].append(took)
+        return took
+
+    monkeypatch.setattr(kernels.module, "attention_forward", heard_forward)
+    monkeypatch.setattr(kernels.module, "attention_backward", heard_backward)
+
+    def plan(rng: random.Random, longest: int) -> dict[str, Any]:
+        if family == "sm90":
+            return for_hopper(rng, plan_attention(rng, longest, 1.0))
+        return plan_attention(rng, longest, 0.35)
+
+    fuzz(kernels, f"attention {family}", plan, lambda planned: check_planned_attention(kernels, planned, monkeypatch))
+    calls = len(taken["forward"])
+    for name, least in {"forward": 0.6, "backward": 0.2, "in any order": 0.1}.items():
+        if family == "sm90":
+            assert taken[name].count("sm90") >= least * calls, f"{taken[name]} of {calls} calls"
+        else:
+            assert "sm90" not in taken[name]
 
 
 def plan_decode(rng: random.Random, longest: int) -> tuple[torch.dtype, list[str], tuple]:

@@ -406,9 +406,6 @@ def test_packed_sequences_on_hopper(on_hopper, dtype, name, deterministic):
 def test_sums_in_any_order_on_hopper(on_hopper, width):
     """dq comes from dq_sums, of which nothing is written beyond the tensor."""
     module, canaries = on_hopper.module, Canaries(on_hopper.device)
-    assert module.attention_adds_in_any_order(max(on_hopper.device.index or 0, 0), width, False)
-    assert not module.attention_adds_in_any_order(max(on_hopper.device.index or 0, 0), width, True)
-    assert not module.attention_adds_in_any_order(max(on_hopper.device.index or 0, 0), 136, False)
     q, k, v, do = (draw(1, 2, 130, width, dtype=torch.bfloat16, seed=i).to(on_hopper.device) for i in range(4))
     o, lse = on_hopper["attention"](q, k, v, *options(1))
     want = on_hopper["attention_backward"](do, None, q, k, v, o, lse, *options(1), [True] * 3 + [False] * 3)
@@ -416,6 +413,13 @@ def test_sums_in_any_order_on_hopper(on_hopper, width):
     stats = canaries.empty(1, 2, 130, 2, dtype=torch.float32)
     dq_sums = canaries.empty(1, 2, 130, width, dtype=torch.float32).zero_()
     read, last = (do, None, q, k, v, o, lse), (*[None] * 7, (-(2**30), 0, 2**30), 1.0, 0.0, 0.0, on_hopper.stream())
+    assert module.attention_backward(*read, dq, dk, dv, None, None, None, None, *last) == dq_sums.numel()
+    for chosen in (None, dk, dv), (dq, None, None):  # for less there are other kernels
+        assert module.attention_backward(*read, *chosen, None, None, None, None, *last) == 0
+    assert module.attention_backward(*read, dq, dk, dv, None, None, None, None, *last[:-4], 0.0, *last[-3:]) == 0
+    floats = [x.float() for x in (do, q, k, v, o)]
+    full = (floats[0], None, *floats[1:], lse, *(x.float() for x in (dq, dk, dv)))
+    assert module.attention_backward(*full, None, None, None, None, *last) == 0
     assert module.attention_backward(*read, dq, dk, dv, None, None, dq_sums, stats, *last) == "sm90"
     canaries.check()
     assert torch.equal(dq, dq_sums.bfloat16()) and torch.equal(dk, want[1]) and torch.equal(dv, want[2])
@@ -425,9 +429,9 @@ def test_sums_in_any_order_on_hopper(on_hopper, width):
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("bad", [5, 200])
-def test_hidden_positions_do_not_count_on_hopper(on_hopper, dtype, value, bad, deterministic):
-    q, k, v = (draw(1, 1, 260, 64, dtype=dtype, seed=i).to(on_hopper.device) for i in range(3))
+@pytest.mark.parametrize("bad, width", [(5, 128), (200, 64)])
+def test_hidden_positions_do_not_count_on_hopper(on_hopper, dtype, value, bad, width, deterministic):
+    q, k, v = (draw(1, 1, 260, width, dtype=dtype, seed=i).to(on_hopper.device) for i in range(3))
     o, lse = on_hopper["attention"](q, k, v, *options(1, (100, -1), scale=0.1))
     for t in (k, v):
         t[:, :, bad] = value
@@ -437,7 +441,7 @@ def test_hidden_positions_do_not_count_on_hopper(on_hopper, dtype, value, bad, d
     assert_near(o2[:, :, ~seen], o[:, :, ~seen].cpu(), TOLERANCE[dtype])
     assert torch.equal(lse2[:, :, ~seen], lse[:, :, ~seen])
     assert not o2[:, :, seen].isfinite().all(-1).any()
-    do = draw(1, 1, 260, 64, dtype=dtype, seed=3).to(on_hopper.device)
+    do = draw(1, 1, 260, width, dtype=dtype, seed=3).to(on_hopper.device)
     backward = (*options(1, (100, -1), scale=0.1, deterministic=deterministic), [True] * 3 + [False] * 3)
     clean = on_hopper["attention_backward"](do, None, q, *(t.nan_to_num(1, 1, 1) for t in (k, v)), o, lse, *backward)
     dq = on_hopper["attention_backward"](do, None, q, k, v, o2, lse2, *backward)[0]
@@ -678,10 +682,13 @@ def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
     canaries.check()
 
 
-def test_what_the_sanitizer_watches_runs():
-    from sanitize import run_every_kernel
+def test_what_the_sanitizer_watches_runs_emulated(monkeypatch):
+    from sanitize import run_every_kernel, run_hoppers_kernels
 
-    run_every_kernel(Kernels("emulated"))
+    kernels = Kernels("emulated")
+    run_every_kernel(kernels)
+    monkeypatch.setenv("EMULATED_COMPUTE_CAPABILITY", "90")
+    run_hoppers_kernels(kernels)
 
 
 # --- the check at first use -------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def test_make_works_in_a_path_with_a_space(tmp_path):
         "bench": {f"{there}/runs/bench"},
         "test": {f"{there}", f"{there}/pyproject.toml", f"{there}/tests/ops", f"{there}/tests/data"},
         "gpu-test": {f"{there}/tests/cuda", f"{there}/tests/ops"},
+        "gpu-hopper": {f"{there}/tests/cuda"},
         "gpu-build": {f"{there}/tests/cuda/versions.py"},
         "gpu-sanitize": {f"{there}/tests/cuda/sanitize.py"},
     }.items():

@@ -221,16 +221,16 @@ if _native.cuda is not None:
         do = torch.zeros_like(o) if do is None else do
         read = [with_rows(do), None if dlse is None else dlse.contiguous(), *map(with_rows, (q, k, v, o))]
         read.append(lse.contiguous())
-        dq_sums = None
-        if not options[-1] and dq is not None and dk is not None:  # bits may differ from run to run
-            terms = any(x is not None for x in options[:4]) or options[13] > 0 or options[14] > 0
-            if _cuda.attention_adds_in_any_order(q.get_device(), max(q.shape[-1], v.shape[-1]), terms):
-                dq_sums = lse.new_zeros(*lse.shape, q.shape[-1])
-        last = (dbias, dslopes, dq_sums, lse.new_empty(*lse.shape, 2), *_last(q, k, options))
+        stats, last = lse.new_empty(*lse.shape, 2), _last(q, k, options)
 
         def run(*outputs: Tensor) -> None:
             given = iter(outputs)
-            _cuda.attention_backward(*read, *(None if x is None else next(given) for x in (dq, dk, dv)), *last)
+            written = (*(None if x is None else next(given) for x in (dq, dk, dv)), dbias, dslopes)
+            dq_sums = None
+            if not options[-1]:  # bits may differ from run to run
+                numel = _cuda.attention_backward(*read, *written, None, None, *last)
+                dq_sums = lse.new_zeros(numel) if numel else None
+            _cuda.attention_backward(*read, *written, dq_sums, stats, *last)
 
         writing(run, *(x for x in (dq, dk, dv) if x is not None))
         gradients = [x if want else q.new_empty(0) for x, want in zip((dq, dk, dv), wanted, strict=False)]

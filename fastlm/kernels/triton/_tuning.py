@@ -2,9 +2,9 @@
 
 A list begins with the default, chosen from what the compiler reports, which another has to beat clearly. Configurations
 add up in different orders: the last bits of a result may differ between two GPUs, or two caches, but not within a
-process, where a choice once taken stays. Nothing is measured, and the default taken, in the interpreter, with
-FASTLM_TRITON_TUNE=0, and, unless the choice is remembered, while a CUDA graph is captured and under
-torch.use_deterministic_algorithms.
+process, where a choice once taken stays. The default is taken in the interpreter, with FASTLM_TRITON_TUNE=0, under
+torch.use_deterministic_algorithms, since bits must not depend on a file, and, unless the choice is remembered, while a
+CUDA graph is captured.
 
 Triton's own autotuner needs a GPU even in the interpreter, measures anew in each process, and knows no default.
 """
@@ -50,6 +50,8 @@ def pick(key: tuple, candidates: Sequence[Configuration], run: Run, device: torc
     """
     if len(candidates) == 1 or device.type != "cuda" or INTERPRETED or os.environ.get("FASTLM_TRITON_TUNE") == "0":
         return candidates[0]
+    if torch.are_deterministic_algorithms_enabled():
+        return candidates[0]
     choices = _choices_of(device.index)
     found = choices.taken.get(key)
     if found is None:
@@ -80,7 +82,7 @@ class Choices:
         remembered = self._read().get(name)
         if remembered in candidates:  # the file may be of other hands
             return candidates[candidates.index(remembered)]
-        if torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_current_stream_capturing():
             return candidates[0]
         times, errors = {}, []
         for i, candidate in enumerate(candidates):
@@ -159,5 +161,6 @@ def _choices_of(index: int) -> Choices:
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
-    """The median of some calls on the current device, with nothing of theirs in its caches."""
-    return triton.testing.do_bench(call, warmup=5, rep=20, return_mode="median")
+    """The median of some calls on the current device, five at least, with nothing of theirs in its caches."""
+    once = triton.testing.do_bench(call, warmup=0, rep=0)
+    return triton.testing.do_bench(call, warmup=5, rep=max(20, 6 * once), return_mode="median")
