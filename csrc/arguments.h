@@ -15,6 +15,8 @@ namespace fastlm {
 using OptionalTensor = std::optional<TensorView>;
 using TensorList = std::vector<TensorView>;
 
+inline void* data_of(const OptionalTensor& t) { return t ? t->data : nullptr; }
+
 // Where a module's tensors have to be: on the CPU, or on one GPU, which the first tensor of a call decides.
 struct Border {
   bool on_gpu;
@@ -73,6 +75,29 @@ struct Border {
     check_device(op, first, t);
     FASTLM_CHECK(t.dtype == sum && t.contiguous() && t.numel() == numel, op, ": ", name, " must be ", numel,
                  " contiguous elements of dtype ", dtype_name(sum), ", got ", t.describe());
+  }
+
+  // Of norms: sums, weights and biases are of sum_dtype.
+  Rows check_norm(const char* op, const TensorView& x, const OptionalTensor& residual, const OptionalTensor& weight,
+                  const OptionalTensor& bias, const TensorView& y, const OptionalTensor& sum) const {
+    check_same_dense(op, x, {&y});
+    Rows of = check_rows(op, x);
+    FASTLM_CHECK(residual.has_value() == sum.has_value(), op, ": residual and sum go together");
+    if (sum) check_same_dense(op, x, {&*residual, &*sum});
+    if (weight) check_sums(op, "weight", x, *weight, of.cols);
+    if (bias) check_sums(op, "bias", x, *bias, of.cols);
+    return of;
+  }
+  Rows check_norm_backward(const char* op, const TensorView& dy, const OptionalTensor& dsum, const TensorView& s,
+                           const OptionalTensor& weight, const TensorView& dx, const OptionalTensor& dweight,
+                           const OptionalTensor& dbias) const {
+    check_same_dense(op, dy, {&s, &dx});
+    if (dsum) check_same_dense(op, dy, {&*dsum});
+    Rows of = check_rows(op, dy);
+    if (weight) check_sums(op, "weight", dy, *weight, of.cols);
+    if (dweight) check_sums(op, "dweight", dy, *dweight, of.cols);
+    if (dbias) check_sums(op, "dbias", dy, *dbias, of.cols);
+    return of;
   }
 
   // Of attention: (B, H, T, D) with whole rows.

@@ -33,8 +33,6 @@ void run_kernel(int64_t work, const Run& run) {
   run();
 }
 
-void* data_of(const OptionalTensor& t) { return t ? t->data : nullptr; }
-
 // The activation of an index into _cpu.acts.
 cpu::Act act_of(const char* op, int act) {
   FASTLM_CHECK(act >= 0 && act < cpu::kNumActs, op, ": act must be an index into acts, got ", act);
@@ -120,13 +118,7 @@ void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView
 void norm_forward(const TensorView& x, const OptionalTensor& residual, const OptionalTensor& weight,
                   const OptionalTensor& bias, const TensorView& y, const OptionalTensor& sum, double eps, bool centred,
                   int threads) {
-  const char* op = "norm";
-  border.check_same_dense(op, x, {&y});
-  auto [rows, cols] = border.check_rows(op, x);
-  FASTLM_CHECK(residual.has_value() == sum.has_value(), op, ": residual and sum go together");
-  if (sum) border.check_same_dense(op, x, {&*residual, &*sum});
-  if (weight) border.check_sums(op, "weight", x, *weight, cols);
-  if (bias) border.check_sums(op, "bias", x, *bias, cols);
+  auto [rows, cols] = border.check_norm("norm", x, residual, weight, bias, y, sum);
   run_kernel(rows * cols, [&, rows = rows, cols = cols] {
     cpu::norm_forward(x.dtype, x.data, data_of(residual), data_of(weight), data_of(bias), y.data, data_of(sum), rows,
                       cols, eps, centred, threads);
@@ -136,13 +128,7 @@ void norm_forward(const TensorView& x, const OptionalTensor& residual, const Opt
 void norm_backward(const TensorView& dy, const OptionalTensor& dsum, const TensorView& s, const OptionalTensor& weight,
                    const TensorView& dx, const OptionalTensor& dweight, const OptionalTensor& dbias, double eps,
                    bool centred, int threads) {
-  const char* op = "norm_backward";
-  border.check_same_dense(op, dy, {&s, &dx});
-  if (dsum) border.check_same_dense(op, dy, {&*dsum});
-  auto [rows, cols] = border.check_rows(op, dy);
-  if (weight) border.check_sums(op, "weight", dy, *weight, cols);
-  if (dweight) border.check_sums(op, "dweight", dy, *dweight, cols);
-  if (dbias) border.check_sums(op, "dbias", dy, *dbias, cols);
+  auto [rows, cols] = border.check_norm_backward("norm_backward", dy, dsum, s, weight, dx, dweight, dbias);
   run_kernel(rows * cols, [&, rows = rows, cols = cols] {
     cpu::norm_backward(dy.dtype, dy.data, data_of(dsum), s.data, data_of(weight), dx.data, data_of(dweight),
                        data_of(dbias), rows, cols, eps, centred, threads);

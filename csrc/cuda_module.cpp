@@ -8,6 +8,7 @@
 #include "arguments.h"
 #include "cuda/adam.h"
 #include "cuda/attention.h"
+#include "cuda/norm.h"
 #include "cuda/relu.h"
 #include "cuda/runtime.h"
 #include "cuda/target.h"
@@ -45,6 +46,24 @@ void bias_act_backward(const TensorView& dy, const TensorView& saved, const Tens
   border.check_sums("bias_act_backward", "partial", dy, partial, cuda::bias_act_chunks(rows) * cols);
   cuda::bias_act_backward({dy.device, stream}, dy.dtype, dy.data, saved.data, bias.data, dx.data, dbias.data,
                           partial.data, rows, cols, squared);
+}
+
+// --- norms ------------------------------------------------------------------------------------------------------------
+void norm_forward(const TensorView& x, const OptionalTensor& residual, const OptionalTensor& weight, const OptionalTensor& bias,
+                  const TensorView& y, const OptionalTensor& sum, double eps, bool centred, uintptr_t stream) {
+  auto [rows, cols] = border.check_norm("norm", x, residual, weight, bias, y, sum);
+  cuda::norm_forward({x.device, stream}, x.dtype, x.data, data_of(residual), data_of(weight), data_of(bias), y.data, data_of(sum),
+                     rows, cols, eps, centred);
+}
+
+void norm_backward(const TensorView& dy, const OptionalTensor& dsum, const TensorView& s, const OptionalTensor& weight,
+                   const TensorView& dx, const OptionalTensor& dweight, const OptionalTensor& dbias, const TensorView& partial,
+                   double eps, bool centred, uintptr_t stream) {
+  auto [rows, cols] = border.check_norm_backward("norm_backward", dy, dsum, s, weight, dx, dweight, dbias);
+  int64_t sums = int64_t(dweight.has_value()) + int64_t(dbias.has_value());
+  border.check_sums("norm_backward", "partial", dy, partial, sums * cuda::norm_slices(rows) * cols);
+  cuda::norm_backward({dy.device, stream}, dy.dtype, dy.data, data_of(dsum), s.data, data_of(weight), dx.data, data_of(dweight),
+                      data_of(dbias), partial.data, rows, cols, eps, centred);
 }
 
 // --- attention --------------------------------------------------------------------------------------------------------
@@ -264,6 +283,9 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   kernel("bias_act_forward", &fastlm::bias_act_forward);
   kernel("bias_act_backward", &fastlm::bias_act_backward);
   m.def("bias_act_chunks", &cuda::bias_act_chunks, "Rows of `partial` that bias_act_backward works in.");
+  kernel("norm_forward", &fastlm::norm_forward);
+  kernel("norm_backward", &fastlm::norm_backward, "`partial` has norm_slices(rows) rows for each of dweight and dbias.");
+  m.def("norm_slices", &cuda::norm_slices);
   kernel("adam_step", &fastlm::adam_step, "steps stay on the CPU; everything else is on one device.");
   kernel("attention_forward", &fastlm::attention_forward, 
          "Diagonals (lower, upper, upper from the start) as in attention_index.h. Returns the family of kernels that it took.");

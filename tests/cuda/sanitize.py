@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_cases import DECODE, OPTIONS, draw, options
 from cuda_testing import Kernels
-from test_kernels import adam_lists, check_attention, check_decode, check_options
+from test_kernels import adam_lists, check_attention, check_decode, check_norm, check_options
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ADAM = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, None, False)
@@ -27,6 +27,8 @@ def run_every_kernel(kernels: Kernels) -> None:
             for act in ("relu", "relu_squared"):
                 kernels["bias_act"](x, bias, act, 0.0, None)
                 kernels["bias_act_backward"](dy, x, bias, act)
+        for rows, cols, offset in ((20, 72, 0), (5, 1000, 1), (3, 3000, 0), (2, 9001, 0)):
+            check_norm(kernels, dtype, rows, cols, True, True, True, offset)
         lists = adam_lists(dtype, [1, 63, 4099], True)
         moved = [[t.to(device) for t in tensors] for tensors in lists[:5]]
         kernels["adam_"](*moved, lists[5], *ADAM)

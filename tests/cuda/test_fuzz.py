@@ -24,6 +24,7 @@ from test_kernels import (
     assert_close,
     check_adam,
     check_decode,
+    check_norm,
     laid_out,
 )
 from torch import Tensor
@@ -295,6 +296,22 @@ def plan_bias_act(rng: random.Random, longest: int) -> tuple[str, torch.dtype, t
 
 def test_bias_act_fuzz(kernels):
     fuzz(kernels, "bias_act", plan_bias_act, lambda planned: test_kernels.test_bias_act(kernels, *planned))
+
+
+def plan_norm(rng: random.Random, longest: int) -> tuple:
+    """What check_norm takes after the dtype's place: sizes beside those where another kernel begins."""
+    edge = rng.choice([256, 512, 1024, 2048, 4096, 8192]) + rng.randint(-9, 9)
+    cols = rng.choice([rng.randint(0, 40), rng.randint(1, 700), edge])
+    rows = rng.choice([0, 1, rng.randint(1, 40), rng.randint(1, 5 * longest)])
+    rows = min(rows, 2**17 // max(cols, 1))
+    return (
+        rng.choice(FLOATS), rows, cols, *(rng.random() < 0.5 for _ in range(3)), rng.choice([0, 0, 1, 8]),
+        rng.random() < 0.5,
+    )  # fmt: skip
+
+
+def test_norm_fuzz(kernels):
+    fuzz(kernels, "norm", plan_norm, lambda planned: check_norm(kernels, *planned))
 
 
 def plan_adam(rng: random.Random, longest: int) -> tuple[torch.dtype, list[int], tuple]:

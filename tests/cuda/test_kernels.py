@@ -13,6 +13,13 @@ from torch import Tensor
 from fastlm import _library
 from fastlm.ops.adam import adam_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
+from fastlm.ops.norm import (
+    add_layer_norm_reference,
+    add_rms_norm_reference,
+    layer_norm_reference,
+    norm_backward_reference,
+    rms_norm_reference,
+)
 from fastlm.ops.relu import (
     relu_backward_reference,
     relu_reference,
@@ -102,6 +109,110 @@ def test_bias_act(kernels, act, dtype, shape):
         assert_near(dbias, want[1], 4 * torch.finfo(dtype).eps)
     else:
         assert torch.equal(dbias.cpu().double(), want[1])
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+# Rows and columns: of a warp, of four, of a block, too long for its registers; with tails, and more rows than a block.
+NORM = [
+    (3, 1),
+    (37, 5),
+    (70, 64),
+    (9, 512),
+    (5, 513),
+    (20, 777),
+    (3, 1025),
+    (6, 2048),
+    (3, 2049),
+    (2, 8192),
+    (2, 9001),
+    (0, 8),
+    (4, 0),
+]
+
+
+def check_norm(kernels, dtype, rows, cols, centred, residual, weighted, offset=0, dsum=True):
+    """Forward and backward, `offset` elements into their memory."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def rows_of(seed, shift=0.0):
+        x = torch.zeros(rows * cols + offset, dtype=dtype)
+        x[offset:] = (draw(rows * cols, seed=seed) + shift).to(dtype)
+        return x.to(kernels.device)[offset:].view(rows, cols)
+
+    x, other, dy, ds = rows_of(0, 1.0), rows_of(1) if residual else None, rows_of(2), rows_of(3) if dsum else None
+    weight, bias = (draw(cols, dtype=wide, seed=4 + i).to(kernels.device) if weighted else None for i in range(2))
+    parameters = [weight, bias] if centred else [weight]
+    given = [x, *([other] if residual else []), *parameters]
+    exact = [None if t is None else t.cpu().double() for t in given]
+    name = ("add_" if residual else "") + ("layer_norm" if centred else "rms_norm")
+    references = [rms_norm_reference, layer_norm_reference, add_rms_norm_reference, add_layer_norm_reference]
+    got = kernels[name](*given, 1e-5)
+    want = references[2 * residual + centred](*exact, 1e-5)
+    eps = torch.finfo(dtype).eps
+    y, s = got if residual else (got, x)
+    s_exact = s.cpu().double()
+    if residual:
+        assert torch.equal(s.cpu(), x.cpu() + other.cpu())
+        want, _ = references[centred](s_exact, *exact[2:], 1e-5), None
+    assert y.dtype == dtype and y.is_contiguous()
+    assert_near(y, want, 2 * eps)
+    wanted = [weighted, weighted and centred]
+    saved = (dy, ds, s, weight)
+    gradients = kernels["norm_backward"](*saved, 1e-5, centred, wanted)
+    exact = [None if t is None else t.cpu().double() for t in saved]
+    want = norm_backward_reference(*exact, 1e-5, centred, wanted)
+    assert_near(gradients[0], want[0], 3 * eps)
+    for a, b in zip(gradients[1:], want[1:], strict=True):
+        assert a.dtype == wide and a.shape == b.shape
+        assert_near(a, b, 1e-5 if wide == torch.float32 else 1e-13)
+    again = kernels["norm_backward"](*saved, 1e-5, centred, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows, cols", NORM)
+@pytest.mark.parametrize("centred", [False, True])
+def test_norm(kernels, dtype, rows, cols, centred):
+    check_norm(kernels, dtype, rows, cols, centred, True, True)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("cols", [72, 1000, 9000])
+@pytest.mark.parametrize(
+    "residual, weighted, offset, dsum", [(False, True, 0, False), (False, False, 1, True), (True, False, 1, False)]
+)
+def test_norm_with_less(kernels, dtype, cols, residual, weighted, offset, dsum):
+    for centred in (False, True):
+        check_norm(kernels, dtype, 5, cols, centred, residual, weighted, offset, dsum)
+
+
+@pytest.mark.parametrize("cols", [40, 700, 3000])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_norm_of_rows_that_are_no_numbers(kernels, dtype, cols):
+    """They stay among themselves; and a deviation is not lost beside a large mean."""
+    x = draw(4, cols, dtype=dtype)
+    x[1, 3], x[2, 5] = math.nan, math.inf
+    x[3] += 100
+    y = kernels["layer_norm"](x.to(kernels.device), None, None, 1e-5)
+    assert y[1].isnan().all() and y[2].isnan().all()
+    assert_near(y[[0, 3]], layer_norm_reference(x[[0, 3]].double(), None, None, 1e-5), 2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("cols", [72, 71, 1000, 2501, 9001])
+def test_norm_stays_inside(kernels, cols):
+    canaries, module = Canaries(kernels.device), kernels.module
+    empty = lambda *shape, dtype=torch.float16: canaries.empty(*shape, dtype=dtype)  # noqa: E731
+    x, residual, dy = (draw(5, cols, dtype=torch.float16, seed=i).to(kernels.device) for i in range(3))
+    weight, bias = (draw(cols, seed=i).to(kernels.device) for i in range(2))
+    y, s, dx = (empty(5, cols) for _ in range(3))
+    module.norm_forward(x, residual, weight, bias, y, s, 1e-5, True, kernels.stream())
+    dweight, dbias = (empty(cols, dtype=torch.float32) for _ in range(2))
+    partial = empty(2 * module.norm_slices(5) * cols, dtype=torch.float32)
+    module.norm_backward(dy, residual, s, weight, dx, dweight, dbias, partial, 1e-5, True, kernels.stream())
+    canaries.check()
+    want = norm_backward_reference(*(t.cpu().double() for t in (dy, residual, s, weight)), 1e-5, True, [True, True])
+    for a, b in zip((dx, dweight, dbias), want, strict=True):
+        assert_near(a, b, 3 * torch.finfo(a.dtype).eps if a is dx else 1e-5)
 
 
 # --- Adam -------------------------------------------------------------------------------------------------------------
@@ -718,6 +829,10 @@ def test_bindings_refuse_what_they_cannot_do(kernels):
         module.relu_forward(x[:, ::2], x[:, ::2], False, stream)
     with pytest.raises(ValueError, match="bias_act: bias must be contiguous"):
         module.bias_act_forward(x, x[0, :3], x, False, stream)
+    with pytest.raises(ValueError, match="norm: residual and sum go together"):
+        module.norm_forward(x, x, None, None, x, None, 1e-5, True, stream)
+    with pytest.raises(ValueError, match="norm_backward: partial must be 12 contiguous elements"):
+        module.norm_backward(x, None, x, None, x, x[0], x[1], x[:1], 1e-5, True, stream)
     q, lse = torch.zeros(1, 3, 4, 8, device=kernels.device), torch.zeros(1, 3, 4, device=kernels.device)
     with pytest.raises(ValueError, match="heads of q must be a multiple of those of k, got 3 and 2"):
         module.attention_forward(q, q[:, :2], q[:, :2], q, lse, *bare(stream))
