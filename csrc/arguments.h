@@ -100,6 +100,31 @@ struct Border {
     return of;
   }
 
+  // Rows of logits, and of what is kept for each. Returns how many there are.
+  int64_t check_cross_entropy(const char* op, const TensorView& x, const TensorView& target, const TensorView& loss,
+                              const TensorView& lse) const {
+    check_same_dense(op, x, {});
+    check_matrix(op, "x", x, x, true);
+    check_device(op, x, target);
+    FASTLM_CHECK(target.dtype == DType::kI64 && target.ndim == 1 && target.contiguous() && target.shape[0] == x.shape[0], op,
+                 ": target must be contiguous int64 (", x.shape[0], "), got ", target.describe());
+    check_sums(op, "loss", x, loss, x.shape[0]);
+    check_sums(op, "lse", x, lse, x.shape[0]);
+    return x.shape[0];
+  }
+
+  // x of rows of `heads` heads for each position; tables (positions, R/2).
+  void check_rope(const char* op, const TensorView& x, const TensorView& cos, const TensorView& sin, const TensorView& y,
+                  int64_t heads) const {
+    check_same_dense(op, x, {&y});
+    check_matrix(op, "x", x, x, true);
+    FASTLM_CHECK(cos.ndim == 2 && cos.shape[0] > 0, op, ": cos must be (positions, R/2), got ", cos.describe());
+    check_sums(op, "cos", x, cos, cos.shape[0] * cos.shape[1]);
+    check_sums(op, "sin", x, sin, cos.shape[0] * cos.shape[1]);
+    FASTLM_CHECK(heads > 0 && x.shape[0] % heads == 0 && 2 * cos.shape[1] <= x.shape[1], op, ": x must be rows of ", heads,
+                 " heads with at least ", 2 * cos.shape[1], " elements, got ", x.describe());
+  }
+
   // Of attention: (B, H, T, D) with whole rows.
   struct Sizes {
     int64_t batch, heads, length, width;

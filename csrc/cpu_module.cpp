@@ -137,15 +137,8 @@ void norm_backward(const TensorView& dy, const OptionalTensor& dsum, const Tenso
 
 void rope(const TensorView& x, const TensorView& cos, const TensorView& sin, const TensorView& y, int64_t heads,
           int threads) {
-  const char* op = "rope";
-  border.check_same_dense(op, x, {&y});
-  border.check_matrix(op, "x", x, x, true);
-  FASTLM_CHECK(cos.ndim == 2 && cos.shape[0] > 0, op, ": cos must be (positions, R/2), got ", cos.describe());
+  border.check_rope("rope", x, cos, sin, y, heads);
   const cpu::RopeShape shape{heads, x.shape[1], cos.shape[1], cos.shape[0]};
-  border.check_sums(op, "cos", x, cos, shape.table_rows * shape.half);
-  border.check_sums(op, "sin", x, sin, shape.table_rows * shape.half);
-  FASTLM_CHECK(heads > 0 && x.shape[0] % heads == 0 && 2 * shape.half <= shape.dim, op, ": x must be rows of ", heads,
-               " heads with at least ", 2 * shape.half, " elements, got ", x.describe());
   run_kernel(x.numel(), [&] { cpu::rope(x.dtype, shape, x.data, cos.data, sin.data, y.data, x.shape[0] / heads, threads); });
 }
 
@@ -388,21 +381,9 @@ void attention_decode(const TensorView& q, const TensorView& k, const TensorView
 }
 
 // The rows and classes of a call, after checking its tensors.
-int64_t check_cross_entropy(const char* op, const TensorView& x, const TensorView& target, const TensorView& loss,
-                            const TensorView& lse) {
-  border.check_same_dense(op, x, {});
-  border.check_matrix(op, "x", x, x, true);
-  border.check_device(op, x, target);
-  FASTLM_CHECK(target.dtype == DType::kI64 && target.ndim == 1 && target.contiguous() && target.shape[0] == x.shape[0], op,
-               ": target must be contiguous int64 (", x.shape[0], "), got ", target.describe());
-  border.check_sums(op, "loss", x, loss, x.shape[0]);
-  border.check_sums(op, "lse", x, lse, x.shape[0]);
-  return x.shape[0];
-}
-
 void cross_entropy_forward(const TensorView& x, const TensorView& target, const TensorView& loss, const TensorView& lse,
                            int64_t ignored, double smoothing, double softcap, int threads) {
-  int64_t rows = check_cross_entropy("cross_entropy", x, target, loss, lse);
+  int64_t rows = border.check_cross_entropy("cross_entropy", x, target, loss, lse);
   run_kernel(x.numel(), [&] {
     cpu::cross_entropy_forward(x.dtype, x.data, static_cast<const int64_t*>(target.data), loss.data, lse.data, rows,
                                {x.shape[1], ignored, smoothing, softcap}, threads);
@@ -412,7 +393,7 @@ void cross_entropy_forward(const TensorView& x, const TensorView& target, const 
 void cross_entropy_backward(const TensorView& g, const OptionalTensor& dlse, const TensorView& x, const TensorView& target,
                             const TensorView& lse, const TensorView& dx, int64_t ignored, double smoothing, double softcap,
                             int threads) {
-  int64_t rows = check_cross_entropy("cross_entropy_backward", x, target, g, lse);
+  int64_t rows = border.check_cross_entropy("cross_entropy_backward", x, target, g, lse);
   border.check_same_dense("cross_entropy_backward", x, {&dx});
   if (dlse) border.check_sums("cross_entropy_backward", "dlse", x, *dlse, rows);
   run_kernel(x.numel(), [&] {

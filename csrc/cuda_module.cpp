@@ -8,8 +8,10 @@
 #include "arguments.h"
 #include "cuda/adam.h"
 #include "cuda/attention.h"
+#include "cuda/cross_entropy.h"
 #include "cuda/norm.h"
 #include "cuda/relu.h"
+#include "cuda/rope.h"
 #include "cuda/runtime.h"
 #include "cuda/target.h"
 
@@ -64,6 +66,30 @@ void norm_backward(const TensorView& dy, const OptionalTensor& dsum, const Tenso
   border.check_sums("norm_backward", "partial", dy, partial, sums * cuda::norm_slices(rows) * cols);
   cuda::norm_backward({dy.device, stream}, dy.dtype, dy.data, data_of(dsum), s.data, data_of(weight), dx.data, data_of(dweight),
                       data_of(dbias), partial.data, rows, cols, eps, centred);
+}
+
+// --- rope and the loss ------------------------------------------------------------------------------------------------
+void rope(const TensorView& x, const TensorView& cos, const TensorView& sin, const TensorView& y, int64_t heads, uintptr_t stream) {
+  border.check_rope("rope", x, cos, sin, y, heads);
+  cuda::rope({x.device, stream}, x.dtype, {heads, x.shape[1], cos.shape[1], cos.shape[0]}, x.data, cos.data, sin.data, y.data,
+             x.shape[0] / heads);
+}
+
+void cross_entropy_forward(const TensorView& x, const TensorView& target, const TensorView& loss, const TensorView& lse,
+                           int64_t ignored, double smoothing, double softcap, uintptr_t stream) {
+  int64_t rows = border.check_cross_entropy("cross_entropy", x, target, loss, lse);
+  cuda::cross_entropy_forward({x.device, stream}, x.dtype, x.data, static_cast<const int64_t*>(target.data), loss.data, lse.data,
+                              rows, {x.shape[1], ignored, smoothing, softcap});
+}
+
+void cross_entropy_backward(const TensorView& g, const OptionalTensor& dlse, const TensorView& x, const TensorView& target,
+                            const TensorView& lse, const TensorView& dx, int64_t ignored, double smoothing, double softcap,
+                            uintptr_t stream) {
+  int64_t rows = border.check_cross_entropy("cross_entropy_backward", x, target, g, lse);
+  border.check_same_dense("cross_entropy_backward", x, {&dx});
+  if (dlse) border.check_sums("cross_entropy_backward", "dlse", x, *dlse, rows);
+  cuda::cross_entropy_backward({x.device, stream}, x.dtype, g.data, data_of(dlse), x.data, static_cast<const int64_t*>(target.data),
+                               lse.data, dx.data, rows, {x.shape[1], ignored, smoothing, softcap});
 }
 
 // --- attention --------------------------------------------------------------------------------------------------------
@@ -283,6 +309,9 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   kernel("bias_act_forward", &fastlm::bias_act_forward);
   kernel("bias_act_backward", &fastlm::bias_act_backward);
   m.def("bias_act_chunks", &cuda::bias_act_chunks, "Rows of `partial` that bias_act_backward works in.");
+  kernel("rope", &fastlm::rope);
+  kernel("cross_entropy_forward", &fastlm::cross_entropy_forward, "A target that is no class makes its row's results NaN.");
+  kernel("cross_entropy_backward", &fastlm::cross_entropy_backward, "dx may be x.");
   kernel("norm_forward", &fastlm::norm_forward);
   kernel("norm_backward", &fastlm::norm_backward, "`partial` has norm_slices(rows) rows for each of dweight and dbias.");
   m.def("norm_slices", &cuda::norm_slices);

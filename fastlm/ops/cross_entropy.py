@@ -255,7 +255,7 @@ def cross_entropy(
 
     Raises:
         ValueError: sizes, devices or options that do not fit. TypeError: dtypes that do not fit. IndexError: a target
-        that is no class.
+        that is no class, on the CPU; on a GPU, where that would wait for it, the loss of its row is NaN.
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)

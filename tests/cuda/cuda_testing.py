@@ -19,7 +19,7 @@ from fastlm.kernels.native import _common
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-FAMILIES = ("relu", "bias_act", "norm", "adam", "attention", "attention_decode")
+FAMILIES = ("relu", "bias_act", "norm", "rope", "cross_entropy", "adam", "attention", "attention_decode")
 
 
 def digest(*parts: object) -> str:

@@ -242,6 +242,9 @@ void launch(const Target&, const char*, void (*kernel)(Params...), dim3 grid, in
 
 inline int processors(const Target&) { return 3; }
 
+// In CUDA of floats as well as of doubles.
+using std::exp, std::fma, std::log, std::sqrt, std::tanh;
+
 // --- number formats ---------------------------------------------------------------------------------------------------
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };

@@ -9,7 +9,16 @@ import pytest
 import torch
 from attention_cases import DECODE, OPTIONS, draw, options
 from cuda_testing import Kernels
-from test_kernels import adam_lists, check_attention, check_decode, check_norm, check_options
+from test_kernels import (
+    ROPE,
+    adam_lists,
+    check_attention,
+    check_cross_entropy,
+    check_decode,
+    check_norm,
+    check_options,
+    check_rope,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ADAM = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, None, False)
@@ -29,6 +38,10 @@ def run_every_kernel(kernels: Kernels) -> None:
                 kernels["bias_act_backward"](dy, x, bias, act)
         for rows, cols, offset in ((20, 72, 0), (5, 1000, 1), (3, 3000, 0), (2, 9001, 0)):
             check_norm(kernels, dtype, rows, cols, True, True, True, offset)
+        for case in ROPE:
+            check_rope(kernels, dtype, *case)
+        for rows, classes in ((20, 65), (3, 2001)):
+            check_cross_entropy(kernels, dtype, rows, classes, 0.1, 5.0, True)
         lists = adam_lists(dtype, [1, 63, 4099], True)
         moved = [[t.to(device) for t in tensors] for tensors in lists[:5]]
         kernels["adam_"](*moved, lists[5], *ADAM)

@@ -23,8 +23,10 @@ from test_kernels import (
     adam_lists,
     assert_close,
     check_adam,
+    check_cross_entropy,
     check_decode,
     check_norm,
+    check_rope,
     laid_out,
 )
 from torch import Tensor
@@ -312,6 +314,34 @@ def plan_norm(rng: random.Random, longest: int) -> tuple:
 
 def test_norm_fuzz(kernels):
     fuzz(kernels, "norm", plan_norm, lambda planned: check_norm(kernels, *planned))
+
+
+def plan_rope(rng: random.Random, longest: int) -> tuple:
+    half = rng.choice([1, 4, 16, 32, 64, rng.randint(1, 100)])
+    dim = 2 * half + rng.choice([0, 0, 1, 16, rng.randint(0, 60)])
+    n, t, heads = (rng.choice([1, 1, rng.randint(0, 5), rng.randint(1, 20)]) for _ in range(3))
+    return rng.choice(FLOATS), n, t, heads, dim, half, rng.random() < 0.5, rng.choice([0, 0, 1, 8])
+
+
+def test_rope_fuzz(kernels):
+    fuzz(kernels, "rope", plan_rope, lambda planned: check_rope(kernels, *planned))
+
+
+def plan_cross_entropy(rng: random.Random, longest: int) -> tuple:
+    classes = rng.choice([rng.randint(1, 70), rng.randint(1, 1100), rng.randint(1000, 60 * longest)])
+    rows = min(rng.choice([0, 1, rng.randint(1, 9), rng.randint(1, 200)]), 1 + 2**16 // classes)
+    return (
+        rng.choice(FLOATS),
+        rows,
+        classes,
+        rng.choice([0.0, 0.1, 1.0]),
+        rng.choice([0.0, 3.0, 30.0]),
+        rng.random() < 0.5,
+    )
+
+
+def test_cross_entropy_fuzz(kernels):
+    fuzz(kernels, "cross_entropy", plan_cross_entropy, lambda planned: check_cross_entropy(kernels, *planned))
 
 
 def plan_adam(rng: random.Random, longest: int) -> tuple[torch.dtype, list[int], tuple]:

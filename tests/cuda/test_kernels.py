@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlm import _library
 from fastlm.ops.adam import adam_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
+from fastlm.ops.cross_entropy import cross_entropy_backward_reference, cross_entropy_reference
 from fastlm.ops.norm import (
     add_layer_norm_reference,
     add_rms_norm_reference,
@@ -26,6 +27,7 @@ from fastlm.ops.relu import (
     relu_squared_backward_reference,
     relu_squared_reference,
 )
+from fastlm.ops.rope import rope_reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HALVES = [torch.float16, torch.bfloat16]
@@ -213,6 +215,103 @@ def test_norm_stays_inside(kernels, cols):
     want = norm_backward_reference(*(t.cpu().double() for t in (dy, residual, s, weight)), 1e-5, True, [True, True])
     for a, b in zip((dx, dweight, dbias), want, strict=True):
         assert_near(a, b, 3 * torch.finfo(a.dtype).eps if a is dx else 1e-5)
+
+
+# --- rope and the loss ------------------------------------------------------------------------------------------------
+# N, T, heads, head dim, half of what is turned, tables of each sequence, elements into the memory
+ROPE = [
+    (2, 5, 3, 64, 32, False, 0), (1, 40, 2, 128, 64, True, 0), (2, 3, 1, 40, 16, False, 0), (1, 7, 5, 6, 3, True, 0),
+    (1, 1, 1, 2, 1, False, 0), (2, 9, 4, 80, 16, True, 1), (1, 3, 2, 1000, 400, False, 0), (0, 4, 2, 16, 8, False, 0),
+]  # fmt: skip
+
+
+def check_rope(kernels, dtype, n, t, heads, dim, half, own, offset):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x = draw(n * t * heads * dim + offset, dtype=dtype).to(kernels.device)[offset:].view(n, t, heads, dim)
+    angles = 7 * draw(n if own else 1, t, half, dtype=torch.float64, seed=1)
+    cos, sin = angles.cos().to(wide), angles.sin().to(wide)
+    y = kernels["rope"](x, cos.to(kernels.device), sin.to(kernels.device), False)
+    want = rope_reference(x.cpu().double(), cos.double(), sin.double(), False)
+    assert y.dtype == dtype and y.is_contiguous() and y.shape == x.shape
+    assert_near(y, want, 2 * torch.finfo(dtype).eps)
+    assert torch.equal(y[..., 2 * half :], x[..., 2 * half :])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", ROPE, ids=str)
+def test_rope(kernels, dtype, case):
+    check_rope(kernels, dtype, *case)
+
+
+def draw_logits(rows, classes, dtype, device, seed=0):
+    x = (4 * draw(rows, classes, seed=seed)).to(dtype).to(device)
+    target = (draw(rows, seed=1).abs() * 1e4).long().remainder(max(classes, 1)).to(device)
+    target[1::3] = -100
+    return x, target
+
+
+def check_cross_entropy(kernels, dtype, rows, classes, smoothing, softcap, with_dlse):
+    x, target = draw_logits(rows, classes, dtype, kernels.device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    options = (-100, smoothing, softcap)
+    loss, lse = kernels["cross_entropy"](x, target, None, *options)
+    exact, here = x.cpu().double(), target.cpu()
+    want = cross_entropy_reference(exact, here, None, *options)
+    eps = torch.finfo(wide).eps
+    for got, value in zip((loss, lse), want, strict=True):
+        assert got.dtype == wide and torch.equal(got.cpu() == 0, value == 0)
+        assert_near(got, value, 8 * eps)
+    g = draw(rows, dtype=wide, seed=2).to(kernels.device)
+    dlse = draw(rows, dtype=wide, seed=3).to(kernels.device) if with_dlse else None
+    dx = kernels["cross_entropy_backward"](g, dlse, x, target, None, lse, *options)
+    gradients = (t if t is None else t.cpu().double() for t in (g, dlse))
+    want = cross_entropy_backward_reference(*gradients, exact, here, None, want[1], *options)
+    assert dx.dtype == dtype and (dx.cpu()[here == -100] == 0).all()
+    # Element by element, as they differ by many powers of ten; exp(z - lse) has the error of z - lse, around 20. Plain
+    # torch in the same dtype may be farther off: in 1 - tanh(x)^2 numbers cancel.
+    gradients = (t if t is None else t.cpu() for t in (g, dlse))
+    plain = cross_entropy_backward_reference(*gradients, x.cpu(), here, None, lse.cpu(), *options).double()
+    tolerance = max(2 * torch.finfo(dtype).eps, 64 * eps)
+    typical = want.square().mean().sqrt().nan_to_num(0)
+    allowed = tolerance * (want.abs() + typical) + 2 * max((plain - want).abs().flatten().tolist(), default=0)
+    assert ((dx.cpu().double() - want).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "rows, classes", [(0, 5), (5, 1), (37, 3), (40, 65), (9, 1000), (4, 1024), (5, 1031), (3, 20011)]
+)
+def test_cross_entropy(kernels, dtype, rows, classes):
+    check_cross_entropy(kernels, dtype, rows, classes, 0.0, 0.0, False)
+    check_cross_entropy(kernels, dtype, rows, classes, 0.1, 5.0, True)
+
+
+@pytest.mark.parametrize("classes", [70, 3001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_of_strange_rows(kernels, dtype, classes):
+    """Each stays by itself: NaN, infinities, huge logits; targets that are no class, which nothing is read for."""
+    x, target = draw_logits(9, classes, dtype, kernels.device)
+    target[:] = 7
+    x[0, 11], x[1, 11], x[2], x[3, 11], x[4] = math.nan, math.inf, -math.inf, -math.inf, 1000
+    target[5], target[6], target[7] = classes, -1, 2**62
+    loss, lse = kernels["cross_entropy"](x, target, None, -100, 0.0, 0.0)
+    known = [0, 1, 2, 3, 4, 8]
+    want = cross_entropy_reference(x.cpu()[known].double(), target.cpu()[known], None, -100, 0.0, 0.0)
+    for got, value in zip((loss, lse), want, strict=True):
+        torch.testing.assert_close(got.cpu()[known].double(), value, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert loss[5:8].isnan().all() and lse[5:8].isfinite().all()
+    dx = kernels["cross_entropy_backward"](torch.ones_like(lse), None, x, target, None, lse, -100, 0.0, 0.0)
+    assert dx[[0, 5, 6, 7]].isnan().all() and dx[[3, 4, 8]].isfinite().all()
+
+
+def test_cross_entropy_in_place(kernels):
+    """The gradient may overwrite the logits, whatever their rows begin at."""
+    for classes in (65, 72, 2001, 2048):
+        x, target = draw_logits(6, classes, torch.bfloat16, kernels.device)
+        loss, lse = kernels["cross_entropy"](x, target, None, -100, 0.1, 0.0)
+        want = kernels["cross_entropy_backward"](loss, lse, x, target, None, lse, -100, 0.1, 0.0)
+        kernels.module.cross_entropy_backward(loss, lse, x, target, lse, x, -100, 0.1, 0.0, kernels.stream())
+        assert torch.equal(x, want)
 
 
 # --- Adam -------------------------------------------------------------------------------------------------------------
@@ -803,8 +902,11 @@ def test_what_the_sanitizer_watches_runs_emulated(monkeypatch):
 
 
 # --- the check at first use -------------------------------------------------------------------------------------------
+NO_CUDA = ("grad_norm", "linear_cross_entropy")  # ops of these families that CUDA has no kernel for
+
+
 @pytest.mark.parametrize(
-    "name", [name for name, op in _library._ops.items() if op.family in FAMILIES and name != "grad_norm"]
+    "name", [name for name, op in _library._ops.items() if op.family in FAMILIES and name not in NO_CUDA]
 )
 def test_self_check_tells_a_kernel_from_a_broken_one(kernels, name):
     op, kernel = _library._ops[name], kernels.kernels[name]

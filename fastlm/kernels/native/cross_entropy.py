@@ -1,8 +1,10 @@
-"""cross_entropy in C++: csrc/cpu/cross_entropy.cpp; linear_cross_entropy from it and the products of products.py."""
+"""cross_entropy in C++: csrc/cpu/cross_entropy.cpp, csrc/cuda/cross_entropy.cu; on the CPU linear_cross_entropy from it
+and the products of products.py."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,42 +12,64 @@ from torch import Tensor
 from fastlm import _native
 from fastlm._library import kernel
 from fastlm.kernels._common import unsupported_dtype
+from fastlm.kernels.native._common import current_stream
 
-if _native.cpu is not None:
-    from fastlm.kernels.native.products import add_product, by_conversion, input_gradient, linear
 
-    def _unsupported(x: Tensor, target: Tensor, weight: Tensor | None, *_: object) -> str | None:
-        if target.is_floating_point():
-            return "does not do probabilities as targets"
-        if weight is not None:
-            return "does not do class weights with label smoothing"
-        return unsupported_dtype(x)
+def _unsupported(x: Tensor, target: Tensor, weight: Tensor | None, *_: object) -> str | None:
+    if target.is_floating_point():
+        return "does not do probabilities as targets"
+    if weight is not None:
+        return "does not do class weights with label smoothing"
+    return unsupported_dtype(x)
 
-    @kernel("cross_entropy", backend="native", device="cpu", supports=_unsupported)
+
+def _unsupported_backward(g, dlse, x, target, weight, *_: object) -> str | None:
+    return _unsupported(x, target, weight)
+
+
+def _register(device: str, forward: Callable[..., None], backward: Callable[..., None]) -> Callable[..., Any]:
+    """Both run on contiguous tensors. Returns the forward."""
+
+    @kernel("cross_entropy", backend="native", device=device, supports=_unsupported)
     def cross_entropy(
         x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float
     ) -> tuple[Tensor, Tensor]:
-        loss, lse = (torch.empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
-        _native.cpu.cross_entropy_forward(
-            x.contiguous(), target.contiguous(), loss, lse, ignore_index, label_smoothing, softcap,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        wide = torch.promote_types(x.dtype, torch.float32)
+        loss, lse = (torch.empty(len(x), dtype=wide, device=x.device) for _ in range(2))
+        forward(x.contiguous(), target.contiguous(), loss, lse, ignore_index, label_smoothing, softcap)
         return loss, lse
 
-    def _unsupported_backward(g, dlse, x, target, weight, *_: object) -> str | None:
-        return _unsupported(x, target, weight)
-
-    @kernel("cross_entropy_backward", backend="native", device="cpu", supports=_unsupported_backward)
+    @kernel("cross_entropy_backward", backend="native", device=device, supports=_unsupported_backward)
     def cross_entropy_backward(
         g: Tensor, dlse: Tensor | None, x: Tensor, target: Tensor, weight: Tensor | None, lse: Tensor,
         ignore_index: int, label_smoothing: float, softcap: float,
     ) -> Tensor:  # fmt: skip
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _native.cpu.cross_entropy_backward(
+        backward(
             g.contiguous(), dlse if dlse is None else dlse.contiguous(), x.contiguous(), target.contiguous(),
-            lse.contiguous(), dx, ignore_index, label_smoothing, softcap, torch.get_num_threads(),
+            lse.contiguous(), dx, ignore_index, label_smoothing, softcap,
         )  # fmt: skip
         return dx
+
+    return cross_entropy
+
+
+if _native.cuda is not None:
+    _cuda = _native.cuda
+    _register(
+        "cuda",
+        lambda x, *args: _cuda.cross_entropy_forward(x, *args, current_stream(x)),
+        lambda g, *args: _cuda.cross_entropy_backward(g, *args, current_stream(g)),
+    )
+
+if _native.cpu is not None:
+    from fastlm.kernels.native.products import add_product, by_conversion, input_gradient, linear
+
+    cross_entropy = _register(
+        "cpu",
+        lambda *args: _native.cpu.cross_entropy_forward(*args, torch.get_num_threads()),
+        lambda *args: _native.cpu.cross_entropy_backward(*args, torch.get_num_threads()),
+    )
 
     # Rows whose logits are held at a time: a tenth of all, since each time the gradient of the weight is read and
     # written, but no more than products need to be fast; and as many as make 4 Mi logits, however few those are.
