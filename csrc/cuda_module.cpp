@@ -6,9 +6,9 @@
 #include <variant>
 
 #include "arguments.h"
+#include "cuda/activation.h"
 #include "cuda/adam.h"
 #include "cuda/attention.h"
-#include "cuda/relu.h"
 #include "cuda/runtime.h"
 #include "cuda/target.h"
 
@@ -21,30 +21,52 @@ constexpr Border border{/*on_gpu=*/false};
 constexpr Border border{/*on_gpu=*/true};  // `stream` is one of the first tensor's device
 #endif
 
-void relu_forward(const TensorView& x, const TensorView& y, bool squared, uintptr_t stream) {
-  border.check_same_dense(squared ? "relu_squared" : "relu", x, {&y});
-  cuda::relu_forward({x.device, stream}, x.dtype, x.data, y.data, x.numel(), squared);
+// --- activations ------------------------------------------------------------------------------------------------------
+void act_forward(const TensorView& x, const TensorView& y, int act, uintptr_t stream) {
+  border.check_same_dense("act_forward", x, {&y});
+  cuda::act_forward({x.device, stream}, act_of("act_forward", act), x.dtype, x.data, y.data, x.numel());
 }
 
-void relu_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, bool squared, uintptr_t stream) {
-  border.check_same_dense(squared ? "relu_squared_backward" : "relu_backward", dy, {&saved, &dx});
-  cuda::relu_backward({dy.device, stream}, dy.dtype, dy.data, saved.data, dx.data, dy.numel(), squared);
+void act_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, int act, uintptr_t stream) {
+  border.check_same_dense("act_backward", dy, {&saved, &dx});
+  cuda::act_backward({dy.device, stream}, act_of("act_backward", act), dy.dtype, dy.data, saved.data, dx.data, dy.numel());
 }
 
-void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorView& y, bool squared, uintptr_t stream) {
+void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorView& y, int act, uintptr_t stream) {
   border.check_same_dense("bias_act", x, {&y});
   auto [rows, cols] = border.check_rows("bias_act", x, bias);
-  cuda::bias_act_forward({x.device, stream}, x.dtype, x.data, bias.data, y.data, rows, cols, squared);
+  cuda::bias_act_forward({x.device, stream}, act_of("bias_act", act), x.dtype, x.data, bias.data, y.data, rows, cols);
 }
 
 void bias_act_backward(const TensorView& dy, const TensorView& saved, const TensorView& bias, const TensorView& dx,
-                       const TensorView& dbias, const TensorView& partial, bool squared, uintptr_t stream) {
-  border.check_same_dense("bias_act_backward", dy, {&saved, &dx});
-  auto [rows, cols] = border.check_rows("bias_act_backward", dy, bias);
-  border.check_sums("bias_act_backward", "dbias", dy, dbias, cols);
-  border.check_sums("bias_act_backward", "partial", dy, partial, cuda::bias_act_chunks(rows) * cols);
-  cuda::bias_act_backward({dy.device, stream}, dy.dtype, dy.data, saved.data, bias.data, dx.data, dbias.data,
-                          partial.data, rows, cols, squared);
+                       const TensorView& dbias, const TensorView& partial, int act, uintptr_t stream) {
+  const char* op = "bias_act_backward";
+  border.check_same_dense(op, dy, {&saved, &dx});
+  auto [rows, cols] = border.check_rows(op, dy, bias);
+  border.check_sums(op, "dbias", dy, dbias, cols);
+  border.check_sums(op, "partial", dy, partial, cuda::bias_act_chunks(rows) * cols);
+  cuda::bias_act_backward({dy.device, stream}, act_of(op, act), dy.dtype, dy.data, saved.data, bias.data, dx.data,
+                          dbias.data, partial.data, rows, cols);
+}
+
+void glu_forward(const TensorView& gate, const TensorView& up, const TensorView& y, int act, uintptr_t stream) {
+  border.check_same_dense("glu", y, {});
+  border.check_matrix("glu", "y", y, y, true);
+  border.check_matrix("glu", "gate", y, gate, false);
+  border.check_matrix("glu", "up", y, up, false);
+  cuda::glu_forward({y.device, stream}, act_of("glu", act), y.dtype, gate.data, up.data, y.data, y.shape[0], y.shape[1],
+                    gate.strides[0], up.strides[0]);
+}
+
+void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView& up, const TensorView& dgate,
+                  const TensorView& dup, int act, uintptr_t stream) {
+  const char* op = "glu_backward";
+  border.check_same_dense(op, dy, {&dgate, &dup});
+  border.check_matrix(op, "dy", dy, dy, true);
+  border.check_matrix(op, "gate", dy, gate, false);
+  border.check_matrix(op, "up", dy, up, false);
+  cuda::glu_backward({dy.device, stream}, act_of(op, act), dy.dtype, dy.data, gate.data, up.data, dgate.data, dup.data,
+                     dy.shape[0], dy.shape[1], gate.strides[0], up.strides[0]);
 }
 
 // --- attention --------------------------------------------------------------------------------------------------------
@@ -259,11 +281,14 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   auto kernel = [&](const char* name, auto function, const char* doc = "") {
     m.def(name, function, doc, py::call_guard<py::gil_scoped_release>());
   };
-  kernel("relu_forward", &fastlm::relu_forward);
-  kernel("relu_backward", &fastlm::relu_backward);
+  m.attr("acts") = py::cast(std::vector<std::string>(fastlm::kActNames, fastlm::kActNames + fastlm::kNumActs));
+  kernel("act_forward", &fastlm::act_forward, "y = act(x), act an index into `acts`.");
+  kernel("act_backward", &fastlm::act_backward, "saved: the output of none, relu, sigmoid and tanh, the input of the others.");
   kernel("bias_act_forward", &fastlm::bias_act_forward);
   kernel("bias_act_backward", &fastlm::bias_act_backward);
   m.def("bias_act_chunks", &cuda::bias_act_chunks, "Rows of `partial` that bias_act_backward works in.");
+  kernel("glu_forward", &fastlm::glu_forward, "y = act(gate) * up, matrices with contiguous rows.");
+  kernel("glu_backward", &fastlm::glu_backward);
   kernel("adam_step", &fastlm::adam_step, "steps stay on the CPU; everything else is on one device.");
   kernel("attention_forward", &fastlm::attention_forward, 
          "Diagonals (lower, upper, upper from the start) as in attention_index.h. Returns the family of kernels that it took.");

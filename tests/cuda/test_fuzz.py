@@ -17,17 +17,19 @@ import torch
 from attention_cases import OPTIONS, draw, option_case, scattered
 from cuda_testing import Kernels
 from test_kernels import (
+    ELEMENTWISE,
     FLOATS,
-    RELU,
     TOLERANCE,
     adam_lists,
-    assert_close,
     check_adam,
     check_decode,
+    check_elementwise,
+    check_glu,
     laid_out,
 )
 from torch import Tensor
 
+from fastlm._activations import ACTIVATIONS
 from fastlm.ops.attention import attention_backward_reference, attention_reference
 
 SEED = os.environ.get("FASTLM_FUZZ_SEED", "0")
@@ -261,36 +263,56 @@ def test_attention_decode_fuzz(kernels):
 
 
 # --- the others -------------------------------------------------------------------------------------------------------
-def plan_relu(rng: random.Random, longest: int) -> tuple:
+def laid(kernels: Kernels, layout: str, dtype: torch.dtype, rows: int, cols: int, seed: int) -> Tensor:
+    x = draw(rows, 2 * cols + 1, dtype=dtype, seed=seed).to(kernels.device)
+    return {
+        "plain": lambda: x, "mT": lambda: x.mT, "slice": lambda: x[:, 1::2], "expanded": lambda: x[:1].expand_as(x),
+        "offset": lambda: x.flatten()[1:],
+    }[layout]()  # fmt: skip
+
+
+def plan_activation(rng: random.Random, longest: int) -> tuple:
     sizes = tuple(rng.choice([1, rng.randint(1, longest)]) for _ in range(2))
-    return rng.choice(list(RELU)), rng.choice(FLOATS), sizes, rng.choice(["plain", "mT", "slice", "expanded", "offset"])
+    layout = rng.choice(["plain", "mT", "slice", "expanded", "offset"])
+    return rng.choice(list(ELEMENTWISE)), rng.choice(FLOATS), sizes, layout
 
 
-def check_relu(kernels: Kernels, planned: tuple) -> None:
-    op, dtype, (rows, cols), layout = planned
-    reference, backward, backward_reference = RELU[op]
+def test_activation_fuzz(kernels):
+    def check(planned: tuple) -> None:
+        act, dtype, sizes, layout = planned
+        check_elementwise(kernels, act, *(laid(kernels, layout, dtype, *sizes, seed) for seed in range(2)))
 
-    def laid(seed: int) -> Tensor:
-        x = draw(rows, 2 * cols + 1, dtype=dtype, seed=seed).to(kernels.device)
-        return {
-            "plain": lambda: x, "mT": lambda: x.mT, "slice": lambda: x[:, 1::2], "expanded": lambda: x[:1].expand_as(x),
-            "offset": lambda: x.flatten()[1:],
-        }[layout]()  # fmt: skip
-
-    x, dy = laid(0), laid(1)
-    y = kernels[op](x)
-    assert_close(y, reference(x.cpu().double()))
-    saved = y if op == "relu" else x
-    assert_close(kernels[backward](dy, saved), backward_reference(dy.cpu().double(), saved.cpu().double()))
+    fuzz(kernels, "activation", plan_activation, check)
 
 
-def test_relu_fuzz(kernels):
-    fuzz(kernels, "relu", plan_relu, lambda planned: check_relu(kernels, planned))
+def plan_glu(rng: random.Random, longest: int) -> tuple:
+    sizes = (
+        rng.choice([0, 1, rng.randint(1, longest)]),
+        rng.choice([0, 1, rng.randint(1, 2 * longest), 8 * rng.randint(1, 99)]),
+    )
+    return rng.choice(list(ACTIVATIONS)), rng.choice(FLOATS), sizes, rng.choice(["plain", "halves", "mT", "misaligned"])
+
+
+def test_glu_fuzz(kernels):
+    def check(planned: tuple) -> None:
+        act, dtype, (rows, cols), layout = planned
+        both = draw(rows, 2 * cols + 1, dtype=dtype).to(kernels.device)
+        dy = draw(rows, cols, dtype=dtype, seed=1).to(kernels.device)
+        gate, up = both[:, :cols], both[:, cols : 2 * cols]
+        if layout == "halves":
+            gate, up = both[:, : 2 * cols].contiguous().chunk(2, -1)
+        elif layout == "plain":
+            gate, up = gate.contiguous(), up.contiguous()
+        elif layout == "mT":
+            gate, up, dy = gate.mT, up.mT, dy.mT
+        check_glu(kernels, act, gate, up, dy)
+
+    fuzz(kernels, "glu", plan_glu, check)
 
 
 def plan_bias_act(rng: random.Random, longest: int) -> tuple[str, torch.dtype, tuple[int, ...]]:
     rows = tuple(rng.choice([0, 1, 2, rng.randint(1, 60), rng.randint(1, 60)]) for _ in range(rng.randint(0, 2)))
-    return rng.choice(["relu", "relu_squared"]), rng.choice(FLOATS), (*rows, rng.randint(4, 2 * longest))
+    return rng.choice(list(ACTIVATIONS)), rng.choice(FLOATS), (*rows, rng.randint(4, 2 * longest))
 
 
 def test_bias_act_fuzz(kernels):

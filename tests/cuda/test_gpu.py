@@ -112,7 +112,7 @@ def test_second_device(kernels):
     assert all(b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(want, got, strict=True))
     with pytest.raises(ValueError, match="one CUDA device"):
         x = torch.zeros(4, device="cuda:0")
-        kernels.module.relu_forward(x, x.to("cuda:1"), False, kernels.stream())
+        kernels.module.act_forward(x, x.to("cuda:1"), 1, kernels.stream())
 
 
 def test_graph_capture(kernels):
