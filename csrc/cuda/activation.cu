@@ -31,7 +31,15 @@ __device__ double error_function(double x) { return erf(x); }
 __device__ float hyperbolic_tangent(float x) { return tanhf(x); }
 __device__ double hyperbolic_tangent(double x) { return tanh(x); }
 
-template <class C> __device__ C sigmoid(C x) { return reciprocal(1 + exponential(-x)); }
+// s = sigmoid(x), and 1 - s. From exp(-|x|), so that neither loses digits where it is small.
+template <class C> struct Sigmoid {
+  C s, rest;
+  __device__ explicit Sigmoid(C x) {
+    C t = exponential(-fabs(x)), more = reciprocal(1 + t), less = t * more;
+    s = x < 0 ? less : more;
+    rest = x < 0 ? more : less;
+  }
+};
 // The normal distribution's probability below x.
 template <class C> __device__ C normal(C x) { return C(0.5) * (1 + error_function(x * C(0.7071067811865476))); }
 
@@ -65,23 +73,23 @@ template <> struct Activation<Act::kGelu> {
 // 0.5 x (1 + tanh(u)) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
 template <> struct Activation<Act::kGeluTanh> {
   static constexpr double kTwo = 1.5957691216057308, kCube = 0.044715;  // 2 sqrt(2 / pi)
-  template <class C> static __device__ C gate(C x) { return sigmoid(x * (C(kTwo) + C(kTwo * kCube) * (x * x))); }
-  template <class C> static __device__ C value(C x) { return x * gate(x); }
+  template <class C> static __device__ Sigmoid<C> gate(C x) { return Sigmoid<C>(x * (C(kTwo) + C(kTwo * kCube) * (x * x))); }
+  template <class C> static __device__ C value(C x) { return x * gate(x).s; }
   template <class C> static __device__ C gradient(C dy, C x) {
-    C s = gate(x);
+    Sigmoid<C> g = gate(x);
     // In this order: where s (1 - s) is 0, x^3 may be infinite.
-    return dy * (s + s * (1 - s) * x * (C(kTwo) + C(3 * kTwo * kCube) * (x * x)));
+    return dy * (g.s + g.s * g.rest * x * (C(kTwo) + C(3 * kTwo * kCube) * (x * x)));
   }
 };
 template <> struct Activation<Act::kSilu> {
-  template <class C> static __device__ C value(C x) { return x * sigmoid(x); }
+  template <class C> static __device__ C value(C x) { return x * Sigmoid<C>(x).s; }
   template <class C> static __device__ C gradient(C dy, C x) {
-    C s = sigmoid(x);
-    return dy * s * (1 + x * (1 - s));
+    Sigmoid<C> g(x);
+    return dy * g.s * (1 + x * g.rest);
   }
 };
 template <> struct Activation<Act::kSigmoid> {
-  template <class C> static __device__ C value(C x) { return sigmoid(x); }
+  template <class C> static __device__ C value(C x) { return Sigmoid<C>(x).s; }
   template <class C> static __device__ C gradient(C dy, C y) { return dy * (1 - y) * y; }
 };
 template <> struct Activation<Act::kTanh> {

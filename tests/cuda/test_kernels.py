@@ -61,7 +61,7 @@ SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 100.0, -100.0, 3e4, -3e4, 1
 
 def slack(act: str, times: Tensor | float = 1.0) -> Tensor | float:
     """The floor of assert_close: where 1 + erf or 1 - s cancel, errors are of 1, times what the result is times."""
-    return 0.0 if act in EXACT else 8 * torch.as_tensor(times).nan_to_num(posinf=0, neginf=0).abs()
+    return 0.0 if act in EXACT else 4 * torch.as_tensor(times).nan_to_num(posinf=0, neginf=0).abs()
 
 
 def check_elementwise(kernels: Kernels, act: str, x: Tensor, dy: Tensor) -> None:
