@@ -9,6 +9,7 @@
 #include "cuda/activation.h"
 #include "cuda/adam.h"
 #include "cuda/attention.h"
+#include "cuda/dropout.h"
 #include "cuda/runtime.h"
 #include "cuda/target.h"
 
@@ -20,6 +21,13 @@ constexpr Border border{/*on_gpu=*/false};
 #else
 constexpr Border border{/*on_gpu=*/true};  // `stream` is one of the first tensor's device
 #endif
+
+const int64_t* check_integers(const char* op, const char* name, const TensorView& q, const TensorView& t, int64_t numel) {
+  border.check_device(op, q, t);
+  FASTLM_CHECK(t.dtype == DType::kI64 && t.contiguous() && t.numel() == numel, op, ": ", name, " must be ", numel,
+               " contiguous int64, got ", t.describe());
+  return static_cast<const int64_t*>(t.data);
+}
 
 // --- activations ------------------------------------------------------------------------------------------------------
 void act_forward(const TensorView& x, const TensorView& y, int act, uintptr_t stream) {
@@ -69,6 +77,14 @@ void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView
                      dy.shape[0], dy.shape[1], gate.strides[0], up.strides[0]);
 }
 
+void dropout(const TensorView& x, const TensorView& y, double p, const TensorView& seed, uintptr_t stream) {
+  const char* op = "dropout";
+  border.check_same_dense(op, x, {&y});
+  FASTLM_CHECK(x.contiguous(), op, ": x must be contiguous, got ", x.describe());
+  FASTLM_CHECK(p >= 0 && p < 1, op, ": p must be in [0, 1), got ", p);
+  cuda::dropout({x.device, stream}, x.dtype, x.data, y.data, x.numel(), p, check_integers(op, "seed", x, seed, 1));
+}
+
 // --- attention --------------------------------------------------------------------------------------------------------
 cuda::attention::Operand operand(const TensorView& t) { return {t.data, t.strides[0], t.strides[1], t.strides[2]}; }
 
@@ -100,13 +116,6 @@ const float* check_per_head(const char* op, const char* name, const TensorView& 
   if (!t) return nullptr;
   border.check_sums(op, name, q, *t, q.shape[0] * q.shape[1]);
   return static_cast<const float*>(t->data);
-}
-
-const int64_t* check_integers(const char* op, const char* name, const TensorView& q, const TensorView& t, int64_t numel) {
-  border.check_device(op, q, t);
-  FASTLM_CHECK(t.dtype == DType::kI64 && t.contiguous() && t.numel() == numel, op, ": ", name, " must be ", numel,
-               " contiguous int64, got ", t.describe());
-  return static_cast<const int64_t*>(t.data);
 }
 
 cuda::attention::Problem problem_of(const char* op, const Border::AttentionSizes& sizes, const TensorView& q,
@@ -289,6 +298,7 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   m.def("bias_act_chunks", &cuda::bias_act_chunks, "Rows of `partial` that bias_act_backward works in.");
   kernel("glu_forward", &fastlm::glu_forward, "y = act(gate) * up, matrices with contiguous rows.");
   kernel("glu_backward", &fastlm::glu_backward);
+  kernel("dropout", &fastlm::dropout, "seed, one int64, stays on the device.");
   kernel("adam_step", &fastlm::adam_step, "steps stay on the CPU; everything else is on one device.");
   kernel("attention_forward", &fastlm::attention_forward, 
          "Diagonals (lower, upper, upper from the start) as in attention_index.h. Returns the family of kernels that it took.");

@@ -24,6 +24,7 @@ def run_every_kernel(kernels: Kernels) -> None:
             x, dy = (draw(n + offset, dtype=dtype, seed=i).to(device)[offset:] for i in range(2))
             for op, more in ELEMENTWISE.values():
                 kernels[f"{op}_backward"](dy, kernels[op](x, *more), *more)
+            kernels["dropout"](x, 0.3, torch.tensor(7, device=device))
         for rows, cols in ((130, 72), (130, 71)):
             x, dy, bias = (draw(*size, dtype=dtype).to(device) for size in ((rows, cols), (rows, cols), (cols,)))
             for act in ACTIVATIONS:

@@ -21,6 +21,7 @@ from test_kernels import (
     FLOATS,
     TOLERANCE,
     adam_lists,
+    assert_close,
     check_adam,
     check_decode,
     check_elementwise,
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from fastlm._activations import ACTIVATIONS
 from fastlm.ops.attention import attention_backward_reference, attention_reference
+from fastlm.ops.dropout import dropout_reference
 
 SEED = os.environ.get("FASTLM_FUZZ_SEED", "0")
 LAYOUTS = ["plain", "plain", "bthd", "bthd", "misaligned", "columns"]
@@ -308,6 +310,22 @@ def test_glu_fuzz(kernels):
         check_glu(kernels, act, gate, up, dy)
 
     fuzz(kernels, "glu", plan_glu, check)
+
+
+def plan_dropout(rng: random.Random, longest: int) -> tuple[torch.dtype, int, float, int]:
+    n, p = rng.choice([rng.randint(0, 9), rng.randint(0, 90 * longest)]), rng.choice([0.1, 0.5, rng.random()])
+    return rng.choice(FLOATS), n, p, rng.randint(-(2**63), 2**63 - 1)
+
+
+def test_dropout_fuzz(kernels):
+    def check(planned: tuple[torch.dtype, int, float, int]) -> None:
+        dtype, n, p, seed = planned
+        x = draw(n + n % 2, dtype=dtype).to(kernels.device)[n % 2 :]  # every other one misaligned
+        y = kernels["dropout"](x, p, torch.tensor(seed, device=kernels.device))
+        want = dropout_reference(x.cpu().double(), p, torch.tensor(seed))
+        assert_close(y, want)
+
+    fuzz(kernels, "dropout", plan_dropout, check)
 
 
 def plan_bias_act(rng: random.Random, longest: int) -> tuple[str, torch.dtype, tuple[int, ...]]:

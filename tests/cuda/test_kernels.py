@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fastlm import _library
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT
+from fastlm._dropout import keep_mask
 from fastlm.ops.adam import adam_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
+from fastlm.ops.dropout import dropout_reference
 from fastlm.ops.glu import glu_backward_reference, glu_reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -138,12 +140,34 @@ def test_bias_act(kernels, act, dtype, shape):
     assert torch.equal(dx, again[0]) and torch.equal(dbias, again[1])
 
 
-def test_bias_act_does_no_dropout(kernels):
-    x, bias = torch.zeros(2, 3), torch.zeros(3)
-    for act in ACTIVATIONS:
-        assert kernels.refusal("bias_act", x, bias, act, 0.0, None) is None
-    assert kernels.refusal("bias_act", x, bias, "relu", 0.1, None) == "does not do dropout"
-    assert kernels.refusal("bias_act", x.long(), bias, "relu", 0.0, None) == "does not take torch.int64"
+# --- dropout ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 63, 8192, 10001])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("seed", [0, -1, 2**40 + 5])
+def test_dropout(kernels, dtype, n, offset, seed):
+    x = draw(n + offset, dtype=dtype).to(kernels.device)[offset:]
+    for p in (0.3, 0.999):
+        y = kernels["dropout"](x, p, torch.tensor(seed, device=kernels.device))
+        want = dropout_reference(x.cpu().double(), p, torch.tensor(seed))
+        assert torch.equal(y.cpu() == 0, (want == 0) | (x.cpu() == 0))
+        assert_close(y, want)
+
+
+def test_dropout_drops_what_is_not_finite(kernels):
+    x = torch.full((40, 50), math.nan, device=kernels.device).T
+    y = kernels["dropout"](x, 0.5, torch.tensor(3, device=kernels.device))
+    assert y.is_contiguous()
+    assert torch.equal(y.isnan().cpu(), keep_mask((50, 40), 0.5, torch.tensor(3)))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bias_act_with_dropout(kernels, act, dtype):
+    x, bias = draw(7, 33, dtype=dtype).to(kernels.device), draw(33, dtype=dtype).to(kernels.device)
+    seed = torch.tensor(11, device=kernels.device)
+    y = kernels["bias_act"](x, bias, act, 0.4, seed)
+    assert torch.equal(y, kernels["dropout"](kernels["bias_act"](x, bias, act, 0.0, None), 0.4, seed))
 
 
 # --- gated units ------------------------------------------------------------------------------------------------------
@@ -756,6 +780,7 @@ def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
             y, dgate, dup = (canaries.empty(rows, width, dtype=dtype) for _ in range(3))
             module.glu_forward(gate, up, y, act, stream)
             module.glu_backward(dy, gate, up, dgate, dup, act, stream)
+    module.dropout(x, canaries.empty(rows, width, dtype=dtype), 0.5, torch.tensor(1, device=kernels.device), stream)
     q, k, v = (draw(1, 2, rows, width, dtype=dtype, seed=i).to(kernels.device) for i in range(3))
     o, dq, dk, dv = (canaries.empty(1, 2, rows, width, dtype=dtype) for _ in range(4))
     lse = canaries.empty(1, 2, rows, dtype=torch.float32)
@@ -818,6 +843,10 @@ def test_bindings_refuse_what_they_cannot_do(kernels):
         module.glu_forward(x, x[:, :5], x, relu, stream)
     with pytest.raises(ValueError, match=r"glu: gate must be .* with contiguous rows"):
         module.glu_forward(x.mT.contiguous().mT, x, x, relu, stream)
+    with pytest.raises(ValueError, match="dropout: seed must be 1 contiguous int64"):
+        module.dropout(x, x, 0.5, torch.zeros(2, dtype=torch.int64, device=kernels.device), stream)
+    with pytest.raises(ValueError, match=r"dropout: p must be in \[0, 1\), got 1"):
+        module.dropout(x, x, 1.0, torch.zeros(1, dtype=torch.int64, device=kernels.device), stream)
     q, lse = torch.zeros(1, 3, 4, 8, device=kernels.device), torch.zeros(1, 3, 4, device=kernels.device)
     with pytest.raises(ValueError, match="heads of q must be a multiple of those of k, got 3 and 2"):
         module.attention_forward(q, q[:, :2], q[:, :2], q, lse, *bare(stream))

@@ -1,4 +1,4 @@
-"""act(x + bias) in C++: csrc/cpu/activation.cpp, csrc/cuda/activation.cu."""
+"""act(x + bias) in C++: csrc/cpu/activation.cpp, csrc/cuda/activation.cu and dropout.cu."""
 
 from __future__ import annotations
 
@@ -34,14 +34,13 @@ if _native.cuda is not None:
     _cuda = _native.cuda
     _CUDA_ACTS = {name: i for i, name in enumerate(_cuda.acts)}
 
-    def _unsupported(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
-        return "does not do dropout" if dropout_p > 0 else unsupported_dtype(x)
-
-    @kernel("bias_act", backend="native", device="cuda", supports=_unsupported)
+    @kernel("bias_act", backend="native", device="cuda", supports=unsupported_dtype)
     def bias_act_cuda(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
         x, bias = x.contiguous(), bias.contiguous()
         y = torch.empty_like(x)
         _cuda.bias_act_forward(x, bias, y, _CUDA_ACTS[act], current_stream(x))
+        if dropout_p > 0:
+            _cuda.dropout(y, y, dropout_p, seed, current_stream(x))
         return y
 
     @kernel("bias_act_backward", backend="native", device="cuda", supports=unsupported_dtype)
