@@ -10,6 +10,7 @@
 #include "cuda/adam.h"
 #include "cuda/attention.h"
 #include "cuda/dropout.h"
+#include "cuda/mse_loss.h"
 #include "cuda/runtime.h"
 #include "cuda/target.h"
 
@@ -83,6 +84,23 @@ void dropout(const TensorView& x, const TensorView& y, double p, const TensorVie
   FASTLM_CHECK(x.contiguous(), op, ": x must be contiguous, got ", x.describe());
   FASTLM_CHECK(p >= 0 && p < 1, op, ": p must be in [0, 1), got ", p);
   cuda::dropout({x.device, stream}, x.dtype, x.data, y.data, x.numel(), p, check_integers(op, "seed", x, seed, 1));
+}
+
+void mse_loss_forward(const TensorView& x, const TensorView& target, const TensorView& sum, const TensorView& partial,
+                      uintptr_t stream) {
+  const char* op = "mse_loss";
+  border.check_same_dense(op, x, {&target});
+  border.check_sums(op, "sum", x, sum, 1);
+  border.check_sums(op, "partial", x, partial, cuda::mse_loss_chunks(x.numel()));
+  cuda::mse_loss_forward({x.device, stream}, x.dtype, x.data, target.data, sum.data, partial.data, x.numel());
+}
+
+void mse_loss_backward(const TensorView& g, const TensorView& x, const TensorView& target, const TensorView& dx,
+                       uintptr_t stream) {
+  const char* op = "mse_loss_backward";
+  border.check_same_dense(op, x, {&target, &dx});
+  border.check_sums(op, "g", x, g, 1);
+  cuda::mse_loss_backward({x.device, stream}, x.dtype, g.data, x.data, target.data, dx.data, x.numel());
 }
 
 // --- attention --------------------------------------------------------------------------------------------------------
@@ -299,6 +317,9 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   kernel("glu_forward", &fastlm::glu_forward, "y = act(gate) * up, matrices with contiguous rows.");
   kernel("glu_backward", &fastlm::glu_backward);
   kernel("dropout", &fastlm::dropout, "seed, one int64, stays on the device.");
+  kernel("mse_loss_forward", &fastlm::mse_loss_forward, "sum = the sum of (x - target)^2.");
+  kernel("mse_loss_backward", &fastlm::mse_loss_backward);
+  m.def("mse_loss_chunks", &cuda::mse_loss_chunks, "Elements of `partial` that mse_loss_forward works in.");
   kernel("adam_step", &fastlm::adam_step, "steps stay on the CPU; everything else is on one device.");
   kernel("attention_forward", &fastlm::attention_forward, 
          "Diagonals (lower, upper, upper from the start) as in attention_index.h. Returns the family of kernels that it took.");

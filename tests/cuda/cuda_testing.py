@@ -19,7 +19,7 @@ from fastlm.kernels.native import _common
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-FAMILIES = ("relu", "activation", "bias_act", "glu", "dropout", "adam", "attention", "attention_decode")
+FAMILIES = ("relu", "activation", "bias_act", "glu", "dropout", "mse_loss", "adam", "attention", "attention_decode")
 
 
 def digest(*parts: object) -> str:

@@ -25,6 +25,7 @@ def run_every_kernel(kernels: Kernels) -> None:
             for op, more in ELEMENTWISE.values():
                 kernels[f"{op}_backward"](dy, kernels[op](x, *more), *more)
             kernels["dropout"](x, 0.3, torch.tensor(7, device=device))
+            kernels["mse_loss_backward"](kernels["mse_loss"](x, dy), x, dy)
         for rows, cols in ((130, 72), (130, 71)):
             x, dy, bias = (draw(*size, dtype=dtype).to(device) for size in ((rows, cols), (rows, cols), (cols,)))
             for act in ACTIVATIONS:

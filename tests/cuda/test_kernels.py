@@ -17,6 +17,7 @@ from fastlm.ops.adam import adam_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
 from fastlm.ops.dropout import dropout_reference
 from fastlm.ops.glu import glu_backward_reference, glu_reference
+from fastlm.ops.mse_loss import mse_loss_backward_reference, mse_loss_reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HALVES = [torch.float16, torch.bfloat16]
@@ -168,6 +169,31 @@ def test_bias_act_with_dropout(kernels, act, dtype):
     seed = torch.tensor(11, device=kernels.device)
     y = kernels["bias_act"](x, bias, act, 0.4, seed)
     assert torch.equal(y, kernels["dropout"](kernels["bias_act"](x, bias, act, 0.0, None), 0.4, seed))
+
+
+# --- mse_loss ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [0, 1, 7, 8192, 32768, 100001])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_mse_loss(kernels, dtype, n, offset):
+    x, target = (draw(n + offset, dtype=dtype, seed=i).to(kernels.device)[offset:] for i in range(2))
+    loss = kernels["mse_loss"](x, target)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert loss.dtype == wide and loss.shape == ()
+    torch.testing.assert_close(
+        loss.cpu().double(),
+        mse_loss_reference(x.cpu().double(), target.cpu().double()),
+        rtol=4 * torch.finfo(wide).eps,
+        atol=0,
+    )
+    assert torch.equal(loss, kernels["mse_loss"](x, target))
+    g = torch.tensor(0.3, dtype=wide, device=kernels.device)
+    want = mse_loss_backward_reference(g.cpu().double(), x.cpu().double(), target.cpu().double())
+    assert_close(kernels["mse_loss_backward"](g, x, target), want, ulps=3)
+    if n > 0:
+        x[n // 2] = math.nan
+        assert kernels["mse_loss"](x, target).isnan()
+        assert kernels["mse_loss_backward"](g, x, target).isnan().sum() == 1
 
 
 # --- gated units ------------------------------------------------------------------------------------------------------
@@ -781,6 +807,11 @@ def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
             module.glu_forward(gate, up, y, act, stream)
             module.glu_backward(dy, gate, up, dgate, dup, act, stream)
     module.dropout(x, canaries.empty(rows, width, dtype=dtype), 0.5, torch.tensor(1, device=kernels.device), stream)
+    total = canaries.empty(dtype=torch.float32)
+    module.mse_loss_forward(
+        x, dy, total, canaries.empty(module.mse_loss_chunks(x.numel()), dtype=torch.float32), stream
+    )
+    module.mse_loss_backward(total, x, dy, canaries.empty(rows, width, dtype=dtype), stream)
     q, k, v = (draw(1, 2, rows, width, dtype=dtype, seed=i).to(kernels.device) for i in range(3))
     o, dq, dk, dv = (canaries.empty(1, 2, rows, width, dtype=dtype) for _ in range(4))
     lse = canaries.empty(1, 2, rows, dtype=torch.float32)
