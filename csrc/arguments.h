@@ -7,6 +7,7 @@
 #include <unordered_set>
 #include <vector>
 
+#include "act.h"
 #include "adam_item.h"
 #include "tensor_view.h"
 
@@ -16,6 +17,12 @@ using OptionalTensor = std::optional<TensorView>;
 using TensorList = std::vector<TensorView>;
 
 inline void* data_of(const OptionalTensor& t) { return t ? t->data : nullptr; }
+
+// The activation of an index into a module's `acts`.
+inline Act act_of(const char* op, int act) {
+  FASTLM_CHECK(act >= 0 && act < kNumActs, op, ": act must be an index into acts, got ", act);
+  return static_cast<Act>(act);
+}
 
 // Where a module's tensors have to be: on the CPU, or on one GPU, which the first tensor of a call decides.
 struct Border {

@@ -33,23 +33,17 @@ void run_kernel(int64_t work, const Run& run) {
   run();
 }
 
-// The activation of an index into _cpu.acts.
-cpu::Act act_of(const char* op, int act) {
-  FASTLM_CHECK(act >= 0 && act < cpu::kNumActs, op, ": act must be an index into acts, got ", act);
-  return static_cast<cpu::Act>(act);
-}
-
 void act_forward(const TensorView& x, const TensorView& y, int act, int threads) {
   border.check_same_dense("act_forward", x, {&y});
   int64_t n = x.numel();
-  cpu::Act a = act_of("act_forward", act);
+  Act a = act_of("act_forward", act);
   run_kernel(n, [&] { cpu::act_forward(a, x.dtype, x.data, y.data, n, threads); });
 }
 
 void act_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, int act, int threads) {
   border.check_same_dense("act_backward", dy, {&saved, &dx});
   int64_t n = dy.numel();
-  cpu::Act a = act_of("act_backward", act);
+  Act a = act_of("act_backward", act);
   run_kernel(n, [&] { cpu::act_backward(a, dy.dtype, dy.data, saved.data, dx.data, n, threads); });
 }
 
@@ -70,7 +64,7 @@ void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorV
                       uint64_t seed, int threads) {
   border.check_same_dense("bias_act", x, {&y});
   auto [rows, cols] = border.check_rows("bias_act", x, bias);
-  cpu::Act a = act_of("bias_act", act);
+  Act a = act_of("bias_act", act);
   cpu::Dropout d = check_dropout("bias_act", dropout_p, seed);
   run_kernel(rows * cols, [&, rows = rows, cols = cols] {
     cpu::bias_act_forward(a, x.dtype, x.data, bias.data, y.data, rows, cols, d, threads);
@@ -83,7 +77,7 @@ void bias_act_backward(const TensorView& dy, const TensorView& saved, const Opti
   auto [rows, cols] = border.check_rows("bias_act_backward", dy);
   if (bias) border.check_rows("bias_act_backward", dy, *bias);
   if (dbias) border.check_sums("bias_act_backward", "dbias", dy, *dbias, cols);
-  cpu::Act a = act_of("bias_act_backward", act);
+  Act a = act_of("bias_act_backward", act);
   run_kernel(rows * cols, [&, rows = rows, cols = cols] {
     cpu::bias_act_backward(a, dy.dtype, dy.data, saved.data, data_of(bias), dx.data, data_of(dbias), rows,
                            cols, threads);
@@ -95,7 +89,7 @@ void glu_forward(const TensorView& gate, const TensorView& up, const TensorView&
   border.check_matrix("glu", "y", y, y, true);
   border.check_matrix("glu", "gate", y, gate, false);
   border.check_matrix("glu", "up", y, up, false);
-  cpu::Act a = act_of("glu", act);
+  Act a = act_of("glu", act);
   run_kernel(y.numel(), [&] {
     cpu::glu_forward(a, y.dtype, gate.data, up.data, y.data, y.shape[0], y.shape[1], gate.strides[0], up.strides[0],
                      threads);
@@ -108,7 +102,7 @@ void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView
   border.check_matrix("glu_backward", "dy", dy, dy, true);
   border.check_matrix("glu_backward", "gate", dy, gate, false);
   border.check_matrix("glu_backward", "up", dy, up, false);
-  cpu::Act a = act_of("glu_backward", act);
+  Act a = act_of("glu_backward", act);
   run_kernel(dy.numel(), [&] {
     cpu::glu_backward(a, dy.dtype, dy.data, gate.data, up.data, dgate.data, dup.data, dy.shape[0], dy.shape[1],
                       gate.strides[0], up.strides[0], threads);
@@ -473,7 +467,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_exchange", [](bool on) { return fastlm::TensorReader::instance().use_exchange(on); },
         "Read tensors through torch's DLPack exchange capsule (the default where there is one); returns whether it is in use.");
 
-  m.attr("acts") = py::cast(std::vector<std::string>(cpu::kActNames, cpu::kActNames + cpu::kNumActs));
+  m.attr("acts") = py::cast(std::vector<std::string>(fastlm::kActNames, fastlm::kActNames + fastlm::kNumActs));
   m.def("act_forward", &fastlm::act_forward);
   m.def("act_backward", &fastlm::act_backward);
   m.def("adam_step", &fastlm::adam_step);

@@ -6,11 +6,13 @@
 #include <variant>
 
 #include "arguments.h"
+#include "cuda/activation.h"
 #include "cuda/adam.h"
 #include "cuda/attention.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/dropout.h"
+#include "cuda/mse_loss.h"
 #include "cuda/norm.h"
-#include "cuda/relu.h"
 #include "cuda/rope.h"
 #include "cuda/runtime.h"
 #include "cuda/target.h"
@@ -24,30 +26,84 @@ constexpr Border border{/*on_gpu=*/false};
 constexpr Border border{/*on_gpu=*/true};  // `stream` is one of the first tensor's device
 #endif
 
-void relu_forward(const TensorView& x, const TensorView& y, bool squared, uintptr_t stream) {
-  border.check_same_dense(squared ? "relu_squared" : "relu", x, {&y});
-  cuda::relu_forward({x.device, stream}, x.dtype, x.data, y.data, x.numel(), squared);
+const int64_t* check_integers(const char* op, const char* name, const TensorView& q, const TensorView& t, int64_t numel) {
+  border.check_device(op, q, t);
+  FASTLM_CHECK(t.dtype == DType::kI64 && t.contiguous() && t.numel() == numel, op, ": ", name, " must be ", numel,
+               " contiguous int64, got ", t.describe());
+  return static_cast<const int64_t*>(t.data);
 }
 
-void relu_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, bool squared, uintptr_t stream) {
-  border.check_same_dense(squared ? "relu_squared_backward" : "relu_backward", dy, {&saved, &dx});
-  cuda::relu_backward({dy.device, stream}, dy.dtype, dy.data, saved.data, dx.data, dy.numel(), squared);
+// --- activations ------------------------------------------------------------------------------------------------------
+void act_forward(const TensorView& x, const TensorView& y, int act, uintptr_t stream) {
+  border.check_same_dense("act_forward", x, {&y});
+  cuda::act_forward({x.device, stream}, act_of("act_forward", act), x.dtype, x.data, y.data, x.numel());
 }
 
-void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorView& y, bool squared, uintptr_t stream) {
+void act_backward(const TensorView& dy, const TensorView& saved, const TensorView& dx, int act, uintptr_t stream) {
+  border.check_same_dense("act_backward", dy, {&saved, &dx});
+  cuda::act_backward({dy.device, stream}, act_of("act_backward", act), dy.dtype, dy.data, saved.data, dx.data, dy.numel());
+}
+
+void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorView& y, int act, uintptr_t stream) {
   border.check_same_dense("bias_act", x, {&y});
   auto [rows, cols] = border.check_rows("bias_act", x, bias);
-  cuda::bias_act_forward({x.device, stream}, x.dtype, x.data, bias.data, y.data, rows, cols, squared);
+  cuda::bias_act_forward({x.device, stream}, act_of("bias_act", act), x.dtype, x.data, bias.data, y.data, rows, cols);
 }
 
 void bias_act_backward(const TensorView& dy, const TensorView& saved, const TensorView& bias, const TensorView& dx,
-                       const TensorView& dbias, const TensorView& partial, bool squared, uintptr_t stream) {
-  border.check_same_dense("bias_act_backward", dy, {&saved, &dx});
-  auto [rows, cols] = border.check_rows("bias_act_backward", dy, bias);
-  border.check_sums("bias_act_backward", "dbias", dy, dbias, cols);
-  border.check_sums("bias_act_backward", "partial", dy, partial, cuda::bias_act_chunks(rows) * cols);
-  cuda::bias_act_backward({dy.device, stream}, dy.dtype, dy.data, saved.data, bias.data, dx.data, dbias.data,
-                          partial.data, rows, cols, squared);
+                       const TensorView& dbias, const TensorView& partial, int act, uintptr_t stream) {
+  const char* op = "bias_act_backward";
+  border.check_same_dense(op, dy, {&saved, &dx});
+  auto [rows, cols] = border.check_rows(op, dy, bias);
+  border.check_sums(op, "dbias", dy, dbias, cols);
+  border.check_sums(op, "partial", dy, partial, cuda::bias_act_chunks(rows) * cols);
+  cuda::bias_act_backward({dy.device, stream}, act_of(op, act), dy.dtype, dy.data, saved.data, bias.data, dx.data,
+                          dbias.data, partial.data, rows, cols);
+}
+
+void glu_forward(const TensorView& gate, const TensorView& up, const TensorView& y, int act, uintptr_t stream) {
+  border.check_same_dense("glu", y, {});
+  border.check_matrix("glu", "y", y, y, true);
+  border.check_matrix("glu", "gate", y, gate, false);
+  border.check_matrix("glu", "up", y, up, false);
+  cuda::glu_forward({y.device, stream}, act_of("glu", act), y.dtype, gate.data, up.data, y.data, y.shape[0], y.shape[1],
+                    gate.strides[0], up.strides[0]);
+}
+
+void glu_backward(const TensorView& dy, const TensorView& gate, const TensorView& up, const TensorView& dgate,
+                  const TensorView& dup, int act, uintptr_t stream) {
+  const char* op = "glu_backward";
+  border.check_same_dense(op, dy, {&dgate, &dup});
+  border.check_matrix(op, "dy", dy, dy, true);
+  border.check_matrix(op, "gate", dy, gate, false);
+  border.check_matrix(op, "up", dy, up, false);
+  cuda::glu_backward({dy.device, stream}, act_of(op, act), dy.dtype, dy.data, gate.data, up.data, dgate.data, dup.data,
+                     dy.shape[0], dy.shape[1], gate.strides[0], up.strides[0]);
+}
+
+void dropout(const TensorView& x, const TensorView& y, double p, const TensorView& seed, uintptr_t stream) {
+  const char* op = "dropout";
+  border.check_same_dense(op, x, {&y});
+  FASTLM_CHECK(x.contiguous(), op, ": x must be contiguous, got ", x.describe());
+  FASTLM_CHECK(p >= 0 && p < 1, op, ": p must be in [0, 1), got ", p);
+  cuda::dropout({x.device, stream}, x.dtype, x.data, y.data, x.numel(), p, check_integers(op, "seed", x, seed, 1));
+}
+
+void mse_loss_forward(const TensorView& x, const TensorView& target, const TensorView& sum, const TensorView& partial,
+                      uintptr_t stream) {
+  const char* op = "mse_loss";
+  border.check_same_dense(op, x, {&target});
+  border.check_sums(op, "sum", x, sum, 1);
+  border.check_sums(op, "partial", x, partial, cuda::mse_loss_chunks(x.numel()));
+  cuda::mse_loss_forward({x.device, stream}, x.dtype, x.data, target.data, sum.data, partial.data, x.numel());
+}
+
+void mse_loss_backward(const TensorView& g, const TensorView& x, const TensorView& target, const TensorView& dx,
+                       uintptr_t stream) {
+  const char* op = "mse_loss_backward";
+  border.check_same_dense(op, x, {&target, &dx});
+  border.check_sums(op, "g", x, g, 1);
+  cuda::mse_loss_backward({x.device, stream}, x.dtype, g.data, x.data, target.data, dx.data, x.numel());
 }
 
 // --- norms ------------------------------------------------------------------------------------------------------------
@@ -123,13 +179,6 @@ const float* check_per_head(const char* op, const char* name, const TensorView& 
   if (!t) return nullptr;
   border.check_sums(op, name, q, *t, q.shape[0] * q.shape[1]);
   return static_cast<const float*>(t->data);
-}
-
-const int64_t* check_integers(const char* op, const char* name, const TensorView& q, const TensorView& t, int64_t numel) {
-  border.check_device(op, q, t);
-  FASTLM_CHECK(t.dtype == DType::kI64 && t.contiguous() && t.numel() == numel, op, ": ", name, " must be ", numel,
-               " contiguous int64, got ", t.describe());
-  return static_cast<const int64_t*>(t.data);
 }
 
 cuda::attention::Problem problem_of(const char* op, const Border::AttentionSizes& sizes, const TensorView& q,
@@ -304,8 +353,9 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   auto kernel = [&](const char* name, auto function, const char* doc = "") {
     m.def(name, function, doc, py::call_guard<py::gil_scoped_release>());
   };
-  kernel("relu_forward", &fastlm::relu_forward);
-  kernel("relu_backward", &fastlm::relu_backward);
+  m.attr("acts") = py::cast(std::vector<std::string>(fastlm::kActNames, fastlm::kActNames + fastlm::kNumActs));
+  kernel("act_forward", &fastlm::act_forward, "y = act(x), act an index into `acts`.");
+  kernel("act_backward", &fastlm::act_backward, "saved: the output of none, relu, sigmoid and tanh, the input of the others.");
   kernel("bias_act_forward", &fastlm::bias_act_forward);
   kernel("bias_act_backward", &fastlm::bias_act_backward);
   m.def("bias_act_chunks", &cuda::bias_act_chunks, "Rows of `partial` that bias_act_backward works in.");
@@ -315,6 +365,12 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   kernel("norm_forward", &fastlm::norm_forward);
   kernel("norm_backward", &fastlm::norm_backward, "`partial` has norm_slices(rows) rows for each of dweight and dbias.");
   m.def("norm_slices", &cuda::norm_slices);
+  kernel("glu_forward", &fastlm::glu_forward, "y = act(gate) * up, matrices with contiguous rows.");
+  kernel("glu_backward", &fastlm::glu_backward);
+  kernel("dropout", &fastlm::dropout, "seed, one int64, stays on the device.");
+  kernel("mse_loss_forward", &fastlm::mse_loss_forward, "sum = the sum of (x - target)^2.");
+  kernel("mse_loss_backward", &fastlm::mse_loss_backward);
+  m.def("mse_loss_chunks", &cuda::mse_loss_chunks, "Elements of `partial` that mse_loss_forward works in.");
   kernel("adam_step", &fastlm::adam_step, "steps stay on the CPU; everything else is on one device.");
   kernel("attention_forward", &fastlm::attention_forward, 
          "Diagonals (lower, upper, upper from the start) as in attention_index.h. Returns the family of kernels that it took.");

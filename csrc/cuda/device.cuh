@@ -107,6 +107,13 @@ __device__ inline float exp2_approx(float x) {  // 2 ulp; exp2(-inf) = 0
   return y;
 }
 
+__device__ inline float reciprocal(float x) {  // 1 ulp; 0 where that would be subnormal
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline double reciprocal(double x) { return 1 / x; }
+
 // Writes 16 bytes in one access. In PTX, since the compiler takes a vector apart where another branch stores its elements.
 __device__ inline void store16(void* to, const uint32_t (&words)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]),

@@ -19,7 +19,10 @@ from fastlm.kernels.native import _common
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
-FAMILIES = ("relu", "bias_act", "norm", "rope", "cross_entropy", "adam", "attention", "attention_decode")
+FAMILIES = (
+    "relu", "activation", "bias_act", "glu", "dropout", "norm", "rope", "cross_entropy", "mse_loss", "adam",
+    "attention", "attention_decode",
+)  # fmt: skip
 
 
 def digest(*parts: object) -> str:

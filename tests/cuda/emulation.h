@@ -297,6 +297,11 @@ template <class T> uint32_t pack(float low, float high) {
 }
 
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal(float x) {
+  float y = 1 / x;
+  return std::fpclassify(y) == FP_SUBNORMAL ? std::copysign(0.0f, y) : y;
+}
+inline double reciprocal(double x) { return 1 / x; }
 
 inline void store16(void* to, const uint32_t (&words)[4]) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::fail("16-byte store to a misaligned address");

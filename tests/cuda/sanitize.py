@@ -10,6 +10,7 @@ import torch
 from attention_cases import DECODE, OPTIONS, draw, options
 from cuda_testing import Kernels
 from test_kernels import (
+    ELEMENTWISE,
     ROPE,
     adam_lists,
     check_attention,
@@ -20,6 +21,8 @@ from test_kernels import (
     check_rope,
 )
 
+from fastlm._activations import ACTIVATIONS
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ADAM = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, None, False)
 
@@ -29,13 +32,18 @@ def run_every_kernel(kernels: Kernels) -> None:
     for dtype in (*DTYPES, torch.float64):
         for n, offset in ((1, 0), (4099, 0), (4099, 1)):
             x, dy = (draw(n + offset, dtype=dtype, seed=i).to(device)[offset:] for i in range(2))
-            for op in ("relu", "relu_squared"):
-                kernels[f"{op}_backward"](dy, kernels[op](x))
+            for op, more in ELEMENTWISE.values():
+                kernels[f"{op}_backward"](dy, kernels[op](x, *more), *more)
+            kernels["dropout"](x, 0.3, torch.tensor(7, device=device))
+            kernels["mse_loss_backward"](kernels["mse_loss"](x, dy), x, dy)
         for rows, cols in ((130, 72), (130, 71)):
             x, dy, bias = (draw(*size, dtype=dtype).to(device) for size in ((rows, cols), (rows, cols), (cols,)))
-            for act in ("relu", "relu_squared"):
+            for act in ACTIVATIONS:
                 kernels["bias_act"](x, bias, act, 0.0, None)
                 kernels["bias_act_backward"](dy, x, bias, act)
+                gate, up = x[:, : cols // 2], x[:, cols // 2 :][:, : cols // 2]  # rows of a product's halves
+                kernels["glu"](gate, up, act)
+                kernels["glu_backward"](dy[:, 1 : 1 + cols // 2], gate, up, act)
         for rows, cols, offset in ((20, 72, 0), (5, 1000, 1), (3, 3000, 0), (2, 9001, 0)):
             check_norm(kernels, dtype, rows, cols, True, True, True, offset)
         for case in ROPE:

@@ -17,21 +17,25 @@ import torch
 from attention_cases import OPTIONS, draw, option_case, scattered
 from cuda_testing import Kernels
 from test_kernels import (
+    ELEMENTWISE,
     FLOATS,
-    RELU,
     TOLERANCE,
     adam_lists,
     assert_close,
     check_adam,
     check_cross_entropy,
     check_decode,
+    check_elementwise,
+    check_glu,
     check_norm,
     check_rope,
     laid_out,
 )
 from torch import Tensor
 
+from fastlm._activations import ACTIVATIONS
 from fastlm.ops.attention import attention_backward_reference, attention_reference
+from fastlm.ops.dropout import dropout_reference
 
 SEED = os.environ.get("FASTLM_FUZZ_SEED", "0")
 LAYOUTS = ["plain", "plain", "bthd", "bthd", "misaligned", "columns"]
@@ -264,36 +268,72 @@ def test_attention_decode_fuzz(kernels):
 
 
 # --- the others -------------------------------------------------------------------------------------------------------
-def plan_relu(rng: random.Random, longest: int) -> tuple:
+def laid(kernels: Kernels, layout: str, dtype: torch.dtype, rows: int, cols: int, seed: int) -> Tensor:
+    x = draw(rows, 2 * cols + 1, dtype=dtype, seed=seed).to(kernels.device)
+    return {
+        "plain": lambda: x, "mT": lambda: x.mT, "slice": lambda: x[:, 1::2], "expanded": lambda: x[:1].expand_as(x),
+        "offset": lambda: x.flatten()[1:],
+    }[layout]()  # fmt: skip
+
+
+def plan_activation(rng: random.Random, longest: int) -> tuple:
     sizes = tuple(rng.choice([1, rng.randint(1, longest)]) for _ in range(2))
-    return rng.choice(list(RELU)), rng.choice(FLOATS), sizes, rng.choice(["plain", "mT", "slice", "expanded", "offset"])
+    layout = rng.choice(["plain", "mT", "slice", "expanded", "offset"])
+    return rng.choice(list(ELEMENTWISE)), rng.choice(FLOATS), sizes, layout
 
 
-def check_relu(kernels: Kernels, planned: tuple) -> None:
-    op, dtype, (rows, cols), layout = planned
-    reference, backward, backward_reference = RELU[op]
+def test_activation_fuzz(kernels):
+    def check(planned: tuple) -> None:
+        act, dtype, sizes, layout = planned
+        check_elementwise(kernels, act, *(laid(kernels, layout, dtype, *sizes, seed) for seed in range(2)))
 
-    def laid(seed: int) -> Tensor:
-        x = draw(rows, 2 * cols + 1, dtype=dtype, seed=seed).to(kernels.device)
-        return {
-            "plain": lambda: x, "mT": lambda: x.mT, "slice": lambda: x[:, 1::2], "expanded": lambda: x[:1].expand_as(x),
-            "offset": lambda: x.flatten()[1:],
-        }[layout]()  # fmt: skip
-
-    x, dy = laid(0), laid(1)
-    y = kernels[op](x)
-    assert_close(y, reference(x.cpu().double()))
-    saved = y if op == "relu" else x
-    assert_close(kernels[backward](dy, saved), backward_reference(dy.cpu().double(), saved.cpu().double()))
+    fuzz(kernels, "activation", plan_activation, check)
 
 
-def test_relu_fuzz(kernels):
-    fuzz(kernels, "relu", plan_relu, lambda planned: check_relu(kernels, planned))
+def plan_glu(rng: random.Random, longest: int) -> tuple:
+    sizes = (
+        rng.choice([0, 1, rng.randint(1, longest)]),
+        rng.choice([0, 1, rng.randint(1, 2 * longest), 8 * rng.randint(1, 99)]),
+    )
+    return rng.choice(list(ACTIVATIONS)), rng.choice(FLOATS), sizes, rng.choice(["plain", "halves", "mT", "misaligned"])
+
+
+def test_glu_fuzz(kernels):
+    def check(planned: tuple) -> None:
+        act, dtype, (rows, cols), layout = planned
+        both = draw(rows, 2 * cols + 1, dtype=dtype).to(kernels.device)
+        dy = draw(rows, cols, dtype=dtype, seed=1).to(kernels.device)
+        gate, up = both[:, :cols], both[:, cols : 2 * cols]
+        if layout == "halves":
+            gate, up = both[:, : 2 * cols].contiguous().chunk(2, -1)
+        elif layout == "plain":
+            gate, up = gate.contiguous(), up.contiguous()
+        elif layout == "mT":
+            gate, up, dy = gate.mT, up.mT, dy.mT
+        check_glu(kernels, act, gate, up, dy)
+
+    fuzz(kernels, "glu", plan_glu, check)
+
+
+def plan_dropout(rng: random.Random, longest: int) -> tuple[torch.dtype, int, float, int]:
+    n, p = rng.choice([rng.randint(0, 9), rng.randint(0, 90 * longest)]), rng.choice([0.1, 0.5, rng.random()])
+    return rng.choice(FLOATS), n, p, rng.randint(-(2**63), 2**63 - 1)
+
+
+def test_dropout_fuzz(kernels):
+    def check(planned: tuple[torch.dtype, int, float, int]) -> None:
+        dtype, n, p, seed = planned
+        x = draw(n + n % 2, dtype=dtype).to(kernels.device)[n % 2 :]  # every other one misaligned
+        y = kernels["dropout"](x, p, torch.tensor(seed, device=kernels.device))
+        want = dropout_reference(x.cpu().double(), p, torch.tensor(seed))
+        assert_close(y, want)
+
+    fuzz(kernels, "dropout", plan_dropout, check)
 
 
 def plan_bias_act(rng: random.Random, longest: int) -> tuple[str, torch.dtype, tuple[int, ...]]:
     rows = tuple(rng.choice([0, 1, 2, rng.randint(1, 60), rng.randint(1, 60)]) for _ in range(rng.randint(0, 2)))
-    return rng.choice(["relu", "relu_squared"]), rng.choice(FLOATS), (*rows, rng.randint(4, 2 * longest))
+    return rng.choice(list(ACTIVATIONS)), rng.choice(FLOATS), (*rows, rng.randint(4, 2 * longest))
 
 
 def test_bias_act_fuzz(kernels):

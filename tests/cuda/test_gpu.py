@@ -34,11 +34,14 @@ def family(request, kernels, monkeypatch) -> str:
     return request.param
 
 
-@pytest.mark.parametrize("op", ["relu", "relu_squared", "bias_act", "adam_", "attention"])
+CHECKED = "relu relu_squared gelu silu sigmoid tanh bias_act glu dropout mse_loss adam_ attention"
+
+
+@pytest.mark.parametrize("op", CHECKED.split())
 @pytest.mark.parametrize("backward", ["", "_backward"])
 def test_self_check_passes(op, backward):
-    if op == "adam_" and backward:
-        pytest.skip("adam_ has no backward")
+    if op in ("adam_", "dropout") and backward:
+        pytest.skip(f"{op} has no backward of its own")
     statuses = {s.backend: s for s in fastlm.backends(op + backward)}
     assert statuses["native"].usable, statuses["native"].reason
 
@@ -112,24 +115,37 @@ def test_second_device(kernels):
     assert all(b.device.index == 1 and torch.equal(a.cpu(), b.cpu()) for a, b in zip(want, got, strict=True))
     with pytest.raises(ValueError, match="one CUDA device"):
         x = torch.zeros(4, device="cuda:0")
-        kernels.module.relu_forward(x, x.to("cuda:1"), False, kernels.stream())
+        kernels.module.act_forward(x, x.to("cuda:1"), 1, kernels.stream())
 
 
 def test_graph_capture(kernels):
     """No call synchronises or allocates behind torch's back."""
     q = draw(1, 2, 256, 64, dtype=torch.bfloat16).to(kernels.device)
     kernels["attention"](q, q, q, *options(1))
+    seed, one = torch.tensor(5, device=kernels.device), torch.ones((), device=kernels.device)
+
+    def others() -> list[torch.Tensor]:
+        backward = kernels["bias_act_backward"](q, q, q[0, 0, 0], "gelu")
+        loss = kernels["mse_loss"](q, q.relu())
+        return [
+            *backward, loss, kernels["mse_loss_backward"](one, q, q.relu()), kernels["glu"](*q.chunk(2, -1), "silu"),
+            kernels["bias_act"](q, q[0, 0, 0], "tanh", 0.3, seed),
+        ]  # fmt: skip
+
+    others()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         o, lse = kernels["attention"](q, q, q, *options(1))
         gradients = kernels["attention_backward"](q, None, q, q, q, o, lse, *options(1), [True] * 3 + [False] * 3)
         y = kernels["relu"](o)
+        rest = others()
     q.copy_(draw(1, 2, 256, 64, dtype=torch.bfloat16, seed=5))
     graph.replay()
     o2, lse2 = kernels["attention"](q, q, q, *options(1))
     again = kernels["attention_backward"](q, None, q, q, q, o2, lse2, *options(1), [True] * 3 + [False] * 3)
     assert torch.equal(o, o2) and torch.equal(lse, lse2) and torch.equal(y, o2.relu())
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(rest, others(), strict=True))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

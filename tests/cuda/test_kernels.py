@@ -11,21 +11,20 @@ from cuda_testing import FAMILIES, Kernels
 from torch import Tensor
 
 from fastlm import _library
+from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT
+from fastlm._dropout import keep_mask
 from fastlm.ops.adam import adam_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
 from fastlm.ops.cross_entropy import cross_entropy_backward_reference, cross_entropy_reference
+from fastlm.ops.dropout import dropout_reference
+from fastlm.ops.glu import glu_backward_reference, glu_reference
+from fastlm.ops.mse_loss import mse_loss_backward_reference, mse_loss_reference
 from fastlm.ops.norm import (
     add_layer_norm_reference,
     add_rms_norm_reference,
     layer_norm_reference,
     norm_backward_reference,
     rms_norm_reference,
-)
-from fastlm.ops.relu import (
-    relu_backward_reference,
-    relu_reference,
-    relu_squared_backward_reference,
-    relu_squared_reference,
 )
 from fastlm.ops.rope import rope_reference
 
@@ -34,15 +33,21 @@ HALVES = [torch.float16, torch.bfloat16]
 SENTINEL = 77.0
 
 
-def assert_close(got: Tensor, want: Tensor, ulps: float = 2.0) -> None:
-    """`want`, computed in float64 from the same inputs; NaN and infinities must agree exactly."""
+def assert_close(got: Tensor, want: Tensor, ulps: float = 2.0, floor: Tensor | float = 0.0) -> None:
+    """`want`, computed in float64 from the same inputs; NaN and infinities must agree exactly. `floor`: how far off an
+    element may be besides, in roundings of what is computed in.
+    """
     got, dtype = got.cpu().double(), got.dtype
     assert got.shape == want.shape
     want = want.to(dtype).double()  # overflows where the dtype does
     finite = want.isfinite()
     torch.testing.assert_close(got[~finite], want[~finite], rtol=0, atol=0, equal_nan=True)
     eps = torch.finfo(dtype).eps
-    error = (got[finite] - want[finite]).abs() / want[finite].abs().clamp_min(torch.finfo(dtype).tiny / eps)
+    rounding = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    if dtype == torch.float64:  # then `want` is no more exact
+        rounding *= 8
+    floor = torch.as_tensor(floor * rounding).expand(want.shape)[finite]
+    error = ((got[finite] - want[finite]).abs() - floor) / want[finite].abs().clamp_min(torch.finfo(dtype).tiny / eps)
     assert error.numel() == 0 or error.max() <= ulps * eps, f"off by {error.max() / eps:.1f} ulp"
 
 
@@ -59,58 +64,190 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
         )
 
 
-# --- relu -------------------------------------------------------------------------------------------------------------
-RELU = {
-    "relu": (relu_reference, "relu_backward", relu_backward_reference),
-    "relu_squared": (relu_squared_reference, "relu_squared_backward", relu_squared_backward_reference),
-}
+# --- activations ------------------------------------------------------------------------------------------------------
+# Activation -> op and what it takes besides x.
+ELEMENTWISE = {act: (act, ()) for act in ACTIVATIONS if act not in ("none", "gelu", "gelu_tanh")}
+ELEMENTWISE |= {"gelu": ("gelu", ("none",)), "gelu_tanh": ("gelu", ("tanh",))}
+EXACT = ("none", "relu", "relu_squared")
+SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 100.0, -100.0, 3e4, -3e4, 1e-7, -10.0, 10.0]
 
 
-@pytest.mark.parametrize("op", RELU)
+def slack(act: str, times: Tensor | float = 1.0) -> Tensor | float:
+    """The floor of assert_close: where 1 + erf or 1 - s cancel, errors are of 1, times what the result is times."""
+    return 0.0 if act in EXACT else 4 * torch.as_tensor(times).nan_to_num(posinf=0, neginf=0).abs()
+
+
+def check_elementwise(kernels: Kernels, act: str, x: Tensor, dy: Tensor) -> None:
+    op, more = ELEMENTWISE[act]
+    y = kernels[op](x, *more)
+    assert y.stride() == torch.empty_like(x).stride()
+    exact, exact_dy = x.cpu().double(), dy.cpu().double()
+    assert_close(y, ACTIVATIONS[act](exact), floor=slack(act))
+    saved = y if act in SAVE_OUTPUT else x
+    dx = kernels[f"{op}_backward"](dy, saved, *more)
+    assert_close(dx, GRADIENTS[act](exact_dy, saved.cpu().double()), ulps=3, floor=slack(act, exact_dy))
+
+
+@pytest.mark.parametrize("act", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("n", [0, 1, 7, 63, 8192, 10001])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_relu(kernels, op, dtype, n, offset):
-    reference, backward, backward_reference = RELU[op]
+def test_activation(kernels, act, dtype, n, offset):
     x = draw(n + offset, dtype=dtype)
     if n >= 63:
-        x[offset : offset + 5] = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0])
-    x = x.to(kernels.device)[offset:]
+        x[offset : offset + len(SPECIAL)] = torch.tensor(SPECIAL)
     dy = draw(n + offset, dtype=dtype, seed=1).to(kernels.device)[offset:]
-    y = kernels[op](x)
-    assert_close(y, reference(x.cpu().double()))
-    saved = y if op == "relu" else x
-    assert_close(kernels[backward](dy, saved), backward_reference(dy.cpu().double(), saved.cpu().double()))
+    check_elementwise(kernels, act, x.to(kernels.device)[offset:], dy)
 
 
+@pytest.mark.parametrize("act", ELEMENTWISE)
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
-def test_relu_layouts(kernels, layout):
+def test_activation_layouts(kernels, act, layout):
     x = draw(12, 70).to(kernels.device)
     x = {"transposed": x.mT, "sliced": x[:, ::2], "expanded": x[:1].expand(5, 70)}[layout]
-    y = kernels["relu"](x)
-    assert y.stride() == torch.empty_like(x).stride()
-    assert_close(y, x.cpu().double().relu())
-    dy = torch.ones((), device=kernels.device).expand(x.shape)  # as .sum() passes it back
-    assert_close(kernels["relu_backward"](dy, y), (x.cpu() > 0).double())
+    check_elementwise(
+        kernels, act, x, torch.ones((), device=kernels.device).expand(x.shape)
+    )  # as .sum() passes it back
+
+
+@pytest.mark.parametrize("act", ELEMENTWISE)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_activation_takes_every_number(kernels, act, dtype):
+    """Every float16; as float32 and float64 with as many more digits as fit."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16).to(dtype)
+    x = (x * (1 + torch.finfo(dtype).eps)).to(kernels.device)
+    check_elementwise(kernels, act, x, torch.ones_like(x))
+
+
+def test_where_relu_is_flat_no_gradient_passes(kernels):
+    x = torch.tensor([-1.0, 0.0, -0.0, -math.inf, 1.0, math.nan], device=kernels.device)
+    for dy in (math.inf, math.nan):
+        for op in ("relu", "relu_squared"):
+            dx = kernels[f"{op}_backward"](torch.full_like(x, dy), x)
+            assert (dx[:4] == 0).all() and not dx[4:].isfinite().any()
 
 
 # --- bias_act ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("act", ["relu", "relu_squared"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(1, 1), (0, 5), (3, 0), (300, 70), (129, 513), (2, 3, 256), (1000, 3)])
 def test_bias_act(kernels, act, dtype, shape):
     x, bias, dy = draw(*shape, dtype=dtype), draw(shape[-1], dtype=dtype), draw(*shape, dtype=dtype, seed=1)
     on = [t.to(kernels.device) for t in (x, bias, dy)]
     y = kernels["bias_act"](on[0], on[1], act, 0.0, None)
-    assert_close(y, bias_act_reference(x.double(), bias.double(), act, 0.0, None), ulps=3)
-    saved = y if act == "relu" else on[0]
-    dx, dbias = kernels["bias_act_backward"](on[2], saved, on[1], act)
+    assert_close(y, bias_act_reference(x.double(), bias.double(), act, 0.0, None), ulps=3, floor=slack(act))
+    saved, given = (
+        (y, torch.full_like(on[1], math.nan)) if act in SAVE_OUTPUT else on[:2]
+    )  # of which no more than the size
+    dx, dbias = kernels["bias_act_backward"](on[2], saved, given, act)
     want = bias_act_backward_reference(dy.double(), saved.cpu().double(), bias.double(), act)
-    assert_close(dx, want[0], ulps=3)
+    assert_close(dx, want[0], ulps=3, floor=slack(act, dy.double()))
     if dbias.numel() > 0 and want[1].norm() > 0:
         assert_near(dbias, want[1], 4 * torch.finfo(dtype).eps)
     else:
         assert torch.equal(dbias.cpu().double(), want[1])
+    again = kernels["bias_act_backward"](on[2], saved, given, act)
+    assert torch.equal(dx, again[0]) and torch.equal(dbias, again[1])
+
+
+# --- dropout ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 63, 8192, 10001])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("seed", [0, -1, 2**40 + 5])
+def test_dropout(kernels, dtype, n, offset, seed):
+    x = draw(n + offset, dtype=dtype).to(kernels.device)[offset:]
+    for p in (0.3, 0.999):
+        y = kernels["dropout"](x, p, torch.tensor(seed, device=kernels.device))
+        want = dropout_reference(x.cpu().double(), p, torch.tensor(seed))
+        assert torch.equal(y.cpu() == 0, (want == 0) | (x.cpu() == 0))
+        assert_close(y, want)
+
+
+def test_dropout_drops_what_is_not_finite(kernels):
+    x = torch.full((40, 50), math.nan, device=kernels.device).T
+    y = kernels["dropout"](x, 0.5, torch.tensor(3, device=kernels.device))
+    assert y.is_contiguous()
+    assert torch.equal(y.isnan().cpu(), keep_mask((50, 40), 0.5, torch.tensor(3)))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_bias_act_with_dropout(kernels, act, dtype):
+    x, bias = draw(7, 33, dtype=dtype).to(kernels.device), draw(33, dtype=dtype).to(kernels.device)
+    seed = torch.tensor(11, device=kernels.device)
+    y = kernels["bias_act"](x, bias, act, 0.4, seed)
+    assert torch.equal(y, kernels["dropout"](kernels["bias_act"](x, bias, act, 0.0, None), 0.4, seed))
+
+
+# --- mse_loss ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("n", [0, 1, 7, 8192, 32768, 100001])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_mse_loss(kernels, dtype, n, offset):
+    x, target = (draw(n + offset, dtype=dtype, seed=i).to(kernels.device)[offset:] for i in range(2))
+    loss = kernels["mse_loss"](x, target)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert loss.dtype == wide and loss.shape == ()
+    torch.testing.assert_close(
+        loss.cpu().double(),
+        mse_loss_reference(x.cpu().double(), target.cpu().double()),
+        rtol=4 * torch.finfo(wide).eps,
+        atol=0,
+    )
+    assert torch.equal(loss, kernels["mse_loss"](x, target))
+    g = torch.tensor(0.3, dtype=wide, device=kernels.device)
+    want = mse_loss_backward_reference(g.cpu().double(), x.cpu().double(), target.cpu().double())
+    assert_close(kernels["mse_loss_backward"](g, x, target), want, ulps=3)
+    if n > 0:
+        x[n // 2] = math.nan
+        assert kernels["mse_loss"](x, target).isnan()
+        assert kernels["mse_loss_backward"](g, x, target).isnan().sum() == 1
+
+
+# --- gated units ------------------------------------------------------------------------------------------------------
+def check_glu(kernels: Kernels, act: str, gate: Tensor, up: Tensor, dy: Tensor) -> None:
+    exact_gate, exact_up, exact_dy = (t.cpu().double() for t in (gate, up, dy))
+    y = kernels["glu"](gate, up, act)
+    assert y.is_contiguous()
+    assert_close(y, glu_reference(exact_gate, exact_up, act), ulps=3, floor=slack(act, exact_up))
+    got = kernels["glu_backward"](dy, gate, up, act)
+    want = glu_backward_reference(exact_dy, exact_gate, exact_up, act)
+    for a, b, times in zip(got, want, (exact_dy * exact_up, exact_dy), strict=True):
+        assert a.is_contiguous()
+        assert_close(a, b, ulps=4, floor=slack(act, times))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (0, 5), (3, 0), (5,), (300, 70), (9, 513), (2, 3, 256), (1000, 3), (3, 4096)]
+)
+def test_glu(kernels, act, dtype, shape):
+    """Two tensors, and the halves of one."""
+    gate, up, dy = (draw(*shape, dtype=dtype, seed=i).to(kernels.device) for i in range(3))
+    if shape == (300, 70):
+        gate[7, : len(SPECIAL)] = torch.tensor(SPECIAL, device=kernels.device)
+        up[9, : len(SPECIAL)] = torch.tensor(SPECIAL, device=kernels.device)
+    check_glu(kernels, act, gate, up, dy)
+    halves = torch.cat([gate, up], -1).chunk(2, -1)
+    want = kernels["glu"](gate, up, act), *kernels["glu_backward"](dy, gate, up, act)
+    got = kernels["glu"](*halves, act), *kernels["glu_backward"](dy, *halves, act)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "misaligned", "up expanded"])
+def test_glu_layouts(kernels, layout):
+    gate, up, dy = (draw(12, 72, seed=i).to(kernels.device) for i in range(3))
+    if layout == "up expanded":
+        gate, up = gate, up[:1].expand(12, 72)
+    else:
+        change = {
+            "transposed": lambda x: x.mT, "sliced": lambda x: x[:, ::2], "expanded": lambda x: x[:1].expand(5, 72),
+            "misaligned": lambda x: x[:, 1:65],
+        }[layout]  # fmt: skip
+        gate, up, dy = change(gate), change(up), change(dy)
+    check_glu(kernels, "silu", gate, up, dy)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -865,15 +1002,26 @@ def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
     rows = 67
     x, dy = (draw(rows, width, dtype=dtype, seed=i).to(kernels.device) for i in range(2))
     bias = draw(width, dtype=dtype).to(kernels.device)
-    for squared in (False, True):
+    wide = torch.cat([x, dy], -1)
+    for act in range(len(module.acts)):
         y, dx = canaries.empty(rows, width, dtype=dtype), canaries.empty(rows, width, dtype=dtype)
-        module.relu_forward(x, y, squared, stream)
-        module.relu_backward(dy, x, dx, squared, stream)
+        module.act_forward(x, y, act, stream)
+        module.act_backward(dy, x, dx, act, stream)
         y, dx = canaries.empty(rows, width, dtype=dtype), canaries.empty(rows, width, dtype=dtype)
         sums = canaries.empty(width, dtype=torch.float32)
         partial = canaries.empty(module.bias_act_chunks(rows), width, dtype=torch.float32)
-        module.bias_act_forward(x, bias, y, squared, stream)
-        module.bias_act_backward(dy, x, bias, dx, sums, partial, squared, stream)
+        module.bias_act_forward(x, bias, y, act, stream)
+        module.bias_act_backward(dy, x, bias, dx, sums, partial, act, stream)
+        for gate, up in ((x, dy), wide.chunk(2, -1)):
+            y, dgate, dup = (canaries.empty(rows, width, dtype=dtype) for _ in range(3))
+            module.glu_forward(gate, up, y, act, stream)
+            module.glu_backward(dy, gate, up, dgate, dup, act, stream)
+    module.dropout(x, canaries.empty(rows, width, dtype=dtype), 0.5, torch.tensor(1, device=kernels.device), stream)
+    total = canaries.empty(dtype=torch.float32)
+    module.mse_loss_forward(
+        x, dy, total, canaries.empty(module.mse_loss_chunks(x.numel()), dtype=torch.float32), stream
+    )
+    module.mse_loss_backward(total, x, dy, canaries.empty(rows, width, dtype=dtype), stream)
     q, k, v = (draw(1, 2, rows, width, dtype=dtype, seed=i).to(kernels.device) for i in range(3))
     o, dq, dk, dv = (canaries.empty(1, 2, rows, width, dtype=dtype) for _ in range(4))
     lse = canaries.empty(1, 2, rows, dtype=torch.float32)
@@ -925,12 +1073,24 @@ def test_self_check_tells_a_kernel_from_a_broken_one(kernels, name):
 def test_bindings_refuse_what_they_cannot_do(kernels):
     module, stream = kernels.module, kernels.stream()
     x = torch.zeros(4, 6, device=kernels.device)
-    with pytest.raises(ValueError, match="relu: tensors must share dtype, sizes and strides"):
-        module.relu_forward(x, x.double(), False, stream)
-    with pytest.raises(ValueError, match="relu: tensors must be dense"):
-        module.relu_forward(x[:, ::2], x[:, ::2], False, stream)
+    relu = module.acts.index("relu")
+    with pytest.raises(ValueError, match="act_forward: tensors must share dtype, sizes and strides"):
+        module.act_forward(x, x.double(), relu, stream)
+    with pytest.raises(ValueError, match="act_forward: tensors must be dense"):
+        module.act_forward(x[:, ::2], x[:, ::2], relu, stream)
+    for act in (-1, len(module.acts)):
+        with pytest.raises(ValueError, match=f"act_forward: act must be an index into acts, got {act}"):
+            module.act_forward(x, x, act, stream)
     with pytest.raises(ValueError, match="bias_act: bias must be contiguous"):
-        module.bias_act_forward(x, x[0, :3], x, False, stream)
+        module.bias_act_forward(x, x[0, :3], x, relu, stream)
+    with pytest.raises(ValueError, match="glu: up must be a float32 matrix of the size of the others"):
+        module.glu_forward(x, x[:, :5], x, relu, stream)
+    with pytest.raises(ValueError, match=r"glu: gate must be .* with contiguous rows"):
+        module.glu_forward(x.mT.contiguous().mT, x, x, relu, stream)
+    with pytest.raises(ValueError, match="dropout: seed must be 1 contiguous int64"):
+        module.dropout(x, x, 0.5, torch.zeros(2, dtype=torch.int64, device=kernels.device), stream)
+    with pytest.raises(ValueError, match=r"dropout: p must be in \[0, 1\), got 1"):
+        module.dropout(x, x, 1.0, torch.zeros(1, dtype=torch.int64, device=kernels.device), stream)
     with pytest.raises(ValueError, match="norm: residual and sum go together"):
         module.norm_forward(x, x, None, None, x, None, 1e-5, True, stream)
     with pytest.raises(ValueError, match="norm_backward: partial must be 12 contiguous elements"):

@@ -21,8 +21,8 @@ HEAD = """\
 What each backend does itself, forward and backward, found by running it: `tests/ops/feature_matrix.py` writes this
 file and the tests compare it ("forward": the gradient is the reference's). What a backend does not do falls to the
 reference, which does all of it, on every device and in every dtype; `fastlm.backends(op, **arguments)` tells for a
-call. Triton ran in its interpreter here, and CUDA is not in the table: its kernels are those of `relu`,
-`relu_squared`, `bias_act` with these two, `attention` and `attention_decode` (all options; no float64) and Adam.
+call. Triton ran in its interpreter here, and CUDA is not in the table: its kernels are those of the activations, `glu`,
+`bias_act`, `dropout`, `mse_loss`, `attention` and `attention_decode` (both with all options, without float64) and Adam.
 
 """
 PROOFS = """

@@ -2,13 +2,10 @@
 
 #include <cstdint>
 
+#include "../../act.h"
 #include "../../dtype.h"
 
 namespace fastlm::cpu {
-
-enum class Act : int { kNone, kRelu, kReluSquared, kGelu, kGeluTanh, kSilu, kSigmoid, kTanh };
-constexpr int kNumActs = 8;
-constexpr const char* kActNames[kNumActs] = {"none", "relu", "relu_squared", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"};
 
 // Arrays are dense, of n elements, or of `rows` rows with `cols` elements each, those of gate and up `gate_row` and `up_row`
 // elements apart. y may be x, unless it goes past the caches (vec.h). Backward, `saved` is the output of relu, sigmoid and tanh (of none, either), and the input of

@@ -1,4 +1,4 @@
-"""gelu, silu, sigmoid and tanh in C++: csrc/cpu/activation.cpp."""
+"""gelu, silu, sigmoid and tanh in C++: csrc/cpu/activation.cpp, csrc/cuda/activation.cu."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from fastlm import _native
 from fastlm._library import kernel
 from fastlm.kernels._common import as_laid_out, flat, unsupported_dtype
+from fastlm.kernels.native._common import act_backward_on_gpu, act_on_gpu, current_stream
 
 if _native.cpu is not None:
     ACTS = {name: i for i, name in enumerate(_native.cpu.acts)}
@@ -46,3 +47,31 @@ if _native.cpu is not None:
 
     for _name in ("silu", "sigmoid", "tanh"):
         _register(_name)
+
+
+if _native.cuda is not None:
+    _cuda = _native.cuda
+    _CUDA_ACTS = {name: i for i, name in enumerate(_cuda.acts)}
+    _CUDA_GELU = {"none": _CUDA_ACTS["gelu"], "tanh": _CUDA_ACTS["gelu_tanh"]}
+
+    @kernel("gelu", backend="native", device="cuda", supports=unsupported_dtype)
+    def gelu_cuda(x: Tensor, approximate: str) -> Tensor:
+        return act_on_gpu(_cuda, current_stream(x), x, _CUDA_GELU[approximate])
+
+    @kernel("gelu_backward", backend="native", device="cuda", supports=unsupported_dtype)
+    def gelu_backward_cuda(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
+        return act_backward_on_gpu(_cuda, current_stream(x), dy, x, _CUDA_GELU[approximate])
+
+    def _register_cuda(name: str) -> None:
+        act = _CUDA_ACTS[name]
+
+        @kernel(name, backend="native", device="cuda")
+        def forward(x: Tensor) -> Tensor:
+            return act_on_gpu(_cuda, current_stream(x), x, act)
+
+        @kernel(f"{name}_backward", backend="native", device="cuda")
+        def backward(dy: Tensor, saved: Tensor) -> Tensor:
+            return act_backward_on_gpu(_cuda, current_stream(saved), dy, saved, act)
+
+    for _name in ("silu", "sigmoid", "tanh"):
+        _register_cuda(_name)

@@ -1,4 +1,4 @@
-"""act(x + bias) in C++: csrc/cpu/activation.cpp; relu and squared relu in csrc/cuda/relu.cu."""
+"""act(x + bias) in C++: csrc/cpu/activation.cpp, csrc/cuda/activation.cu and dropout.cu."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels._common import (
-    unsupported_bias_act_backward_on_gpu,
-    unsupported_bias_act_on_gpu,
-    unsupported_dtype,
-)
+from fastlm.kernels._common import unsupported_dtype
 from fastlm.kernels.native._common import current_stream
 
 if _native.cpu is not None:
@@ -36,20 +32,23 @@ if _native.cpu is not None:
 
 if _native.cuda is not None:
     _cuda = _native.cuda
+    _CUDA_ACTS = {name: i for i, name in enumerate(_cuda.acts)}
 
-    @kernel("bias_act", backend="native", device="cuda", supports=unsupported_bias_act_on_gpu)
+    @kernel("bias_act", backend="native", device="cuda", supports=unsupported_dtype)
     def bias_act_cuda(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> Tensor:
         x, bias = x.contiguous(), bias.contiguous()
         y = torch.empty_like(x)
-        _cuda.bias_act_forward(x, bias, y, act == "relu_squared", current_stream(x))
+        _cuda.bias_act_forward(x, bias, y, _CUDA_ACTS[act], current_stream(x))
+        if dropout_p > 0:
+            _cuda.dropout(y, y, dropout_p, seed, current_stream(x))
         return y
 
-    @kernel("bias_act_backward", backend="native", device="cuda", supports=unsupported_bias_act_backward_on_gpu)
+    @kernel("bias_act_backward", backend="native", device="cuda", supports=unsupported_dtype)
     def bias_act_backward_cuda(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
         dy, saved, bias = dy.contiguous(), saved.contiguous(), bias.contiguous()
         dx = torch.empty_like(saved)
         sums = torch.empty_like(bias, dtype=torch.float64 if bias.dtype == torch.float64 else torch.float32)
         rows = saved.numel() // bias.numel() if bias.numel() > 0 else 0
         partial = sums.new_empty(_cuda.bias_act_chunks(rows), bias.numel())
-        _cuda.bias_act_backward(dy, saved, bias, dx, sums, partial, act == "relu_squared", current_stream(saved))
+        _cuda.bias_act_backward(dy, saved, bias, dx, sums, partial, _CUDA_ACTS[act], current_stream(saved))
         return dx, sums.to(bias.dtype)

@@ -1,4 +1,4 @@
-"""relu and squared relu in C++: csrc/cpu/activation.cpp, csrc/cuda/relu.cu."""
+"""relu and squared relu in C++: csrc/cpu/activation.cpp, csrc/cuda/activation.cu."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from torch import Tensor, empty_like, get_num_threads
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels._common import as_laid_out, flat
-from fastlm.kernels.native._common import current_stream
+from fastlm.kernels.native._common import act_backward_on_gpu, act_on_gpu, current_stream
 
 if _native.cpu is not None:
     from fastlm.kernels.native.activation import ACTS, gradient, value
@@ -38,30 +37,20 @@ if _native.cpu is not None:
 
 if _native.cuda is not None:
     _cuda = _native.cuda
-
-    def _cuda_output(x: Tensor, squared: bool) -> Tensor:
-        y = empty_like(x)
-        _cuda.relu_forward(flat(as_laid_out(x, y)), flat(y), squared, current_stream(x))
-        return y
-
-    def _cuda_gradient(dy: Tensor, saved: Tensor, squared: bool) -> Tensor:
-        dx = empty_like(saved)
-        dy, saved = flat(as_laid_out(dy, dx)), flat(as_laid_out(saved, dx))
-        _cuda.relu_backward(dy, saved, flat(dx), squared, current_stream(dx))
-        return dx
+    _CUDA_RELU, _CUDA_RELU_SQUARED = _cuda.acts.index("relu"), _cuda.acts.index("relu_squared")
 
     @kernel("relu", backend="native", device="cuda")
     def relu_cuda(x: Tensor) -> Tensor:
-        return _cuda_output(x, False)
+        return act_on_gpu(_cuda, current_stream(x), x, _CUDA_RELU)
 
     @kernel("relu_squared", backend="native", device="cuda")
     def relu_squared_cuda(x: Tensor) -> Tensor:
-        return _cuda_output(x, True)
+        return act_on_gpu(_cuda, current_stream(x), x, _CUDA_RELU_SQUARED)
 
     @kernel("relu_backward", backend="native", device="cuda")
     def relu_backward_cuda(dy: Tensor, y: Tensor) -> Tensor:
-        return _cuda_gradient(dy, y, False)
+        return act_backward_on_gpu(_cuda, current_stream(y), dy, y, _CUDA_RELU)
 
     @kernel("relu_squared_backward", backend="native", device="cuda")
     def relu_squared_backward_cuda(dy: Tensor, x: Tensor) -> Tensor:
-        return _cuda_gradient(dy, x, True)
+        return act_backward_on_gpu(_cuda, current_stream(x), dy, x, _CUDA_RELU_SQUARED)
