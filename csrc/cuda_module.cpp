@@ -119,7 +119,7 @@ void norm_backward(const TensorView& dy, const OptionalTensor& dsum, const Tenso
                    double eps, bool centred, uintptr_t stream) {
   auto [rows, cols] = border.check_norm_backward("norm_backward", dy, dsum, s, weight, dx, dweight, dbias);
   int64_t sums = int64_t(dweight.has_value()) + int64_t(dbias.has_value());
-  border.check_sums("norm_backward", "partial", dy, partial, sums * cuda::norm_slices(rows) * cols);
+  border.check_sums("norm_backward", "partial", dy, partial, sums * cuda::norm_slices(dy.dtype, rows, cols) * cols);
   cuda::norm_backward({dy.device, stream}, dy.dtype, dy.data, data_of(dsum), s.data, data_of(weight), dx.data, data_of(dweight),
                       data_of(dbias), partial.data, rows, cols, eps, centred);
 }
@@ -363,8 +363,11 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   kernel("cross_entropy_forward", &fastlm::cross_entropy_forward, "A target that is no class makes its row's results NaN.");
   kernel("cross_entropy_backward", &fastlm::cross_entropy_backward, "dx may be x.");
   kernel("norm_forward", &fastlm::norm_forward);
-  kernel("norm_backward", &fastlm::norm_backward, "`partial` has norm_slices(rows) rows for each of dweight and dbias.");
-  m.def("norm_slices", &cuda::norm_slices);
+  kernel("norm_backward", &fastlm::norm_backward, "`partial` has norm_slices(dy) rows for each of dweight and dbias.");
+  m.def("norm_slices", [](const fastlm::TensorView& dy) {
+    auto [rows, cols] = fastlm::border.check_rows("norm_slices", dy);
+    return cuda::norm_slices(dy.dtype, rows, cols);
+  });
   kernel("glu_forward", &fastlm::glu_forward, "y = act(gate) * up, matrices with contiguous rows.");
   kernel("glu_backward", &fastlm::glu_backward);
   kernel("dropout", &fastlm::dropout, "seed, one int64, stays on the device.");

@@ -51,7 +51,7 @@ inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 1
 // The first `count` elements at p, the rest zero: one access where the vector is whole and p aligned, else one each, so
 // that tails and misaligned tensors run the arithmetic of the body.
 template <class T> __device__ Vector<T> load_count(const T* p, int64_t count, bool aligned) {
-  if (aligned && count >= kVector<T>) return *reinterpret_cast<const Vector<T>*>(p);
+  if (aligned && count >= kVector<T>) return load16<Vector<T>>(p);
   Vector<T> v;
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) v.at[i] = i < count ? p[i] : narrow<T>(0.0f);
@@ -67,6 +67,17 @@ template <class T> __device__ void store_count(T* p, const Vector<T>& v, int64_t
 #pragma unroll
   for (int i = 0; i < kVector<T>; ++i) {
     if (i < count) p[i] = v.at[i];
+  }
+}
+
+// The elements of compute_t that go with a vector of T: `count` at most, zeros past them.
+template <class T> __device__ void load_wide(compute_t<T> (&out)[kVector<T>], const compute_t<T>* from, int64_t count, bool aligned) {
+  using C = compute_t<T>;
+#pragma unroll
+  for (int part = 0; part < kVector<T> / kVector<C>; ++part) {
+    Vector<C> v = load_count(from + part * kVector<C>, count - part * kVector<C>, aligned);
+#pragma unroll
+    for (int e = 0; e < kVector<C>; ++e) out[part * kVector<C> + e] = v.at[e];
   }
 }
 

@@ -1,5 +1,6 @@
 // Cross-entropy over rows of logits: forward reads them once, with an online softmax (Milakov and Gimelshein 2018,
-// arXiv:1805.02867), backward reads them again and writes their gradient. A row is for a warp where it is short, else for a block.
+// arXiv:1805.02867), backward reads them again and writes their gradient. A row is for as many threads as its
+// vectors keep busy.
 #include "cross_entropy.h"
 
 #include "common.cuh"
@@ -7,12 +8,18 @@
 namespace fastlm::cuda {
 namespace {
 
-constexpr int kThreads = 512;
 constexpr int kUnroll = 4;  // 16-byte vectors under way per thread
-constexpr int64_t kShort = 1024;  // classes of a row that a warp takes
+// Threads of a row, by its vectors: a warp, four, or eight. Short rows share a block.
+constexpr int kFew = 32, kSome = 128, kMany = 256;
+template <int kGroup> constexpr int kThreads = kGroup == kFew ? 256 : kGroup;
+// Blocks that a multiprocessor holds at once, which leaves a thread 80 registers; tanh and float64 take more.
+template <class T, int kGroup, bool kCapped> constexpr int kBlocks = (sizeof(T) == 8 || kCapped ? 512 : 768) / kThreads<kGroup>;
 
-__device__ inline float exp_of(float x) { return exp2_approx(x * 1.4426950408889634f); }
-__device__ inline double exp_of(double x) { return exp(x); }
+// As exact as the elements are: of 16 bits, the instruction that there is.
+template <class T> __device__ compute_t<T> exp_of(compute_t<T> x) {
+  if constexpr (sizeof(T) == 2) return exp2_approx(x * 1.4426950408889634f);
+  return exp(x);
+}
 
 template <class T> struct Args {
   using C = compute_t<T>;
@@ -25,44 +32,45 @@ template <class T> struct Args {
   CrossEntropyShape shape;
 };
 
-template <class T> __device__ compute_t<T> logit(compute_t<T> x, compute_t<T> cap) {
-  return cap > 0 ? cap * tanh(x / cap) : x;
-}
+// A row's elements by vectors, of which thread `lane` of kGroup has its part, kUnroll at a time. Rows of an odd number of classes
+// begin anywhere, so vectors begin at the row's first multiple of 16 bytes, and what comes before is a vector of its own.
+template <class T, int kGroup> struct Vectors {
+  const T* row;
+  int64_t classes, head;
+  bool aligned;
+  int lane;
 
-// How many elements of a row come before its first multiple of 16 bytes, where vectors begin: rows of an odd number of classes
-// begin anywhere.
-template <class T> __device__ int64_t before_vectors(const T* row, int64_t classes) {
-  int64_t head = (16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T);
-  return head < classes ? head : classes;
-}
-
-// run(first column, elements, at a multiple of 16 bytes, the vector) on each vector of a row, of which `lane` of kGroup threads
-// takes its part; kUnroll loads come before the first is used.
-template <int kGroup, class T, class Run>
-__device__ void each_vector(const T* row, int64_t classes, bool vectors, int lane, const Run& run) {
-  int64_t head = vectors ? before_vectors(row, classes) : 0;
-  if (lane == 0 && head > 0) run(0, head, false, load_count(row, head, false));
-  for (int64_t first = head + int64_t(lane) * kVector<T>; first < classes; first += int64_t(kUnroll) * kGroup * kVector<T>) {
-    Vector<T> loaded[kUnroll];
+  __device__ Vectors(const T* row, int64_t classes, bool aligned) : row(row), classes(classes), head(0), aligned(aligned) {
+    lane = threadIdx.x % kGroup;
+    if (aligned) head = (16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T);
+    if (head > classes) head = classes;
+  }
+  // run(first columns, counts, whether 16 bytes may be accessed at once) for each batch, by `load` or as they are.
+  template <class Run> __device__ void each_batch(const Run& run) const {
+    int64_t cols[kUnroll] = {}, counts[kUnroll] = {head};
+    if (lane == 0 && head > 0) run(cols, counts, false);
+    constexpr int64_t kStep = int64_t(kGroup) * kVector<T>;
+    for (int64_t first = head + int64_t(lane) * kVector<T>; first < classes; first += kUnroll * kStep) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      int64_t col = first + int64_t(u) * kGroup * kVector<T>;
-      if (col < classes) loaded[u] = load_count(row + col, classes - col, vectors);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      int64_t col = first + int64_t(u) * kGroup * kVector<T>;
-      if (col < classes) run(col, classes - col, vectors, loaded[u]);
+      for (int u = 0; u < kUnroll; ++u) {
+        cols[u] = first + u * kStep;
+        counts[u] = cols[u] < classes ? classes - cols[u] : 0;
+      }
+      run(cols, counts, aligned);
     }
   }
-}
+  __device__ void load(Vector<T> (&v)[kUnroll], const int64_t (&cols)[kUnroll], const int64_t (&counts)[kUnroll], bool whole) const {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) v[u] = load_count(row + cols[u], counts[u], whole);
+  }
+};
 
-// Over the group, for all of it: the larger of two, or the sum. All threads of a block take part.
+// Over the group, for all of it: the larger of two, or the sum. All threads of the group take part.
 template <int kGroup, bool kMax, class C> __device__ C reduce(C x) {
   auto join = [](C a, C b) { return kMax ? (a > b ? a : b) : a + b; };
 #pragma unroll
   for (int mask = kWarp / 2; mask > 0; mask /= 2) x = join(x, shuffle_xor(x, mask));
-  if constexpr (kGroup > kWarp) {
+  if constexpr (kGroup > kWarp) {  // the block, then
     __shared__ C of_warps[kGroup / kWarp];
     __syncthreads();  // what was here before has been read
     if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = x;
@@ -73,42 +81,53 @@ template <int kGroup, bool kMax, class C> __device__ C reduce(C x) {
   return x;
 }
 
-template <class T, int kGroup> __global__ void __launch_bounds__(kThreads, 1) cross_entropy_fwd_kernel(const Args<T> args) {
+template <class T, int kGroup, bool kCapped>
+__global__ void __launch_bounds__(kThreads<kGroup>, kBlocks<T, kGroup, kCapped>) cross_entropy_fwd_kernel(const Args<T> args) {
   using C = compute_t<T>;
-  int64_t r = int64_t(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
+  int64_t r = int64_t(blockIdx.x) * (kThreads<kGroup> / kGroup) + threadIdx.x / kGroup;
   if (r >= args.rows) return;  // a whole group
-  const int lane = threadIdx.x % kGroup;
   const CrossEntropyShape& shape = args.shape;
+  const bool first = threadIdx.x % kGroup == 0, smooth = shape.smoothing > 0;
   const int64_t target = args.target[r];
   if (target == shape.ignored) {
-    if (lane == 0) args.loss[r] = args.lse[r] = 0;
+    if (first) args.loss[r] = args.lse[r] = 0;
     return;
   }
-  const T* row = args.x + r * shape.classes;
-  const C cap = C(shape.softcap);
+  const Vectors<T, kGroup> row(args.x + r * shape.classes, shape.classes, true);
+  const C cap = C(shape.softcap), inverse_cap = C(1) / cap;
+  auto logit = [&](C x) { return kCapped ? cap * tanh(x * inverse_cap) : x; };
   C top = -INFINITY, total = 0, all = 0;  // total = sum of exp(z - top)
-  each_vector<kGroup>(row, shape.classes, true, lane, [&](int64_t, int64_t count, bool, const Vector<T>& v) {
-    C z[kVector<T>], new_top = top;
+  row.each_batch([&](const int64_t (&cols)[kUnroll], const int64_t (&counts)[kUnroll], bool whole) {
+    Vector<T> v[kUnroll];
+    row.load(v, cols, counts, whole);
+    C new_top = top;
+    auto z = [&](int u, int e) { return e < counts[u] ? logit(C(widen(v[u].at[e]))) : C(-INFINITY); };
 #pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) {
-      z[e] = e < count ? logit<T>(C(widen(v.at[e])), cap) : C(-INFINITY);
-      new_top = z[e] > new_top ? z[e] : new_top;  // a NaN gets lost here, and comes back with the sum
-      if (e < count) all += z[e];
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+      for (int e = 0; e < kVector<T>; ++e) {
+        C value = z(u, e);
+        new_top = value > new_top ? value : new_top;  // a NaN gets lost here, and comes back with the sum
+        if (smooth && e < counts[u]) all += value;
+      }
     }
     const C base = new_top == -INFINITY ? C(0) : new_top;  // exp(-inf - -inf) would be NaN
-    total *= exp_of(top - base);
+    total *= exp_of<T>(top - base);
     top = new_top;
 #pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) total += exp_of(z[e] - base);
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+      for (int e = 0; e < kVector<T>; ++e) total += exp_of<T>(z(u, e) - base);
+    }
   });
   C of_all = reduce<kGroup, true>(top), base = of_all == -INFINITY ? C(0) : of_all;
-  total = reduce<kGroup, false>(total * exp_of(top - base));
-  if (shape.smoothing > 0) all = reduce<kGroup, false>(all);
-  if (lane != 0) return;
+  total = reduce<kGroup, false>(total * exp_of<T>(top - base));
+  if (smooth) all = reduce<kGroup, false>(all);
+  if (!first) return;
   C rest = log(total), value = NAN;
   if (target >= 0 && target < shape.classes) {
-    value = (of_all - logit<T>(C(widen(row[target])), cap)) + rest;
-    if (shape.smoothing > 0) {
+    value = (of_all - logit(C(widen(row.row[target])))) + rest;
+    if (smooth) {
       C smoothing = C(shape.smoothing);
       value = (1 - smoothing) * value + smoothing * ((of_all - all / C(shape.classes)) + rest);
     }
@@ -117,38 +136,55 @@ template <class T, int kGroup> __global__ void __launch_bounds__(kThreads, 1) cr
   args.lse[r] = of_all + rest;
 }
 
-template <class T, int kGroup> __global__ void __launch_bounds__(kThreads) cross_entropy_bwd_kernel(const Args<T> args) {
+template <class T, int kGroup, bool kCapped>
+__global__ void __launch_bounds__(kThreads<kGroup>, kBlocks<T, kGroup, kCapped>) cross_entropy_bwd_kernel(const Args<T> args) {
   using C = compute_t<T>;
-  int64_t r = int64_t(blockIdx.x) * (kThreads / kGroup) + threadIdx.x / kGroup;
+  int64_t r = int64_t(blockIdx.x) * (kThreads<kGroup> / kGroup) + threadIdx.x / kGroup;
   if (r >= args.rows) return;
   const CrossEntropyShape& shape = args.shape;
   const int64_t target = args.target[r];
-  const bool counts = target != shape.ignored, known = target >= 0 && target < shape.classes;
-  const T* row = args.x + r * shape.classes;
+  const bool counts_at_all = target != shape.ignored, known = target >= 0 && target < shape.classes;
+  const T* x = args.x + r * shape.classes;
   T* out = args.dx + r * shape.classes;
-  const C cap = C(shape.softcap), base = args.lse[r], g = known ? args.g[r] : C(NAN);
+  const bool alike = (reinterpret_cast<uintptr_t>(x) ^ reinterpret_cast<uintptr_t>(out)) % 16 == 0;
+  const Vectors<T, kGroup> row(x, shape.classes, alike);
+  const C cap = C(shape.softcap), inverse_cap = C(1) / cap, base = args.lse[r], g = known ? args.g[r] : C(NAN);
   const C of_lse = args.dlse != nullptr ? args.dlse[r] : C(0);
   const C even = g * C(shape.smoothing) / C(shape.classes), of_target = g * (1 - C(shape.smoothing));
-  const bool vectors = (reinterpret_cast<uintptr_t>(row) ^ reinterpret_cast<uintptr_t>(out)) % 16 == 0;
-  each_vector<kGroup>(row, shape.classes, vectors, threadIdx.x % kGroup, [&](int64_t col, int64_t count, bool aligned, Vector<T> v) {
+  row.each_batch([&](const int64_t (&cols)[kUnroll], const int64_t (&counts)[kUnroll], bool whole) {
+    Vector<T> v[kUnroll];
+    if (counts_at_all) row.load(v, cols, counts, whole);
 #pragma unroll
-    for (int e = 0; e < kVector<T>; ++e) {
-      C z = logit<T>(C(widen(v.at[e])), cap), p = exp_of(z - base);
-      // Of a class: p less its share of the target, times g, and p times dlse.
-      C d = fma(p, of_lse, fma(p, g, -(even + (col + e == target ? of_target : C(0)))));
-      if (cap > 0) d *= 1 - (z / cap) * (z / cap);
-      v.at[e] = narrow<T>(counts ? d : C(0));
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+      for (int e = 0; e < kVector<T>; ++e) {
+        if (!counts_at_all) {
+          v[u].at[e] = narrow<T>(0.0f);
+          continue;
+        }
+        C z = C(widen(v[u].at[e])), t = kCapped ? tanh(z * inverse_cap) : C(0);
+        if (kCapped) z = cap * t;
+        C p = exp_of<T>(z - base);
+        // Of a class: p less its share of the target, times g, and p times dlse.
+        C d = fma(p, of_lse, fma(p, g, -(even + (cols[u] + e == target ? of_target : C(0)))));
+        v[u].at[e] = narrow<T>(kCapped ? d * (1 - t * t) : d);
+      }
+      store_count(out + cols[u], v[u], counts[u], whole);
     }
-    store_count(out + col, v, count, aligned);
   });
 }
 
-template <class T, class Run> void dispatch_group(int64_t rows, int64_t classes, const Run& run) {
-  if (classes <= kShort) {
-    run(std::integral_constant<int, kWarp>{}, grid_of(ceil_div(rows, kThreads / kWarp)));
-  } else {
-    run(std::integral_constant<int, kThreads>{}, grid_of(rows));
-  }
+// run(the threads of a row, whether logits are capped) as types, and the grid.
+template <class T, class Run> void dispatch_row(int64_t rows, const CrossEntropyShape& shape, const Run& run) {
+  auto with = [&](auto group) {
+    constexpr int kGroup = decltype(group)::value;
+    dim3 grid = grid_of(ceil_div(rows, kThreads<kGroup> / kGroup));
+    shape.softcap > 0 ? run(group, std::true_type{}, grid) : run(group, std::false_type{}, grid);
+  };
+  int64_t vectors = ceil_div(shape.classes, kVector<T>);
+  if (vectors <= kFew * kUnroll) return with(std::integral_constant<int, kFew>{});
+  if (vectors <= kSome * kUnroll) return with(std::integral_constant<int, kSome>{});
+  with(std::integral_constant<int, kMany>{});
 }
 
 }  // namespace
@@ -160,8 +196,9 @@ void cross_entropy_forward(const Target& device, DType dtype, const void* x, con
     using C = compute_t<T>;
     Args<T> args{static_cast<const T*>(x), target, static_cast<C*>(loss), static_cast<C*>(lse), nullptr, nullptr, nullptr, rows,
                  shape};
-    dispatch_group<T>(rows, shape.classes, [&](auto group, dim3 grid) {
-      launch(device, "cross_entropy", cross_entropy_fwd_kernel<T, decltype(group)::value>, grid, kThreads, 0, args);
+    dispatch_row<T>(rows, shape, [&](auto group, auto capped, dim3 grid) {
+      constexpr int kGroup = decltype(group)::value;
+      launch(device, "cross_entropy", cross_entropy_fwd_kernel<T, kGroup, decltype(capped)::value>, grid, kThreads<kGroup>, 0, args);
     });
   });
 }
@@ -173,8 +210,10 @@ void cross_entropy_backward(const Target& device, DType dtype, const void* g, co
     using C = compute_t<T>;
     Args<T> args{static_cast<const T*>(x), target, nullptr, const_cast<C*>(static_cast<const C*>(lse)), static_cast<const C*>(g),
                  static_cast<const C*>(dlse), static_cast<T*>(dx), rows, shape};
-    dispatch_group<T>(rows, shape.classes, [&](auto group, dim3 grid) {
-      launch(device, "cross_entropy_backward", cross_entropy_bwd_kernel<T, decltype(group)::value>, grid, kThreads, 0, args);
+    dispatch_row<T>(rows, shape, [&](auto group, auto capped, dim3 grid) {
+      constexpr int kGroup = decltype(group)::value;
+      launch(device, "cross_entropy_backward", cross_entropy_bwd_kernel<T, kGroup, decltype(capped)::value>, grid, kThreads<kGroup>, 0,
+             args);
     });
   });
 }

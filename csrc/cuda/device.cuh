@@ -114,6 +114,8 @@ __device__ inline float reciprocal(float x) {  // 1 ulp; 0 where that would be s
 }
 __device__ inline double reciprocal(double x) { return 1 / x; }
 
+// Reads 16 bytes in one access.
+template <class V> __device__ inline V load16(const void* from) { return *static_cast<const V*>(from); }
 // Writes 16 bytes in one access. In PTX, since the compiler takes a vector apart where another branch stores its elements.
 __device__ inline void store16(void* to, const uint32_t (&words)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]),

@@ -55,18 +55,13 @@ template <class T, int kGroup, bool kKept> struct Row {
   }
 };
 
-// `count` parameters of a vector's columns, of which there may be fewer; `missing` where there are none at all.
+// The parameters of a vector's columns; `missing` where there are none at all.
 template <class T>
 __device__ void load_parameters(compute_t<T> (&out)[kVector<T>], const compute_t<T>* p, int64_t col, int64_t count, bool aligned,
                                 compute_t<T> missing) {
-  using C = compute_t<T>;
+  if (p != nullptr) return load_wide<T>(out, p + col, count, aligned);
 #pragma unroll
-  for (int part = 0; part < kVector<T> / kVector<C>; ++part) {
-    Vector<C> v;
-    if (p != nullptr) v = load_count(p + col + part * kVector<C>, count - part * kVector<C>, aligned);
-#pragma unroll
-    for (int e = 0; e < kVector<C>; ++e) out[part * kVector<C> + e] = p != nullptr ? v.at[e] : missing;
-  }
+  for (int e = 0; e < kVector<T>; ++e) out[e] = missing;
 }
 
 template <class T> __device__ compute_t<T> inverse_deviation(compute_t<T> squares, int64_t cols, double eps) {
@@ -182,10 +177,11 @@ __global__ void __launch_bounds__(kThreads) norm_bwd_kernel(const BackwardArgs<T
     const int64_t r = first + group;
     const RowOf row{r < end ? args.cols : 0, int(threadIdx.x) % kGroup};
     const T *dy = args.dy + r * args.cols, *s = args.s + r * args.cols;
-    Vector<T> of_dy[RowOf::kVectors], of_s[RowOf::kVectors];
+    Vector<T> of_dy[RowOf::kVectors], of_s[RowOf::kVectors], of_dsum[RowOf::kVectors];
     auto load = [&](int u, int64_t col, int64_t count) {
       of_s[u] = load_count(s + col, count, args.aligned);
       of_dy[u] = load_count(dy + col, count, args.aligned);
+      if (args.dsum != nullptr) of_dsum[u] = load_count(args.dsum + r * args.cols + col, count, args.aligned);
     };
     if constexpr (kKept) row.each(load);
     C total[1] = {};
@@ -217,13 +213,12 @@ __global__ void __launch_bounds__(kThreads) norm_bwd_kernel(const BackwardArgs<T
       if constexpr (!kKept) load(u, col, count);
       C weight[kVector<T>];
       load_parameters<T>(weight, args.weight, col, count, args.aligned, 1);
-      Vector<T> of_dsum, out;
-      if (args.dsum != nullptr) of_dsum = load_count(args.dsum + r * args.cols + col, count, args.aligned);
+      Vector<T> out;
 #pragma unroll
       for (int e = 0; e < kVector<T>; ++e) {
         C unit = (C(widen(of_s[u].at[e])) - mean) * inverse, g = C(widen(of_dy[u].at[e]));
         C d = inverse * (g * weight[e] - level - unit * along);
-        if (args.dsum != nullptr) d += C(widen(of_dsum.at[e]));
+        if (args.dsum != nullptr) d += C(widen(of_dsum[u].at[e]));
         out.at[e] = narrow<T>(d);
         if constexpr (kKept) {
           sums[0][u][e] += g * unit, sums[1][u][e] += g;
@@ -277,8 +272,15 @@ template <class T, class Run> void dispatch_row(int64_t cols, const Run& run) {
   }
 }
 
-// Of a block: a matter of their number alone, so that sums come out the same everywhere. 256 blocks fill any GPU.
-int64_t rows_of_block(int64_t rows) { return std::max<int64_t>(ceil_div(rows, 256), kThreads / kWarp); }
+// Of a block: a matter of sizes alone, so that sums come out the same everywhere. 256 blocks fill any GPU; each of a block's
+// groups gets a row at least.
+int64_t rows_of_block(DType dtype, int64_t rows, int64_t cols) {
+  int64_t groups = 0;
+  dispatch_float(dtype, [&](auto tag) {
+    dispatch_row<typename decltype(tag)::type>(cols, [&](auto threads, auto) { groups = kThreads / decltype(threads)::value; });
+  });
+  return std::max(ceil_div(rows, 256), groups);
+}
 
 template <class... Pointers> bool all_aligned(Pointers... p) { return (aligned16(p) && ...); }
 
@@ -300,7 +302,7 @@ void norm_forward(const Target& target, DType dtype, const void* x, const void* 
   });
 }
 
-int64_t norm_slices(int64_t rows) { return ceil_div(rows, rows_of_block(rows)); }
+int64_t norm_slices(DType dtype, int64_t rows, int64_t cols) { return ceil_div(rows, rows_of_block(dtype, rows, cols)); }
 
 void norm_backward(const Target& target, DType dtype, const void* dy, const void* dsum, const void* s, const void* weight, void* dx,
                    void* dweight, void* dbias, void* partial, int64_t rows, int64_t cols, double eps, bool centred) {
@@ -308,11 +310,11 @@ void norm_backward(const Target& target, DType dtype, const void* dy, const void
     using T = typename decltype(tag)::type;
     using C = compute_t<T>;
     bool aligned = cols % kVector<T> == 0 && all_aligned(dy, dsum, s, weight, dx);
-    int64_t slices = norm_slices(rows);
+    int64_t slices = norm_slices(dtype, rows, cols);
     C* of_weight = dweight == nullptr ? nullptr : static_cast<C*>(partial);
     C* of_bias = dbias == nullptr ? nullptr : static_cast<C*>(partial) + (dweight == nullptr ? 0 : slices * cols);
     BackwardArgs<T> args{static_cast<const T*>(dy), static_cast<const T*>(dsum), static_cast<const T*>(s), static_cast<const C*>(weight),
-                         static_cast<T*>(dx), of_weight, of_bias, rows, cols, rows_of_block(rows), eps, centred, aligned};
+                         static_cast<T*>(dx), of_weight, of_bias, rows, cols, rows_of_block(dtype, rows, cols), eps, centred, aligned};
     dispatch_row<T>(cols, [&](auto threads, auto kept) {
       launch(target, "norm_backward", norm_bwd_kernel<T, decltype(threads)::value, decltype(kept)::value>, grid_of(slices), kThreads, 0,
              args);

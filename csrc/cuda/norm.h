@@ -16,8 +16,8 @@ void norm_forward(const Target& target, DType dtype, const void* x, const void* 
                   void* y, void* sum, int64_t rows, int64_t cols, double eps, bool centred);
 
 // dx of s, with dsum, which may be null, added; and dweight, dbias, unrounded sums over the rows. `partial` has room for
-// norm_slices(rows) rows of `cols` sums for each of the two that is not null.
-int64_t norm_slices(int64_t rows);
+// norm_slices() rows of `cols` sums for each of the two that is not null.
+int64_t norm_slices(DType dtype, int64_t rows, int64_t cols);
 void norm_backward(const Target& target, DType dtype, const void* dy, const void* dsum, const void* s, const void* weight, void* dx,
                    void* dweight, void* dbias, void* partial, int64_t rows, int64_t cols, double eps, bool centred);
 

@@ -19,34 +19,29 @@ template <class T> struct RopeArgs {
   bool aligned;
 };
 
-// The tables' elements that go with a vector of T.
-template <class T>
-__device__ void load_table(compute_t<T> (&out)[kVector<T>], const compute_t<T>* from, int64_t count, bool aligned) {
-  using C = compute_t<T>;
-#pragma unroll
-  for (int part = 0; part < kVector<T> / kVector<C>; ++part) {
-    Vector<C> v = load_count(from + part * kVector<C>, count - part * kVector<C>, aligned);
-#pragma unroll
-    for (int e = 0; e < kVector<C>; ++e) out[part * kVector<C> + e] = v.at[e];
-  }
-}
-
 template <class T> __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeArgs<T> args) {
   using C = compute_t<T>;
   const RopeShape& shape = args.shape;
-  const int64_t first_row = int64_t(blockIdx.x) * args.rows_of_block;
+  const int64_t first_row = int64_t(blockIdx.x) * args.rows_of_block, position = first_row / shape.heads;
   const int rows = args.rows - first_row < args.rows_of_block ? int(args.rows - first_row) : args.rows_of_block;
+  // From here on in 32 bits: the head of the first row, and its position's place in the tables.
+  const uint32_t heads = uint32_t(shape.heads), head = uint32_t(first_row - position * shape.heads),
+                 table_rows = uint32_t(shape.table_rows), place = uint32_t(position % shape.table_rows);
   for (int begin = threadIdx.x; begin < rows * args.pieces; begin += kThreads * kPieces) {
     Vector<T> a[kPieces], b[kPieces];
+    C cos[kPieces][kVector<T>], sin[kPieces][kVector<T>];
 #pragma unroll
     for (int u = 0; u < kPieces; ++u) {
-      int number = begin + u * kThreads, piece = number % args.pieces;
+      int number = begin + u * kThreads, local = number / args.pieces, piece = number - local * args.pieces;
       if (number >= rows * args.pieces) break;
-      const T* row = args.x + (first_row + number / args.pieces) * shape.dim;
+      const T* row = args.x + (first_row + local) * shape.dim;
       if (piece < args.pairs) {
-        int64_t i = int64_t(piece) * kVector<T>;
-        a[u] = load_count(row + i, shape.half - i, args.aligned);
-        b[u] = load_count(row + shape.half + i, shape.half - i, args.aligned);
+        int64_t i = int64_t(piece) * kVector<T>, count = shape.half - i;
+        int64_t angle = int64_t((place + (head + local) / heads) % table_rows) * shape.half + i;
+        a[u] = load_count(row + i, count, args.aligned);
+        b[u] = load_count(row + shape.half + i, count, args.aligned);
+        load_wide<T>(cos[u], args.cos + angle, count, args.aligned);
+        load_wide<T>(sin[u], args.sin + angle, count, args.aligned);
       } else {
         int64_t i = 2 * shape.half + int64_t(piece - args.pairs) * kVector<T>;
         a[u] = load_count(row + i, shape.dim - i, args.aligned);
@@ -54,23 +49,19 @@ template <class T> __global__ void __launch_bounds__(kThreads) rope_kernel(const
     }
 #pragma unroll
     for (int u = 0; u < kPieces; ++u) {
-      int number = begin + u * kThreads, piece = number % args.pieces;
+      int number = begin + u * kThreads, local = number / args.pieces, piece = number - local * args.pieces;
       if (number >= rows * args.pieces) break;
-      const int64_t r = first_row + number / args.pieces;
-      T* row = args.y + r * shape.dim;
+      T* row = args.y + (first_row + local) * shape.dim;
       if (piece < args.pairs) {
-        int64_t i = int64_t(piece) * kVector<T>, angle = r / shape.heads % shape.table_rows * shape.half + i;
-        C cos[kVector<T>], sin[kVector<T>];
-        load_table<T>(cos, args.cos + angle, shape.half - i, args.aligned);
-        load_table<T>(sin, args.sin + angle, shape.half - i, args.aligned);
+        int64_t i = int64_t(piece) * kVector<T>, count = shape.half - i;
 #pragma unroll
         for (int e = 0; e < kVector<T>; ++e) {
           C left = C(widen(a[u].at[e])), right = C(widen(b[u].at[e]));
-          a[u].at[e] = narrow<T>(fma(left, cos[e], -(right * sin[e])));
-          b[u].at[e] = narrow<T>(fma(right, cos[e], left * sin[e]));
+          a[u].at[e] = narrow<T>(fma(left, cos[u][e], -(right * sin[u][e])));
+          b[u].at[e] = narrow<T>(fma(right, cos[u][e], left * sin[u][e]));
         }
-        store_count(row + i, a[u], shape.half - i, args.aligned);
-        store_count(row + shape.half + i, b[u], shape.half - i, args.aligned);
+        store_count(row + i, a[u], count, args.aligned);
+        store_count(row + shape.half + i, b[u], count, args.aligned);
       } else {
         int64_t i = 2 * shape.half + int64_t(piece - args.pairs) * kVector<T>;
         store_count(row + i, a[u], shape.dim - i, args.aligned);
@@ -87,7 +78,9 @@ void rope(const Target& target, DType dtype, const RopeShape& shape, const void*
     using T = typename decltype(tag)::type;
     using C = compute_t<T>;
     int64_t pairs = ceil_div(shape.half, kVector<T>), pieces = pairs + ceil_div(shape.dim - 2 * shape.half, kVector<T>);
-    if (pieces >= 1 << 30) throw std::invalid_argument("fastlm: rope: a row is too long");
+    if (std::max({pieces, shape.heads, shape.table_rows}) >= 1 << 30) {
+      throw std::invalid_argument("fastlm: rope: heads, positions and head dims must be below 2^30");
+    }
     int64_t rows = positions * shape.heads, rows_of_block = std::max<int64_t>(1, kThreads * kPieces / std::max<int64_t>(pieces, 1));
     bool aligned = aligned16(x) && aligned16(cos) && aligned16(sin) && aligned16(y) && shape.half % kVector<T> == 0 &&
                    shape.dim % kVector<T> == 0;

@@ -128,6 +128,8 @@ def _samples(device: str) -> list[tuple]:
         x = (4 * torch.linspace(-9, 9, 7 * 301, device=device).sin()).to(dtype).view(7, 301)
         target = torch.tensor([0, 300, 17, -100, 150, 256, 1], device=device)
         made += [(x, target, None, -100, smoothing, softcap) for smoothing, softcap in ((0.0, 0.0), (0.1, 5.0))]
+    x = torch.linspace(-9, 9, 2 * 2049, device=device).sin().view(2, 2049)  # longer rows run other code on a GPU
+    made.append((x, torch.tensor([2048, 5], device=device), None, -100, 0.1, 0.0))
     return made
 
 
@@ -255,7 +257,8 @@ def cross_entropy(
 
     Raises:
         ValueError: sizes, devices or options that do not fit. TypeError: dtypes that do not fit. IndexError: a target
-        that is no class, on the CPU; on a GPU, where that would wait for it, the loss of its row is NaN.
+        that is no class, on the CPU. On a GPU, where that would wait for it, its row's loss is NaN, or torch's
+        device-side assertion fails where the reference runs.
     """
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
@@ -278,7 +281,7 @@ def cross_entropy(
     losses, lse = run(x, rows, within, ignore_index, *rest)
     if weight is not None and not rows.is_floating_point():
         ignored = rows == ignore_index
-        of_row = torch.where(ignored, 0, _wide(weight)[torch.where(ignored, 0, rows)])
+        of_row = torch.where(ignored, 0, _wide(weight)[torch.where(ignored, 0, rows).clamp(0, x.shape[1] - 1)])
         if within is None:
             losses = losses * of_row
     if z_loss:

@@ -95,10 +95,11 @@ def _fake_backward(dy, dsum, s, weight, eps, centred, wanted):
 
 def _samples(device: str, residual: bool, bias: bool) -> list[tuple]:
     made = []
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.linspace(-2, 3, 1001, device=device).sin().to(dtype).view(7, 143)
-        extras = [torch.linspace(0.5, 1.5, 143, device=device)] * (2 if bias else 1)
-        made.append((x, *([x.flip(0)] if residual else []), *extras, 1e-5))
+    for rows, cols in ((7, 143), (2, 1024), (2, 3072)):  # longer rows run other code on a GPU
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.linspace(-2, 3, rows * cols, device=device).sin().to(dtype).view(rows, cols)
+            extras = [torch.linspace(0.5, 1.5, cols, device=device)] * (2 if bias else 1)
+            made.append((x, *([x.flip(0)] if residual else []), *extras, 1e-5))
     return made
 
 

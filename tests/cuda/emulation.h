@@ -303,6 +303,10 @@ inline float reciprocal(float x) {
 }
 inline double reciprocal(double x) { return 1 / x; }
 
+template <class V> V load16(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulation::fail("16-byte load from a misaligned address");
+  return *static_cast<const V*>(from);
+}
 inline void store16(void* to, const uint32_t (&words)[4]) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0) emulation::fail("16-byte store to a misaligned address");
   std::memcpy(to, words, 16);

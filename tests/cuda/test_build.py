@@ -78,11 +78,12 @@ def resources(built) -> dict[tuple[str, str], dict[str, int]]:
         r"ptxas info\s+: Used (?P<registers>\d+) registers"
     )
     text = (built / "ptxas.log").read_text()
-    found = {}
-    for m in pattern.finditer(text):
+    found, matches = {}, 0
+    for m in pattern.finditer(text):  # a template that two files use comes twice
+        matches += 1
         name = short_name(m["name"])
         found[m["arch"], name] = {k: int(m[k]) for k in ("stack", "stores", "loads", "registers")}
-    assert len(found) == text.count("Compiling entry function"), "some kernels were not read from the log"
+    assert matches == text.count("Compiling entry function"), "some kernels were not read from the log"
     return found
 
 
@@ -170,8 +171,8 @@ def test_float32_attention_stays_float32(instructions):
 def test_memory_bound_kernels_access_16_bytes(instructions):
     pattern = r"(act|bias_act|glu|norm|cross_entropy)_(fwd|bwd)_kernel|(adam|dropout|mse_loss_bwd|rope)_kernel"
     kernels = {n: b for n, b in instructions.items() if re.match(pattern, n)}
-    # The activation is an argument. Norms: dtypes, lengths of rows, both ways. Losses: likewise. rope: dtypes.
-    assert len(kernels) == 36 + 4 * 4 * 2 + 4 * 2 * 2 + 4
+    # The activation is an argument. Norms: dtypes, lengths of rows, both ways. Losses: likewise, and capped.
+    assert len(kernels) == 36 + 4 * 4 * 2 + 4 * 3 * 2 * 2 + 4
     for name, body in kernels.items():
         assert any(i.startswith("LDG") and "128" in i for i in body), name
         if not name.startswith("cross_entropy_fwd"):  # which writes two numbers a row

@@ -12,7 +12,7 @@ from cuda_testing import Kernels
 from test_kernels import TOLERANCE, assert_near, check_attention, families
 
 import fastlm
-from fastlm import _native
+from fastlm import _library, _native
 from fastlm.ops.attention import attention_backward_reference, attention_reference
 from fastlm.ops.attention_decode import attention_decode_reference
 
@@ -34,16 +34,24 @@ def family(request, kernels, monkeypatch) -> str:
     return request.param
 
 
-CHECKED = "relu relu_squared gelu silu sigmoid tanh bias_act glu dropout mse_loss adam_ attention"
-
-
-@pytest.mark.parametrize("op", CHECKED.split())
-@pytest.mark.parametrize("backward", ["", "_backward"])
-def test_self_check_passes(op, backward):
-    if op in ("adam_", "dropout") and backward:
-        pytest.skip(f"{op} has no backward of its own")
-    statuses = {s.backend: s for s in fastlm.backends(op + backward)}
+@pytest.mark.parametrize("name", test_kernels.OPS)
+def test_self_check_passes(name):
+    statuses = {s.backend: s for s in fastlm.backends(name)}
     assert statuses["native"].usable, statuses["native"].reason
+
+
+@pytest.mark.parametrize("name", [n for n in test_kernels.OPS if n != "adam_"])
+def test_every_kernel_is_captured(kernels, name):
+    """On the stream that captures, without waiting for anything."""
+    for args in _library._ops[name].samples(kernels.device.type):
+        if kernels.refusal(name, *args) is not None:
+            continue
+        eager = _library._tensors([kernels[name](*args)])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = _library._tensors([kernels[name](*args)])
+        graph.replay()
+        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(eager, captured, strict=True))
 
 
 def test_driver_is_new_enough():

@@ -78,9 +78,9 @@ if _native.cuda is not None:
     _cuda = _native.cuda
 
     def _backward_cuda(dy, dsum, s, weight, dx, dweight, dbias, eps, centred):
-        cols = s.shape[-1]
-        slices = _cuda.norm_slices(s.numel() // cols if cols else 0)
-        partial = s.new_empty(((dweight is not None) + (dbias is not None)) * slices * cols, dtype=_sum_dtype(s))
+        sums = (dweight is not None) + (dbias is not None)
+        numel = sums * _cuda.norm_slices(s) * s.shape[-1] if sums else 0
+        partial = s.new_empty(numel, dtype=_sum_dtype(s))
         _cuda.norm_backward(dy, dsum, s, weight, dx, dweight, dbias, partial, eps, centred, current_stream(s))
 
     _register("cuda", lambda x, *args: _cuda.norm_forward(x, *args, current_stream(x)), _backward_cuda)
