@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "isa.h"
@@ -60,9 +61,11 @@ void attention_forward(DType dtype, const AttentionBatch& b, const void* q, cons
   const AttentionKernels& kernel = kernels_for(dtype).attention;
   const int64_t size = size_of(dtype), group = b.q_heads / std::max<int64_t>(1, b.k_heads);
   const int64_t heads = b.batch * b.q_heads;
-  // Smaller blocks where there would be too few to share out; a row's result does not depend on its block.
-  const bool few = heads * ((s.q_len + kQueryBlock - 1) / kQueryBlock) < 4 * int64_t{threads};
-  const int64_t rows = few ? kQueryBlock / 2 : kQueryBlock;
+  // Smaller blocks where there would be too few to share out; a row's result does not depend on its block, as long as blocks are
+  // whole panels: AVX2's have 24 queries, the others' a power of two.
+  const int64_t most = std::strcmp(kernels_for(dtype).isa, "avx2") == 0 ? kQueryBlock / 48 * 48 : kQueryBlock;
+  const bool few = heads * ((s.q_len + most - 1) / most) < 4 * int64_t{threads};
+  const int64_t rows = few ? most / 2 : most;
   const int64_t blocks = (s.q_len + rows - 1) / rows, tasks = heads * blocks;
   if (tasks == 0) return;
   Workspace work(min_threads(threads, tasks), kernel.forward_bytes[type](s));
