@@ -1,10 +1,11 @@
-// The backward of attention on Hopper, in fp16 and bf16. As in attention_mma_backward.cu one kernel in two roles: a block owns 128 queries and walks over keys (dq), or owns 128 keys and walks over queries, of all query heads
-// of its group (dk and dv). One warpgroup has the copy engine fetch the tiles that are walked over; each of two others
-// computes 64 of the owned rows: P and dS go from the accumulators of two products straight into the operands of the
-// next. While one waits for its products, the other computes exponentials.
+// The backward of attention on Hopper, in fp16 and bf16. As in attention_mma_backward.cu one kernel in two roles: a block owns
+// 128 queries and walks over keys (dq), or owns 128 keys and walks over queries, of all query heads of its group (dk and dv).
+// One warpgroup has the copy engine fetch the tiles that are walked over; each of two others computes 64 of the owned rows: P
+// and dS go from the accumulators of two products straight into the operands of the next. While one waits for its products,
+// the other computes exponentials.
 //
-// That is 7 products. Where gradients need not have the same bits every time, the second role computes dq too, and adds it
-// to sums in device memory: 5 products, and a kernel that turns the sums into dq.
+// That is 7 products, without atomics. Where gradients need not have the same bits every time, the second role computes dq too,
+// and adds it to sums in device memory: 5 products, a kernel that turns the sums into dq, and two warpgroups that go in step.
 //
 // Head dims are padded with zeros to 64 or 128. Scores are scaled products alone (no ScoreTerms).
 #include "attention_sm90.cuh"
