@@ -213,10 +213,11 @@ def test_products_of_onednn(monkeypatch):
 @pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
 @pytest.mark.parametrize("slow", [False, True])
 def test_products_in_16_bits(monkeypatch, slow):
-    """With the CPU's instructions for a dtype and by conversion, whichever this machine needs."""
+    """With the CPU's instructions for a dtype and by conversion, whichever this machine needs; in parts of few rows."""
     from fastlm.kernels.native import products
 
     monkeypatch.setattr(products, "torch_multiplies", lambda dtype: not slow)
+    monkeypatch.setattr(products, "_CONVERTED_ROWS", 3)
     with fastlm.use_backend("native"):
         for act in ACTS:
             for dtype in (torch.bfloat16, torch.float16):

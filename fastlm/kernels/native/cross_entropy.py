@@ -84,8 +84,9 @@ if _native.cpu is not None:
         z_loss: float, softcap: float, mean: bool, wanted: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-        if by_conversion(x):  # once, and not once for each part
-            x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
+        converts = by_conversion(x)
+        if converts:  # once, and not once for each part
+            weight, bias = weight.float(), None if bias is None else bias.float()
         count = (target != ignore_index).sum().item() if mean else 1
         share = 1 / count if count else float("nan")  # the mean of nothing, as in torch
         total = torch.zeros((), dtype=torch.float64)
@@ -95,6 +96,8 @@ if _native.cpu is not None:
         rows = max(_LEAST_ROWS, min(_MOST_ROWS, len(x) // _SHARE_OF_ROWS), _LEAST_LOGITS // max(1, weight.shape[0]))
         for begin in range(0, len(x), rows):
             part, classes = x[begin : begin + rows], target[begin : begin + rows]
+            if converts:
+                part = part.float()
             logits = linear(part, weight, bias)
             losses, lse = cross_entropy(logits, classes, None, ignore_index, label_smoothing, softcap)
             total += losses.sum(dtype=torch.float64)

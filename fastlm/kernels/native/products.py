@@ -10,6 +10,7 @@ times as long as in float32, to which operands are converted then.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from fastlm import _native
 from fastlm._library import torch_multiplies
 
 _DEEP = 3072  # outputs of a layer, from which on our own product takes the input gradient
+_CONVERTED_ROWS = 512  # at a time: products are as fast as of all rows, and the copies small beside what training keeps
 
 
 @functools.cache
@@ -53,7 +55,8 @@ def by_conversion(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (M, K), weight (N, K) -> x weight' + bias (M, N). Without an activation: oneDNN's ReLU makes 0 of NaN."""
     if by_conversion(x):
-        return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        wide = weight.float(), None if bias is None else bias.float()
+        return _by_parts(lambda part: linear(part, *wide), x, weight.shape[0])
     if _by_onednn(x, weight):
         # oneDNN reads a bias as if it were contiguous, whatever its strides, and says nothing.
         bias = None if bias is None else bias.contiguous()
@@ -66,7 +69,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def input_gradient(du: Tensor, weight: Tensor) -> Tensor:
     """du (M, N), weight (N, K) -> du weight (M, K)."""
     if by_conversion(du):
-        return input_gradient(du.float(), weight.float()).to(du.dtype)
+        wide = weight.float()
+        return _by_parts(lambda part: input_gradient(part, wide), du, weight.shape[1])
     if _wide(du) and du.shape[1] >= _DEEP:
         return add_product(du, weight, du.new_empty(du.shape[0], weight.shape[1]), add=False)
     if _by_onednn(du, weight):
@@ -77,10 +81,21 @@ def input_gradient(du: Tensor, weight: Tensor) -> Tensor:
 def weight_gradient(du: Tensor, x: Tensor) -> Tensor:
     """du (M, N), x (M, K) -> du' x (N, K)."""
     if by_conversion(du):
-        return weight_gradient(du.float(), x.float()).to(du.dtype)
+        sums = du.new_zeros(du.shape[1], x.shape[1], dtype=torch.float32)
+        for du_part, x_part in zip(du.split(_CONVERTED_ROWS), x.split(_CONVERTED_ROWS), strict=True):
+            sums.addmm_(du_part.float().t(), x_part.float())
+        return sums.to(du.dtype)
     if _wide(du):
         return add_product(du.t(), x, du.new_empty(du.shape[1], x.shape[1]), add=False)
     return du.t() @ x
+
+
+def _by_parts(product: Callable[[Tensor], Tensor], x: Tensor, columns: int) -> Tensor:
+    """product(x.float()), of so many columns and in the dtype of x, some rows at a time."""
+    y = x.new_empty(x.shape[0], columns)
+    for x_part, y_part in zip(x.split(_CONVERTED_ROWS), y.split(_CONVERTED_ROWS), strict=True):
+        y_part.copy_(product(x_part.float()))
+    return y
 
 
 def add_product(a: Tensor, b: Tensor, c: Tensor, *, add: bool = True) -> Tensor:
