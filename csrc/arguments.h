@@ -175,10 +175,10 @@ struct Border {
     return sizes;
   }
 
-  // What one Adam step works on. Nothing is written; `steps` lie on the CPU.
+  // What one Adam step works on. Nothing is written; `steps` lie on the CPU, or with steps_on_gpu where the others are.
   std::vector<AdamItem> check_adam(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                                    const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                                   const TensorList& steps, bool amsgrad) const {
+                                   const TensorList& steps, bool amsgrad, bool steps_on_gpu = false) const {
     const TensorList* lists[kAdamTensors] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs};
     const char* names[kAdamTensors] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
     int count = amsgrad ? kAdamTensors : kAdamTensors - 1;
@@ -204,9 +204,9 @@ struct Border {
       if (exp_avgs[i].dtype != param.dtype) {
         item.state_dtype = exp_avgs[i].dtype;
         auto wide_or_narrow = [](DType d) { return d == DType::kF32 || d == DType::kBF16; };
-        FASTLM_CHECK(!on_gpu && wide_or_narrow(param.dtype) && wide_or_narrow(item.state_dtype), "adam_: exp_avgs[", i,
-                     "] must have the dtype of params[", i, "], ", param.describe(), ", or ", on_gpu ? "that alone" :
-                     "one be float32 and the other bfloat16", ", got ", exp_avgs[i].describe());
+        FASTLM_CHECK(wide_or_narrow(param.dtype) && wide_or_narrow(item.state_dtype), "adam_: exp_avgs[", i,
+                     "] must have the dtype of params[", i, "], ", param.describe(),
+                     ", or one be float32 and the other bfloat16, got ", exp_avgs[i].describe());
       }
       item.n = param.numel();
       item.ndim = param.ndim;
@@ -225,12 +225,26 @@ struct Border {
         item.flat = item.flat && same_layout(tensor, param);
       }
       const TensorView& step = steps[i];
-      FASTLM_CHECK(step.numel() == 1 && !step.cuda && (step.dtype == DType::kF32 || step.dtype == DType::kF64),
-                   "adam_: steps[", i, "] must be one float32 or float64 on cpu, got ", step.describe());
+      FASTLM_CHECK((steps_on_gpu || !step.cuda) && is_scalar(step), "adam_: steps[", i,
+                   "] must be one float32 or float64 on ", steps_on_gpu ? "the device of params" : "cpu", ", got ",
+                   step.describe());
       check_written("steps", i, step);
+      if (steps_on_gpu) {
+        check_device("adam_", params[0], step);
+        continue;
+      }
       item.step = (step.dtype == DType::kF64 ? *static_cast<double*>(step.data) : *static_cast<float*>(step.data)) + 1;
     }
     return items;
+  }
+
+  static bool is_scalar(const TensorView& t) {
+    return t.numel() == 1 && (t.dtype == DType::kF32 || t.dtype == DType::kF64);
+  }
+  void check_scalar(const char* op, const char* name, const TensorView& first, const OptionalTensor& t) const {
+    if (!t) return;
+    check_device(op, first, *t);
+    FASTLM_CHECK(is_scalar(*t), op, ": ", name, " must be one float32 or float64, got ", t->describe());
   }
 };
 

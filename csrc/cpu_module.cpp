@@ -171,13 +171,15 @@ void mse_loss_backward(const TensorView& x, const TensorView& target, double sca
 void adam_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const TensorList& steps, double lr,
                double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
-               double scale, bool stochastic, int threads) {
+               double scale, bool stochastic, bool stochastic_params, uint32_t seed, int threads) {
   std::vector<AdamItem> items =
       border.check_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad);
   int64_t work = 0;
   for (const AdamItem& item : items) work += item.n;
   run_kernel(work, [&] {
-    cpu::adam_step(items, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, scale, stochastic}, threads);
+    cpu::adam_step(items,
+                   {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, scale, stochastic, stochastic_params, seed},
+                   threads);
   });
   store_steps(items, steps);
 }

@@ -325,12 +325,50 @@ int64_t attention_decode(const TensorView& q, const TensorView& k, const TensorV
 void adam_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const TensorList& steps, double lr,
                double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
-               uintptr_t stream) {
+               const OptionalTensor& scale, bool stochastic, const OptionalTensor& device_lr, bool stochastic_params,
+               uint32_t seed, const OptionalTensor& workspace, uintptr_t stream) {
+  const char* op = "adam_";
   std::vector<AdamItem> items =
-      border.check_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad);
+      border.check_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, workspace.has_value());
   if (items.empty()) return;
-  cuda::adam_step({params[0].device, stream}, items, {lr, beta1, beta2, eps, weight_decay, decoupled, maximize});
-  store_steps(items, steps);
+  cuda::AdamOnDevice on_device;
+  for (const auto& [name, given, to] : {std::tuple{"scale", &scale, &on_device.scale}, {"lr", &device_lr, &on_device.lr}}) {
+    border.check_scalar(op, name, params[0], *given);
+    if (*given) *to = {(*given)->data, (*given)->dtype == DType::kF64};
+  }
+  FASTLM_CHECK(workspace || !device_lr, op, ": lr can be on the device only where the steps are");
+  if (workspace) {
+    border.check_device(op, params[0], *workspace);
+    FASTLM_CHECK(workspace->dtype == DType::kF64 && workspace->contiguous() &&
+                     workspace->numel() == cuda::kAdamWorkspace * static_cast<int64_t>(items.size()),
+                 op, ": workspace must be ", cuda::kAdamWorkspace, " float64 per parameter, got ", workspace->describe());
+    on_device.workspace = workspace->data;
+    for (const TensorView& step : steps) on_device.steps.push_back({step.data, step.dtype == DType::kF64});
+  }
+  cuda::adam_step({params[0].device, stream}, items,
+                  {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, 1, stochastic, stochastic_params, seed}, on_device);
+  if (!workspace) store_steps(items, steps);
+}
+
+std::vector<cuda::NormArray> norm_arrays(const TensorList& tensors) {
+  std::vector<cuda::NormArray> arrays;
+  for (const TensorView& t : tensors) {
+    border.check_float("grad_norm", "grads", t);
+    border.check_device("grad_norm", tensors[0], t);
+    FASTLM_CHECK(t.dense(), "grad_norm: grads must be dense, got ", t.describe());
+    arrays.push_back({t.data, t.dtype, t.numel()});
+  }
+  return arrays;
+}
+
+void grad_norm(const TensorList& tensors, const TensorView& norm, const TensorView& partial, uintptr_t stream) {
+  std::vector<cuda::NormArray> arrays = norm_arrays(tensors);
+  if (arrays.empty()) throw std::invalid_argument("grad_norm: grads must hold at least one tensor");
+  border.check_scalar("grad_norm", "norm", tensors[0], norm);
+  border.check_device("grad_norm", tensors[0], partial);
+  FASTLM_CHECK(partial.dtype == DType::kF64 && partial.contiguous() && partial.numel() == cuda::norm_chunks(arrays),
+               "grad_norm: partial must be ", cuda::norm_chunks(arrays), " contiguous float64, got ", partial.describe());
+  cuda::norm_of({norm.device, stream}, arrays, {norm.data, norm.dtype == DType::kF64}, static_cast<double*>(partial.data));
 }
 
 }  // namespace
@@ -374,7 +412,12 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   kernel("mse_loss_forward", &fastlm::mse_loss_forward, "sum = the sum of (x - target)^2.");
   kernel("mse_loss_backward", &fastlm::mse_loss_backward);
   m.def("mse_loss_chunks", &cuda::mse_loss_chunks, "Elements of `partial` that mse_loss_forward works in.");
-  kernel("adam_step", &fastlm::adam_step, "steps stay on the CPU; everything else is on one device.");
+  kernel("adam_step", &fastlm::adam_step,
+         "All on one device but the steps, which are on the CPU without a workspace of adam_workspace float64 a parameter.");
+  m.attr("adam_workspace") = cuda::kAdamWorkspace;
+  kernel("grad_norm", &fastlm::grad_norm, "norm = the 2-norm of all elements of dense tensors.");
+  m.def("grad_norm_chunks", [](const fastlm::TensorList& grads) { return cuda::norm_chunks(fastlm::norm_arrays(grads)); },
+        "Elements of `partial` that grad_norm works in.");
   kernel("attention_forward", &fastlm::attention_forward, 
          "Diagonals (lower, upper, upper from the start) as in attention_index.h. Returns the family of kernels that it took.");
   kernel("attention_backward", &fastlm::attention_backward,

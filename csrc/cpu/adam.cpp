@@ -17,14 +17,9 @@ constexpr int64_t kGrain = 1 << 14;
 // in the first-level cache.
 constexpr int64_t kChunk = 512;
 
-uint32_t mixed(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
 // For the parameter of that place in the list.
 AdamScalars scalars_at(double step, size_t place, const AdamOptions& o) {
+  uint32_t noise = adam_noise(step, static_cast<uint32_t>(place), o.seed);
   return {o.maximize ? -o.scale : o.scale,
           o.decoupled ? 0.0 : o.weight_decay,
           o.decoupled ? 1 - o.lr * o.weight_decay : 1.0,
@@ -34,7 +29,9 @@ AdamScalars scalars_at(double step, size_t place, const AdamOptions& o) {
           std::sqrt(1 - std::pow(o.beta2, step)),
           o.eps,
           o.stochastic,
-          mixed(mixed(static_cast<uint32_t>(step)) ^ static_cast<uint32_t>(place * 0x9e3779b9u))};
+          o.stochastic_params,
+          noise,
+          adam_noise_of_param(noise)};
 }
 
 // copy(offset, stride, i, count) for each run along the last dimension within [begin, begin + n) of the row-major order;

@@ -5,7 +5,7 @@
 #include "activation.h"
 
 #include "column_sums.cuh"
-#include "host_device.h"
+#include "../host_device.h"
 
 namespace fastlm::cuda {
 namespace {

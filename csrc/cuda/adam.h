@@ -7,7 +7,34 @@
 
 namespace fastlm::cuda {
 
-// As in cpu/adam.h. Some fifty parameters share a launch; one that is not flat takes a launch of its own.
-void adam_step(const Target& target, const std::vector<AdamItem>& items, const AdamOptions& options);
+// One number in device memory: float, or double where it is wide.
+struct DeviceScalar {
+  void* data = nullptr;
+  bool wide = false;
+};
+
+// What a step reads from device memory, so that a CUDA graph finds it anew; all may be missing.
+struct AdamOnDevice {
+  DeviceScalar scale;               // of the gradients
+  std::vector<DeviceScalar> steps;  // of all parameters or of none: steps taken before this one, which is counted there
+  DeviceScalar lr;                  // with steps alone, instead of the options'
+  void* workspace = nullptr;        // with steps: kAdamWorkspace doubles a parameter
+};
+constexpr int kAdamWorkspace = 4;
+
+// As in cpu/adam.h. With a driver for CUDA 13 some 400 parameters of one dtype share a launch; one that is not flat takes a
+// launch of its own.
+void adam_step(const Target& target, const std::vector<AdamItem>& items, const AdamOptions& options,
+               const AdamOnDevice& on_device);
+
+struct NormArray {
+  const void* data;
+  DType dtype;
+  int64_t n;
+};
+// Elements of `partial`.
+int64_t norm_chunks(const std::vector<NormArray>& arrays);
+// norm = the 2-norm of all elements, by sums in an order that the sizes alone decide.
+void norm_of(const Target& target, const std::vector<NormArray>& arrays, const DeviceScalar& norm, double* partial);
 
 }  // namespace fastlm::cuda

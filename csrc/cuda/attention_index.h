@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "host_device.h"
+#include "../host_device.h"
 
 namespace fastlm::cuda::attention {
 

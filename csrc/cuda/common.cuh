@@ -93,5 +93,14 @@ template <int kLanes> __device__ float lanes_max(float x) {
   for (int mask = kLanes / 2; mask > 0; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
   return x;
 }
+// Over a block of kThreads, once in a kernel; thread 0 gets the result.
+template <int kThreads> __device__ double block_sum(double x) {
+  __shared__ double sums[kThreads / kWarp];
+  x = lanes_sum<kWarp>(x);
+  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  for (int i = 1; i < kThreads / kWarp; ++i) x += sums[i];
+  return x;
+}
 
 }  // namespace fastlm::cuda

@@ -12,16 +12,6 @@ constexpr int kUnroll = 2;  // independent 16-byte loads in flight per thread an
 // does the result. 384 blocks at (4096, 3072).
 constexpr int64_t kChunk = 32768;
 
-// Over the block; thread 0 gets the result.
-__device__ double block_sum(double x) {
-  __shared__ double sums[kThreads / kWarp];
-  x = lanes_sum<kWarp>(x);
-  if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = x;
-  __syncthreads();
-  for (int i = 1; i < kThreads / kWarp; ++i) x += sums[i];
-  return x;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     mse_loss_fwd_kernel(const T* x, const T* y, compute_t<T>* partial, int64_t n, bool aligned) {
@@ -48,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
   double total = 0;
 #pragma unroll
   for (int e = 0; e < kVector<T>; ++e) total += sum[e];
-  total = block_sum(total);
+  total = block_sum<kThreads>(total);
   if (threadIdx.x == 0) partial[blockIdx.x] = static_cast<C>(total);
 }
 
@@ -56,7 +46,7 @@ template <class C>
 __global__ void __launch_bounds__(kThreads) mse_loss_sum_kernel(const C* partial, C* sum, int64_t chunks) {
   double total = 0;
   for (int64_t i = threadIdx.x; i < chunks; i += kThreads) total += partial[i];
-  total = block_sum(total);
+  total = block_sum<kThreads>(total);
   if (threadIdx.x == 0) *sum = static_cast<C>(total);
 }
 

@@ -24,15 +24,6 @@ def unsupported_bias_act_backward_on_gpu(dy: Tensor, saved: Tensor, bias: Tensor
     return unsupported_dtype(saved)
 
 
-def unsupported_adam_on_gpu(params, grads, exp_avgs, *args: object) -> str | None:
-    *_, scale, stochastic = args
-    if scale is not None:
-        return "does not scale gradients"
-    if stochastic or any(p.dtype != m.dtype for p, m in zip(params, exp_avgs, strict=True)):
-        return "does not take a state in another dtype than its parameter's"
-    return None
-
-
 def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
     """x with the strides of `like`, which is dense: itself where they agree, else a copy.
 

@@ -3,7 +3,8 @@
 Kingma and Ba 2015 (https://arxiv.org/abs/1412.6980), decoupled weight decay of Loshchilov and Hutter 2019
 (https://arxiv.org/abs/1711.05101), AMSGrad of Reddi et al. 2018 (https://openreview.net/forum?id=ryQu7f-RZ).
 Any sizes and strides; each parameter has one dtype with its gradient, and with its state but where one is float32 and
-the other bfloat16. 16-bit dtypes are computed in float32 and rounded when stored.
+the other bfloat16. 16-bit dtypes are computed in float32 and rounded when stored. Numbers that lie on a GPU stay there:
+nothing waits for it, and a CUDA graph that holds a step goes on counting.
 
 grad_norm: the 2-norm of all elements of a list of tensors.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastlm._library import define_op
+from fastlm._rounding import noise_of, noise_of_param, rounded_at_random
 
 
 def adam_reference(
@@ -35,13 +37,19 @@ def adam_reference(
     maximize: bool,
     scale: Tensor | None = None,
     stochastic: bool = False,
+    device_lr: Tensor | None = None,
+    stochastic_params: bool = False,
+    seed: int = 0,
 ) -> None:
-    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, scale)
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, scale, device_lr)
+    if device_lr is not None:
+        lr = device_lr.double().reshape(())
     for i, (param, grad, exp_avg, exp_avg_sq, step) in enumerate(
         zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)
     ):
         step += 1
-        t = step.item()
+        t = step.double().reshape(())  # stays where it is
+        noise = noise_of(t, i, seed)
         p, g, m, v = (_wide(x) for x in (param, grad, exp_avg, exp_avg_sq))
         if scale is not None:
             g = g * scale
@@ -55,40 +63,16 @@ def adam_reference(
         v = beta2 * v + (1 - beta2) * g * g
         top = torch.maximum(_wide(max_exp_avg_sqs[i]), v) if amsgrad else v
         denominator = top.sqrt() / (1 - beta2**t) ** 0.5 + eps
-        param.copy_(p - lr / (1 - beta1**t) * (m / denominator))
+        p = p - lr / (1 - beta1**t) * (m / denominator)
+        param.copy_(rounded_at_random(p, noise_of_param(noise)) if stochastic_params and _narrow(param) else p)
         exp_avg.copy_(m)
-        if stochastic and exp_avg_sq.dtype == torch.bfloat16:
-            exp_avg_sq.copy_(_rounded_at_random(v, _mixed(_mixed(int(t)) ^ (i * 0x9E3779B9 & _WORD))))
-        else:
-            exp_avg_sq.copy_(v)
+        exp_avg_sq.copy_(rounded_at_random(v, noise) if stochastic and _narrow(exp_avg_sq) else v)
         if amsgrad:
             max_exp_avg_sqs[i].copy_(top)
 
 
-_WORD = 0xFFFFFFFF
-
-
-def _times(x: Tensor | int, factor: int) -> Tensor | int:
-    """The low word of a product of two words, in int64 arithmetic that must not overflow."""
-    return (x * (factor & 0xFFFF) + ((x * (factor >> 16) & 0xFFFF) << 16)) & _WORD
-
-
-def _mixed(x: int) -> int:
-    """A hash of 32 bits (Wellons' lowbias32, https://nullprogram.com/blog/2018/07/31/)."""
-    x = _times(x ^ (x >> 16), 0x7FEB352D)
-    x = _times(x ^ (x >> 15), 0x846CA68B)
-    return x ^ (x >> 16)
-
-
-def _rounded_at_random(x: Tensor, noise: int) -> Tensor:
-    """float32 to bfloat16, up with the probability of the part that is cut off. The numbers are those of adam-inl.h."""
-    at = torch.arange(x.numel(), device=x.device).view(x.shape)
-    random = (_times(at & _WORD, 0x9E3779B9) + noise + (at >> 32)) & _WORD
-    random = _times(random ^ (random >> 15), 0x846CA68B) >> 16
-    bits = x.contiguous().view(torch.int32).to(torch.int64) & _WORD
-    cut = (bits + random) & 0xFFFF0000
-    rounded = torch.where(cut >= 1 << 31, cut - (1 << 32), cut).to(torch.int32).view(torch.float32)
-    return torch.where(x.isfinite(), rounded, x).bfloat16()
+def _narrow(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -115,6 +99,7 @@ def _check(
     steps: Sequence[Tensor],
     amsgrad: bool,
     scale: Tensor | None = None,
+    device_lr: Tensor | None = None,
 ) -> None:
     names = ["params", "grads", "exp_avgs", "exp_avg_sqs"]
     lists = [params, grads, exp_avgs, exp_avg_sqs]
@@ -165,11 +150,19 @@ def _check(
             raise TypeError(
                 f"fastlm.adam_: steps[{i}] must be one float32 or float64, got {step.dtype} {tuple(step.shape)}"
             )
-    if scale is not None and (scale.numel() != 1 or not scale.is_floating_point() or scale.device != device):
-        raise ValueError(
-            f"fastlm.adam_: scale must be one floating-point number on the device of params[0], {device}, got "
-            f"{scale.dtype} {tuple(scale.shape)} on {scale.device}"
-        )
+        if step.device != steps[0].device or (step.device.type != "cpu" and step.device != device):
+            raise ValueError(
+                f"fastlm.adam_: steps must all be on the CPU or all on the device of params[0], {device}, got "
+                f"steps[{i}] on {step.device} and steps[0] on {steps[0].device}"
+            )
+    for name, x in (("scale", scale), ("lr", device_lr)):
+        if x is not None and (x.numel() != 1 or not x.is_floating_point() or x.device != device):
+            raise ValueError(
+                f"fastlm.adam_: {name} must be one floating-point number on the device of params[0], {device}, got "
+                f"{x.dtype} {tuple(x.shape)} on {x.device}"
+            )
+    if device_lr is not None and steps and steps[0].device != device:
+        raise ValueError(f"fastlm.adam_: lr can be on {device} only where the steps are, got them on {steps[0].device}")
 
 
 def _samples(device: str) -> list[tuple]:
@@ -182,22 +175,40 @@ def _samples(device: str) -> list[tuple]:
             steps = [torch.tensor(3.0), torch.tensor(0.0)]
             lists = (params, grads, exp_avgs, exp_avg_sqs, tops if amsgrad else [], steps)
             scale = None if scale is None else torch.tensor(scale, device=device)
-            samples.append((*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, decoupled, amsgrad, False, scale, False))
+            options = (0.1, 0.9, 0.99, 1e-8, 0.1, decoupled, amsgrad, False)
+            samples.append((*lists, *options, scale, False, None, False, 0))
+            if scale is None:  # likewise counted on the device
+                on_device = ([x.clone() for x in tensors] for tensors in lists[:5])
+                lr, steps = torch.tensor(0.1, device=device), [step.to(device, copy=True) for step in steps]
+                samples.append((*on_device, steps, *options, None, False, lr, dtype == torch.bfloat16, 1))
     return samples
 
 
 def _fake(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
-          amsgrad, maximize, scale, stochastic) -> None:  # fmt: skip
-    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, scale)
+          amsgrad, maximize, scale, stochastic, device_lr, stochastic_params, seed) -> None:  # fmt: skip
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, scale, device_lr)
+
+
+def _arguments(
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, *, lr, beta1, beta2, eps, weight_decay, decoupled,
+    amsgrad, maximize, scale=None, stochastic=False, stochastic_params=False, seed=0,
+) -> tuple:  # fmt: skip
+    lr, device_lr = (1.0, lr) if isinstance(lr, Tensor) else (lr, None)
+    return (
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
+        amsgrad, maximize, scale, stochastic, device_lr, stochastic_params, seed,
+    )  # fmt: skip
 
 
 _adam = define_op(
     "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, float lr, float beta1, float beta2, float eps, "
-    "float weight_decay, bool decoupled, bool amsgrad, bool maximize, Tensor? scale=None, bool stochastic=False) -> ()",
+    "float weight_decay, bool decoupled, bool amsgrad, bool maximize, Tensor? scale=None, bool stochastic=False, "
+    "Tensor? device_lr=None, bool stochastic_params=False, int seed=0) -> ()",
     reference=adam_reference,
     fake=_fake,
     samples=_samples,
+    arguments=_arguments,
 )
 
 
@@ -209,7 +220,7 @@ def adam_(
     max_exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -219,6 +230,8 @@ def adam_(
     maximize: bool,
     scale: Tensor | None = None,
     stochastic: bool = False,
+    stochastic_params: bool = False,
+    seed: int = 0,
 ) -> None:
     """One step of Adam, in place on everything but the gradients. Call it under torch.no_grad().
 
@@ -236,20 +249,29 @@ def adam_(
         grads, exp_avgs, exp_avg_sqs: one each per parameter, of its sizes, dtype and device, with any strides. The
             state of a float32 parameter may be bfloat16, and the other way round.
         max_exp_avg_sqs: the same with amsgrad; empty without.
-        steps: per parameter the steps taken so far, one float32 or float64, on the CPU.
+        steps: per parameter the steps taken so far, one float32 or float64: all on the CPU or all on the parameters'
+            device, where nothing waits for it.
+        lr: a number, or, with steps on the parameters' device, a tensor of one element there.
         scale: one number on the parameters' device, by which gradients are multiplied as they are read.
         stochastic: exp_avg_sq in bfloat16 is rounded up or down at random, by numbers that follow from the step and the
             element's place. Rounded to nearest it would never decay: beta2 takes off less than half its last digit.
+        stochastic_params: parameters in bfloat16 are rounded likewise, so that updates smaller than half their last
+            digit are not lost.
+        seed: of these random numbers, beside the step.
 
     Raises:
         ValueError: lists of different lengths, sizes or devices that do not fit, a parameter given twice, or a written
             tensor whose elements share memory.
         TypeError: dtypes that do not fit.
     """
-    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, scale)
+    device_lr = lr if isinstance(lr, Tensor) else None
+    _check(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, scale, device_lr)
     if params:  # an empty list names no device
-        _adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay,
-              decoupled, amsgrad, maximize, scale, stochastic)  # fmt: skip
+        _adam(*_arguments(
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay, decoupled=decoupled, amsgrad=amsgrad, maximize=maximize, scale=scale,
+            stochastic=stochastic, stochastic_params=stochastic_params, seed=seed,
+        ))  # fmt: skip
 
 
 # --- the norm of gradients --------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ class Adam(Optimizer):
 
     Args:
         params: parameters, named parameters, or dicts that define groups; real and floating point.
-        lr: learning rate, a float or a tensor of one element (on a GPU, reading it waits for the GPU at every step).
+        lr: learning rate, a float or a tensor of one element (on a GPU, reading it waits for the GPU at every step,
+            unless capturable).
         betas: decay rates, in [0, 1), of the running averages of the gradient and of its square: floats, or tensors of
             one element, which are read at every step.
         eps: added to the denominator.
@@ -29,7 +30,10 @@ class Adam(Optimizer):
         foreach, fused: which of torch's implementations to use. There is one here, fused; both are kept in the groups,
             for the sake of code and state written for torch, and change nothing.
         maximize: step along the gradient, not against it.
-        capturable, differentiable: not supported.
+        capturable: count steps on the parameters' device, so that a CUDA graph can hold a step: it goes on counting
+            with every replay, and reads an lr that is a tensor there anew. Anything else is as it was at the capture.
+            The first step has to come before, since it makes the state.
+        differentiable: not supported.
         decoupled_weight_decay: AdamW's weight decay.
         max_norm: clip the gradients of all groups together to this 2-norm as they are read, by the formula of
             ``torch.nn.utils.clip_grad_norm_``, in one more pass over them; they themselves stay as they are. Infinity
@@ -38,11 +42,14 @@ class Adam(Optimizer):
         state_dtype: of the running averages, float32 or bfloat16; their parameter's where not given, as in torch. The
             average of squares in a bfloat16 that was asked for is rounded up or down at random, without which it could
             not decay. float16 and float64 parameters keep a state of their own dtype.
+        stochastic_rounding: store bfloat16 parameters rounded up or down at random, in the mean exactly: rounded to
+            nearest, an update below half the last digit of a parameter, 1/512 of it, is lost.
+        seed: of all random rounding; the numbers follow from it, the step, and an element's place.
 
     Raises:
         ValueError: a value outside its range.
         TypeError: a parameter that is not floating point.
-        NotImplementedError: capturable, differentiable, or a complex parameter.
+        NotImplementedError: differentiable, or a complex parameter.
         RuntimeError: foreach and fused both True.
 
     ``torch.amp.GradScaler`` unscales the gradients and skips steps itself; the step has no part in it.
@@ -67,6 +74,8 @@ class Adam(Optimizer):
         decoupled_weight_decay: bool = False,
         max_norm: float | None = None,
         state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ):
         name = f"fastlm.optim.{type(self).__name__}"
         if max_norm is not None and not max_norm > 0:
@@ -74,6 +83,7 @@ class Adam(Optimizer):
         if state_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(f"{name}: state_dtype must be torch.float32, torch.bfloat16 or None, got {state_dtype}")
         self.max_norm, self.state_dtype = max_norm, state_dtype
+        self.stochastic_rounding, self.seed = stochastic_rounding, seed
         self.grad_norm: Tensor | None = None
         defaults = {
             "lr": lr,
@@ -109,13 +119,9 @@ class Adam(Optimizer):
         self._refuse_unsupported(group)
 
     def _refuse_unsupported(self, group: dict[str, Any]) -> None:
-        name = f"fastlm.optim.{type(self).__name__}"
-        for key, why in (
-            ("capturable", "the step is counted on the host, which a CUDA graph would not replay"),
-            ("differentiable", "the step is done in place"),
-        ):
-            if group[key]:
-                raise NotImplementedError(f"{name}: {key}=True is not supported: {why}")
+        if group["differentiable"]:
+            name = f"fastlm.optim.{type(self).__name__}"
+            raise NotImplementedError(f"{name}: differentiable=True is not supported: the step is done in place")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -150,6 +156,7 @@ class Adam(Optimizer):
                 group.setdefault(key, value)
             self._check_group(group)
         super().__setstate__(state)
+        capturable = {p for group in self.param_groups if group["capturable"] for p in group["params"]}
         for p, p_state in self.state.items():
             for key in (
                 "exp_avg",
@@ -159,11 +166,12 @@ class Adam(Optimizer):
                 if key in p_state:
                     p_state[key] = p_state[key].to(self._dtype_of_state(p))
             if "step" in p_state:  # a plain number in older states, on the device where torch's was fused
-                p_state["step"] = torch.as_tensor(p_state["step"], dtype=_step_dtype(), device="cpu")
+                device = p.device if p in capturable else "cpu"
+                p_state["step"] = torch.as_tensor(p_state["step"], dtype=_step_dtype(), device=device)
 
     def __getstate__(self) -> dict[str, Any]:
-        mine = {"max_norm": self.max_norm, "state_dtype": self.state_dtype, "grad_norm": self.grad_norm}
-        return {**super().__getstate__(), **mine}
+        own = ("max_norm", "state_dtype", "stochastic_rounding", "seed", "grad_norm")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def _dtype_of_state(self, p: Tensor) -> torch.dtype:
         narrow = p.dtype in (torch.float32, torch.bfloat16)
@@ -172,7 +180,13 @@ class Adam(Optimizer):
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=_step_dtype(), device="cpu")
+            if _capturing():
+                raise RuntimeError(
+                    f"fastlm.optim.{type(self).__name__}: a parameter of sizes {tuple(p.shape)} has no state yet, "
+                    "which a CUDA graph would set to 0 at every replay; take the first step before the capture"
+                )
+            device = p.device if group["capturable"] else "cpu"
+            state["step"] = torch.zeros((), dtype=_step_dtype(), device=device)
             dtype = self._dtype_of_state(p)
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
@@ -193,14 +207,17 @@ class Adam(Optimizer):
             closure: evaluates the model anew, calls backward and returns the loss, which step returns.
 
         Raises:
-            RuntimeError: a sparse gradient, amsgrad switched on late, or a CUDA graph being captured.
+            RuntimeError: a sparse gradient, amsgrad switched on late, or a CUDA graph being captured without
+                capturable or before the first step.
             ValueError, TypeError: a state whose sizes, dtypes or devices do not fit the parameter's.
-            NotImplementedError: a group that was made capturable or differentiable.
+            NotImplementedError: a group that was made differentiable.
         """
         name = f"fastlm.optim.{type(self).__name__}"
-        # is_initialized first: asking about a capture would initialise CUDA.
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(f"{name}.step counts steps on the host, so it cannot be captured in a CUDA graph")
+        if _capturing() and not all(group["capturable"] for group in self.param_groups):
+            raise RuntimeError(
+                f"{name}.step counts steps on the host, which a CUDA graph would not do again; capturable=True counts "
+                "them on the GPU"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -223,6 +240,8 @@ class Adam(Optimizer):
             beta1, beta2 = group["betas"]
             for device, params in by_device.items():
                 states = [self._state_of(p, group) for p in params]
+                lr = group["lr"]
+                stays = isinstance(lr, Tensor) and group["capturable"] and lr.device == device
                 adam_(
                     params,
                     [p.grad for p in params],
@@ -230,7 +249,7 @@ class Adam(Optimizer):
                     [s["exp_avg_sq"] for s in states],
                     [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else [],
                     [s["step"] for s in states],
-                    lr=float(group["lr"]),
+                    lr=lr if stays else float(lr),
                     beta1=float(beta1),
                     beta2=float(beta2),
                     eps=group["eps"],
@@ -240,6 +259,8 @@ class Adam(Optimizer):
                     maximize=group["maximize"],
                     scale=scale if scale is None else scale.to(device),
                     stochastic=self.state_dtype == torch.bfloat16,
+                    stochastic_params=self.stochastic_rounding,
+                    seed=self.seed,
                 )
         return loss
 
@@ -285,6 +306,8 @@ class AdamW(Adam):
         fused: bool | None = None,
         max_norm: float | None = None,
         state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ):
         super().__init__(
             params,
@@ -301,12 +324,19 @@ class AdamW(Adam):
             decoupled_weight_decay=True,
             max_norm=max_norm,
             state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            seed=seed,
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             group["decoupled_weight_decay"] = True  # a state of Adam, or of a torch that did not write the key
+
+
+def _capturing() -> bool:
+    # is_initialized first: asking about a capture would initialise CUDA.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _step_dtype() -> torch.dtype:

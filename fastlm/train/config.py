@@ -84,6 +84,8 @@ class TrainConfig:
     """auto: a CUDA GPU if torch sees one."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Products in bf16 with fp32 weights and sums (autocast), or all in fp32. auto: bf16 where it is in hardware."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Replay the step as a CUDA graph. auto: if it is faster, by the first six steps. Nothing on a CPU."""
     threads: int = 0
     """Threads for the CPU; 0 leaves torch's choice."""
     keep_memory: bool = True

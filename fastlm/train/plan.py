@@ -16,7 +16,7 @@ from fastlm.models import GPT
 from fastlm.train.allocator import on_glibc
 from fastlm.train.config import TrainConfig
 from fastlm.train.evaluation import autocast, evaluate
-from fastlm.train.step import build_model, build_optimizer, training_step
+from fastlm.train.step import build_graph, build_model, build_optimizer, training_step
 
 _TIMED_SECONDS = 5.0  # of steps
 # Of training, at least, where the width is to be fitted: with fewer a narrower model learns more (bench/LOG.md), since
@@ -81,12 +81,13 @@ def _fit_width(config: TrainConfig, dataset: Dataset, seconds: float) -> TrainCo
 def _timed_step(config: TrainConfig, dataset: Dataset, seconds: float = 0.0) -> tuple[GPT, float]:
     """Seconds of a training step, from at least five steps in at least `seconds`, and the model that they used up."""
     model = build_model(config, dataset)
-    optimizer = build_optimizer(model, config)
+    optimizer, graph = build_optimizer(model, config), build_graph(config)
     timed: list[float] = []
     while len(timed) < 5 or (sum(timed) < seconds and len(timed) < 100):
         start = time.perf_counter()
-        training_step(model, optimizer, config, dataset, len(timed), 0.0)
-        timed.append(time.perf_counter() - start)
+        training_step(model, optimizer, config, dataset, len(timed), 0.0, graph)
+        if graph is None or graph.chosen is not None:  # not while that is found out
+            timed.append(time.perf_counter() - start)
     timed = sorted(timed[2:])  # the first ones also take memory
     return model, sum(timed) / len(timed)
 

@@ -41,7 +41,14 @@ from fastlm.train.rundir import (
     write_run,
 )
 from fastlm.train.sampling import known_word_share, stream_text
-from fastlm.train.step import TrainingError, build_model, build_optimizer, learning_rate, training_step
+from fastlm.train.step import (
+    TrainingError,
+    build_graph,
+    build_model,
+    build_optimizer,
+    learning_rate,
+    training_step,
+)
 
 
 @dataclass(frozen=True)
@@ -171,12 +178,15 @@ def _run(
             settle(out)
 
     # Steps.
-    interval = config.evaluation_interval
+    interval, graph = config.evaluation_interval, build_graph(config)
     with metrics, StopRequest() as stop, progress.steps(config.steps, step, flops, peak):
         while step < config.steps and stop.name is None:
             began = time.perf_counter()
             lr = learning_rate(config, step)
-            loss, grad_norm = training_step(model, optimizer, config, dataset, step, lr)
+            undecided = graph is not None and graph.chosen is None
+            loss, grad_norm = training_step(model, optimizer, config, dataset, step, lr, graph)
+            if undecided and graph.chosen is not None:
+                progress.say(graph.reason)
             step, val_loss = step + 1, None
             seconds = time.perf_counter() - began
 

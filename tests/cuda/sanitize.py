@@ -11,6 +11,7 @@ from attention_cases import DECODE, OPTIONS, draw, options
 from cuda_testing import Kernels
 from test_kernels import (
     ELEMENTWISE,
+    NOTHING_MORE,
     ROPE,
     adam_lists,
     check_attention,
@@ -24,7 +25,7 @@ from test_kernels import (
 from fastlm._activations import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ADAM = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, None, False)
+ADAM = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, *NOTHING_MORE)
 
 
 def run_every_kernel(kernels: Kernels) -> None:
@@ -53,8 +54,14 @@ def run_every_kernel(kernels: Kernels) -> None:
         lists = adam_lists(dtype, [1, 63, 4099], True)
         moved = [[t.to(device) for t in tensors] for tensors in lists[:5]]
         kernels["adam_"](*moved, lists[5], *ADAM)
+        kernels["adam_"](*moved, [t.to(device) for t in lists[5]], *ADAM)
+        kernels["grad_norm"](moved[1])
         strided = [[draw(6, 20, dtype=dtype).abs().to(device)[:, ::2]] for _ in range(5)]
         kernels["adam_"](*strided, [torch.tensor(0.0)], *ADAM)
+        if dtype in (torch.float32, torch.bfloat16):  # states of the other dtype, rounded at random
+            other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+            moved[2:5] = [[t.to(other) for t in tensors] for tensors in moved[2:5]]
+            kernels["adam_"](*moved, lists[5], *ADAM[:8], torch.ones((), device=device), True, None, True, 1)
     for dtype in DTYPES:
         for width in (64, 96, 111, 192, 256):
             q, do = (draw(1, 2, 70, width, dtype=dtype, seed=i).to(device) for i in range(2))

@@ -19,6 +19,7 @@ from cuda_testing import Kernels
 from test_kernels import (
     ELEMENTWISE,
     FLOATS,
+    NOTHING_MORE,
     TOLERANCE,
     adam_lists,
     assert_close,
@@ -384,18 +385,24 @@ def test_cross_entropy_fuzz(kernels):
     fuzz(kernels, "cross_entropy", plan_cross_entropy, lambda planned: check_cross_entropy(kernels, *planned))
 
 
-def plan_adam(rng: random.Random, longest: int) -> tuple[torch.dtype, list[int], tuple]:
+def plan_adam(rng: random.Random, longest: int) -> tuple[torch.dtype, list[int], tuple, float | None, bool]:
     sizes = [rng.choice([0, 1, rng.randint(1, 9), rng.randint(1, 20 * longest)]) for _ in range(rng.randint(1, 9))]
     numbers = (
         rng.choice([1e-4, 0.1]), rng.choice([0.0, 0.9]), rng.choice([0.0, 0.9, 0.999]), rng.choice([1e-8, 1e-6]),
         rng.choice([0.0, 0.1]),
     )  # fmt: skip
-    return rng.choice(FLOATS), sizes, (*numbers, *(rng.random() < 0.5 for _ in range(3)))
+    given = (*numbers, *(rng.random() < 0.5 for _ in range(3)))
+    return rng.choice(FLOATS), sizes, given, rng.choice([None, 0.5]), rng.random() < 0.5
 
 
 def test_adam_fuzz(kernels):
-    def check(planned: tuple[torch.dtype, list[int], tuple]) -> None:
-        dtype, sizes, given = planned  # given: lr, both betas, eps, weight_decay, decoupled, amsgrad, maximize
-        check_adam(kernels, adam_lists(dtype, sizes, given[6]), given)
+    def check(planned: tuple[torch.dtype, list[int], tuple, float | None, bool]) -> None:
+        # given: lr, both betas, eps, weight_decay, decoupled, amsgrad, maximize
+        dtype, sizes, given, scale, counted_on_device = planned
+        lists = adam_lists(dtype, sizes, given[6])
+        if counted_on_device:
+            lists[5] = [step.to(kernels.device, copy=True) for step in lists[5]]
+        scale = None if scale is None else torch.tensor(scale, device=kernels.device)
+        check_adam(kernels, lists, given, (scale, *NOTHING_MORE[1:]))
 
     fuzz(kernels, "adam", plan_adam, check)

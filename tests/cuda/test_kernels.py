@@ -465,26 +465,36 @@ def adam_lists(dtype: torch.dtype, sizes: list[int], amsgrad: bool) -> list[list
     lists += [[draw(n, dtype=dtype, seed=s).square() for n in sizes] for s in (3, 4)]
     if not amsgrad:
         lists[4] = []
-    return [*lists, [torch.tensor(float(i % 5)) for i in range(len(sizes))]]
+    return [*lists, [on_host(float(i % 5)) for i in range(len(sizes))]]
 
 
-def check_adam(kernels, lists: list[list[Tensor]], options: tuple) -> None:
+def on_host(value: float) -> Tensor:
+    """A number on the CPU for kernels that take all others to be on a GPU, even where none are."""
+    number = torch.tensor(value)
+    number.on_host = True
+    return number
+
+
+NOTHING_MORE = (None, False, None, False, 0)  # no scale, nothing at random, lr a number
+
+
+def check_adam(kernels, lists: list[list[Tensor]], options: tuple, more: tuple = NOTHING_MORE, eps=None) -> None:
     exact = [[t.double().clone() for t in tensors] for tensors in lists[:5]]
     exact.append([t.clone() for t in lists[5]])
-    dtype = lists[0][0].dtype
     ours = [[t.to(kernels.device) if t.is_contiguous() else t for t in tensors] for tensors in lists[:5]]
     ours.append(lists[5])
     with torch.no_grad():
-        kernels["adam_"](*ours, *options, None, False)
-        adam_reference(*exact, *options)
-    # An update is a difference of numbers around 1, each the result of a few roundings.
-    eps = torch.finfo(dtype).eps
-    for got, want in zip(ours[:5], exact[:5], strict=True):
-        for a, b in zip(got, want, strict=True):
-            assert a.dtype == dtype
+        kernels["adam_"](*ours, *options, *more)
+        scale, _, device_lr, *_ = (x.cpu() if isinstance(x, Tensor) else x for x in more)
+        adam_reference(*exact, *options, scale, False, device_lr)
+    for given, got, want in zip(lists[:5], ours[:5], exact[:5], strict=True):
+        for before, a, b in zip(given, got, want, strict=True):
+            assert a.dtype == before.dtype
             error = (a.cpu().double() - b).abs() / b.abs().clamp_min(1.0)
-            assert error.numel() == 0 or error.max() <= 4 * eps
-    assert ours[5] == exact[5]
+            # An update is a difference of numbers around 1, each the result of a few roundings.
+            assert error.numel() == 0 or error.max() <= 4 * (eps or torch.finfo(a.dtype).eps)
+    for a, b in zip(ours[5], exact[5], strict=True):
+        assert a.item() == b.item()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -510,8 +520,89 @@ def test_adam_mixed_dtypes_in_one_call(kernels):
     ]
     before = [t.clone() for t in lists[0]]
     moved = [[t.to(kernels.device) for t in tensors] for tensors in lists[:5]]
-    kernels["adam_"](*moved, lists[5], 0.1, 0.9, 0.99, 1e-6, 0.0, True, False, False, None, False)
+    kernels["adam_"](*moved, lists[5], 0.1, 0.9, 0.99, 1e-6, 0.0, True, False, False, *NOTHING_MORE)
     assert all(not torch.equal(a.cpu(), b) for a, b in zip(moved[0], before, strict=True))
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adam_states_of_their_own_dtype(kernels, dtype, state_dtype):
+    """Dense and strided; what is bfloat16 makes all that follows from it as coarse."""
+    lists = adam_lists(dtype, [1, 4099, 8192], True)
+    lists[2:5] = [[t.to(state_dtype) for t in tensors] for tensors in lists[2:5]]
+    options = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False)
+    check_adam(kernels, copies(lists), options)
+    strided = [[torch.stack([t, t], 1)[:, 0].to(kernels.device) for t in tensors] for tensors in lists[:5]]
+    dense = [[t.to(kernels.device, copy=True) for t in tensors] for tensors in lists[:5]]
+    for tensors in (strided, dense):
+        kernels["adam_"](*tensors, [on_host(1.0) for _ in range(3)], *options, None, True, None, True, 7)
+    for got, want in zip(strided, dense, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def copies(lists: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [*([t.clone() for t in tensors] for tensors in lists[:5]), [on_host(t.item()) for t in lists[5]]]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_adam_reads_steps_lr_and_scale_on_the_device(kernels, dtype):
+    """More parameters than one launch counts (where arguments take 4 KB); with steps in float32 and float64."""
+    lists = adam_lists(dtype, [5, 0, *range(300)], False)
+    kinds = (torch.float32, torch.float64)
+    lists[5] = [torch.tensor(float(i % 7), dtype=kinds[i % 2], device=kernels.device) for i in range(302)]
+    before = [step.item() for step in lists[5]]
+    scale, lr = torch.tensor(0.25, device=kernels.device), torch.tensor([0.05], dtype=dtype, device=kernels.device)
+    options = (float("nan"), 0.9, 0.99, 1e-6, 0.1, True, False, True)
+    exact = [[t.double().clone() for t in tensors] for tensors in lists[:5]]
+    exact.append([step.cpu() for step in lists[5]])
+    exact[5] = [step.clone() for step in exact[5]]
+    ours = [[t.to(kernels.device) for t in tensors] for tensors in lists[:5]]
+    kernels["adam_"](*ours, lists[5], *options, scale, False, lr, False, 0)
+    adam_reference(*exact, *options, scale.cpu(), False, lr.cpu())
+    assert [step.item() for step in lists[5]] == [t + 1 for t in before]
+    for got, want in zip(ours, exact, strict=False):
+        for a, b in zip(got, want, strict=True):
+            error = (a.cpu().double() - b).abs() / b.abs().clamp_min(1.0)
+            assert error.numel() == 0 or error.max() <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("counted", ["host", "device"])
+@pytest.mark.parametrize("dtype, state_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_adam_rounds_at_random_as_the_reference(kernels, dtype, state_dtype, counted):
+    lists = adam_lists(dtype, [3, 40_000], False)
+    lists[2:4] = [[t.to(state_dtype) for t in tensors] for tensors in lists[2:4]]
+    options, more = (0.01, 0.9, 0.999, 1e-8, 0.1, True, False, False), (None, True, None, True, 12345)
+    ours = [[t.to(kernels.device, copy=True) for t in tensors] for tensors in lists[:5]]
+    steps = [on_host(4.0) if counted == "host" else torch.tensor(4.0, device=kernels.device) for _ in range(2)]
+    kernels["adam_"](*ours, steps, *options, *more)
+    adam_reference(*lists[:5], [torch.tensor(4.0) for _ in range(2)], *options, *more)
+    for got, want in zip(ours[:4], lists[:4], strict=True):
+        for a, b in zip(got, want, strict=True):
+            assert (a.cpu() != b).float().mean() < 2e-3 or a.dtype == torch.float32
+    nearest = adam_lists(dtype, [3, 40_000], False)
+    nearest[2:4] = [[t.to(state_dtype) for t in tensors] for tensors in nearest[2:4]]
+    adam_reference(*nearest[:5], [torch.tensor(4.0) for _ in range(2)], *options)
+    at_random = 0 if dtype == torch.bfloat16 else 3
+    assert 0.1 < (ours[at_random][1].cpu() != nearest[at_random][1]).float().mean() < 0.8
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16], [torch.float16, torch.float64, torch.float32]])
+def test_grad_norm(kernels, dtypes):
+    grads = [
+        draw(n, dtype=dtype, seed=n).to(kernels.device)
+        for dtype in dtypes
+        for n in (0, 1, 63, 32767, 32768, 70_001, *range(200))
+    ]
+    grads.append(draw(40, 30, dtype=dtypes[0]).to(kernels.device).t()[::2])
+    grads.append(draw(1001, dtype=dtypes[0]).to(kernels.device)[1:])
+    norm = kernels["grad_norm"](grads)
+    assert norm.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32) and norm.shape == ()
+    want = torch.cat([g.cpu().double().flatten() for g in grads]).norm()
+    torch.testing.assert_close(norm.cpu().double(), want, rtol=1e-6, atol=0)
+    assert torch.equal(norm, kernels["grad_norm"](grads))
+    grads[-1][17] = math.nan
+    assert kernels["grad_norm"](grads).isnan()
+    assert kernels["grad_norm"]([torch.zeros(3, device=kernels.device), torch.ones(0, device=kernels.device)]) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -524,8 +615,8 @@ def test_adam_strides_stay_in_place(kernels, dtype):
     views = [[b[:, 1::2].T] for b in base]  # (6, 20)
     for (view,), (value,) in zip(views, want, strict=True):
         view.copy_(value)
-    kernels["adam_"](*views, [torch.tensor(1.0)], *options, None, False)
-    kernels["adam_"](*want, [torch.tensor(1.0)], *options, None, False)
+    kernels["adam_"](*views, [on_host(1.0)], *options, *NOTHING_MORE)
+    kernels["adam_"](*want, [on_host(1.0)], *options, *NOTHING_MORE)
     for b, (view,), (value,) in zip(base, views, want, strict=True):
         assert torch.equal(view, value)
         assert (b[:, ::2] == SENTINEL).all()
@@ -1109,10 +1200,21 @@ def test_bindings_refuse_what_they_cannot_do(kernels):
         module.attention_forward(q, q, q[:, :, :2], q, lse, *bare(stream))
     with pytest.raises(ValueError, match="attention: lse must be contiguous float32"):
         module.attention_forward(q, q, q, q, lse.half(), *bare(stream))
-    steps = [torch.tensor(0.0)]
+    steps, more = [torch.tensor(0.0)], (None, False, None, False, 0, None)
     with pytest.raises(ValueError, match=r"grads\[0\] must have dtype float32 and the sizes of params\[0\]"):
-        module.adam_step([x], [x[:2]], [x], [x], [], steps, 1, 0.9, 0.9, 1e-8, 0, True, False, False, stream)
+        module.adam_step([x], [x[:2]], [x], [x], [], steps, 1, 0.9, 0.9, 1e-8, 0, True, False, False, *more, stream)
     with pytest.raises(ValueError, match=r"params\[0\] is written, so no two of its elements"):
         e = x[:1].expand(4, 6)
-        module.adam_step([e], [x], [x], [x], [], steps, 1, 0.9, 0.9, 1e-8, 0, True, False, False, stream)
+        module.adam_step([e], [x], [x], [x], [], steps, 1, 0.9, 0.9, 1e-8, 0, True, False, False, *more, stream)
+    plain, room = (1, 0.9, 0.9, 1e-8, 0, True, False, False), torch.empty(4, dtype=torch.float64, device=x.device)
+    views = ([x], [x.clone()], [x.clone()], [x.clone()], [], [steps[0].to(x.device)])
+    for wrong, message in (
+        ((x[0, :2], False, None, False, 0, None), "scale must be one float32 or float64"),
+        ((None, False, x[0, :1], False, 0, None), "lr can be on the device only where the steps are"),
+        ((None, False, None, False, 0, room[:3]), "workspace must be 4 float64 per parameter"),
+    ):
+        with pytest.raises(ValueError, match=f"adam_: {message}"):
+            module.adam_step(*views, *plain, *wrong, stream)
+    with pytest.raises(ValueError, match="partial must be 1 contiguous float64"):
+        module.grad_norm([x], room[0].float(), room, stream)
     assert steps[0] == 0

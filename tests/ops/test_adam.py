@@ -440,7 +440,7 @@ def test_the_binding_checks_for_itself(change, message):
     change(lists)
     steps = [s.clone() for s in lists[5]]
     with pytest.raises(ValueError) as error:
-        _native.cpu.adam_step(*lists, *options().values(), 1.0, False, 1)
+        _native.cpu.adam_step(*lists, *options().values(), 1.0, False, False, 0, 1)
     assert str(error.value) == f"fastlm: {message}"
     assert all(torch.equal(a, b) for a, b in zip(lists[5], steps, strict=True))
 

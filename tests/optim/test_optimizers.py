@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastlm
+from fastlm.ops.adam import adam_reference
 
 PAIRS = [(fastlm.optim.Adam, torch.optim.Adam), (fastlm.optim.AdamW, torch.optim.AdamW)]
 KINDS = [ours for ours, _ in PAIRS]
@@ -63,8 +64,8 @@ def test_same_arguments_in_the_same_order(ours, theirs):
         return [(p.name, p.default, p.kind) for p in inspect.signature(kind.__init__).parameters.values()]
 
     known, own = listed(theirs), listed(ours)
-    assert [name for name, _, _ in own[-2:]] == ["max_norm", "state_dtype"]
-    own = own[:-2]
+    assert [name for name, _, _ in own[-4:]] == ["max_norm", "state_dtype", "stochastic_rounding", "seed"]
+    own = own[:-4]
     if "decoupled_weight_decay" not in dict.fromkeys(name for name, _, _ in known):  # younger than the rest
         assert own[: len(known)] == known
     else:
@@ -184,25 +185,23 @@ def test_state_of_an_old_torch_loads():
     assert_same_state(loaded.state_dict(), optimizer.state_dict())
 
 
-@pytest.mark.parametrize("key", ["capturable", "differentiable"])
-def test_unsupported_state_is_refused_and_nothing_changes(key):
+def test_unsupported_state_is_refused_and_nothing_changes():
     params = parameters()
     optimizer = fastlm.optim.AdamW(params)
     run(optimizer, params, 1)
     before = copy.deepcopy(optimizer.state_dict())
     bad = copy.deepcopy(before)
-    bad["param_groups"][0][key] = True
-    with pytest.raises(NotImplementedError, match=f"fastlm.optim.AdamW: {key}=True is not supported"):
+    bad["param_groups"][0]["differentiable"] = True
+    with pytest.raises(NotImplementedError, match=r"AdamW: differentiable=True is not supported"):
         optimizer.load_state_dict(bad)
     assert_same_state(optimizer.state_dict(), before)
 
 
-@pytest.mark.parametrize("key", ["capturable", "differentiable"])
-def test_a_group_changed_later_is_refused_too(key):
+def test_a_group_changed_later_is_refused_too():
     params = parameters()
     optimizer = fastlm.optim.AdamW(params)
-    optimizer.param_groups[0][key] = True
-    with pytest.raises(NotImplementedError, match=f"fastlm.optim.AdamW: {key}=True is not supported"):
+    optimizer.param_groups[0]["differentiable"] = True
+    with pytest.raises(NotImplementedError, match=r"AdamW: differentiable=True is not supported"):
         run(optimizer, params, 1)
 
 
@@ -408,11 +407,6 @@ def test_runs_on_the_backend_in_use(name):
         ),
         ({"fused": True, "foreach": True}, RuntimeError, "foreach and fused cannot both be True"),
         (
-            {"capturable": True},
-            NotImplementedError,
-            "capturable=True is not supported: the step is counted on the host, which a CUDA graph would not replay",
-        ),
-        (
             {"differentiable": True},
             NotImplementedError,
             "differentiable=True is not supported: the step is done in place",
@@ -485,11 +479,58 @@ def test_state_that_no_longer_fits(kind):
         optimizer.step()
 
 
-def test_refuses_to_be_captured(monkeypatch):
+def test_what_cannot_be_captured(monkeypatch):
+    """A count on the host, and a state that the capture would make: replays would not do them right."""
+    params = parameters()
+    host, first, ready = (fastlm.optim.AdamW(params, capturable=on) for on in (False, True, True))
+    run(ready, params, 1)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="counts steps on the host, so it cannot be captured in a CUDA graph"):
-        fastlm.optim.AdamW(parameters()).step()
+    with pytest.raises(RuntimeError, match="counts steps on the host, which a CUDA graph would not do again"):
+        host.step()
+    with pytest.raises(RuntimeError, match="has no state yet, which a CUDA graph would set to 0 at every replay"):
+        first.step()
+    ready.step()
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_capturable_is_the_same_and_reads_lr_from_its_tensor(backend):
+    a, b = parameters(), parameters()
+    lr = torch.tensor(0.01, dtype=torch.float64)
+    ours = fastlm.optim.AdamW(a, lr, capturable=True, max_norm=1.0)
+    plain = fastlm.optim.AdamW(b, 0.01, max_norm=1.0)
+    with fastlm.use_backend(backend):
+        for _ in range(3):
+            run(ours, a, 1)
+            run(plain, b, 1)
+            lr.mul_(0.5)
+            plain.param_groups[0]["lr"] *= 0.5
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+    loaded = torch.optim.AdamW(parameters(), capturable=False)
+    loaded.load_state_dict(ours.state_dict())
+    assert loaded.param_groups[0]["capturable"] and loaded.state[loaded.param_groups[0]["params"][0]]["step"] == 3
+
+
+def test_a_capturable_step_waits_for_no_gpu():
+    """On tensors that are nowhere: whatever asks for a number of theirs raises."""
+    p = [torch.nn.Parameter(torch.empty(n, 3, device="meta", dtype=torch.bfloat16)) for n in (5, 7)]
+    lr = torch.empty((), device="meta")
+    for q in p:
+        q.grad = torch.empty_like(q)
+    optimizer = fastlm.optim.AdamW(p, capturable=True, max_norm=1.0)
+    optimizer.param_groups[0]["lr"] = lr  # the constructor looks whether it is negative
+    for _ in range(2):
+        optimizer.step()
+    states = [optimizer.state[q] for q in p]
+    assert optimizer.grad_norm.is_meta and all(s["step"].is_meta for s in states)
+    lists = [[s[key] for s in states] for key in ("exp_avg", "exp_avg_sq")]
+    numbers = (1.0, 0.9, 0.99, 1e-8, 0.1, True, False, False, optimizer.grad_norm, True, lr, True, 3)
+    with torch.no_grad():
+        adam_reference(p, [q.grad for q in p], *lists, [], [s["step"] for s in states], *numbers)
+    optimizer.param_groups[0]["capturable"] = False
+    with pytest.raises(RuntimeError, match="meta"):
+        optimizer.step()
 
 
 # --- beyond torch -----------------------------------------------------------------------------------------------------
@@ -571,6 +612,40 @@ def test_states_of_their_own_dtype(dtype, state_dtype):
     assert {s.dtype for s in ours.state[p].values() if s.dim()} == {state_dtype}
     # Half a last digit of bfloat16 at each of twenty steps, where that is the parameters' dtype.
     assert (p.double() - exact).abs().max() < (2e-3 if dtype == torch.float32 else 20 * 2**-9)
+
+
+def test_parameters_in_bfloat16_move_by_less_than_their_last_digit():
+    """200 steps of 1/16 of the last digit of 1: rounded to nearest they are lost, at random they come in the mean."""
+    ends = {}
+    for at_random, seed in ((False, 0), (True, 0), (True, 0), (True, 1)):
+        p = torch.ones(20_000, dtype=torch.bfloat16, requires_grad=True)
+        optimizer = fastlm.optim.AdamW([p], 2**-12, weight_decay=0.0, stochastic_rounding=at_random, seed=seed)
+        for _ in range(200):
+            p.grad = torch.full_like(p, -1.0)
+            optimizer.step()
+        if (at_random, seed) in ends:
+            assert torch.equal(ends[at_random, seed], p.detach())
+        ends[at_random, seed] = p.detach()
+    assert (ends[False, 0] == 1).all()
+    assert not torch.equal(ends[True, 0], ends[True, 1])
+    for seed in (0, 1):
+        moved = ends[True, seed].double().mean().item() - 1
+        # The variance of a step is at most a quarter of the squared digit, 2^-7.
+        assert moved == pytest.approx(200 * 2**-12, abs=5 * 2**-8 * (200 / 20_000) ** 0.5)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_random_rounding_of_parameters_is_the_same_on_every_backend(backend):
+    results = []
+    for name in ("reference", backend):
+        p = torch.linspace(-1, 1, 70_001).bfloat16().requires_grad_()
+        optimizer = fastlm.optim.AdamW([p], 0.001, state_dtype=torch.float32, stochastic_rounding=True, seed=-5)
+        with fastlm.use_backend(name):
+            for seed in range(3):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+                optimizer.step()
+        results.append(p.detach())
+    assert (results[0] != results[1]).float().mean() < 2e-3
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])

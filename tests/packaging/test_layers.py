@@ -9,12 +9,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fastlm"
 # Each part of the package, and the parts that it may import besides itself.
-OPS = {"ops", "_library", "_activations", "_checks", "_dropout", "_attention", "_version"}
+OPS = {"ops", "_library", "_activations", "_checks", "_dropout", "_rounding", "_attention", "_version"}
 MODELS = {"nn", *OPS}
 MAY_IMPORT = {
     "_version": set(),
     "_activations": set(),
     "_checks": set(),
+    "_rounding": set(),
     "_library": {"_checks"},
     "_native": set(),
     "_attention": set(),
@@ -22,8 +23,8 @@ MAY_IMPORT = {
     "_flops": {"_library"},
     "_sharding": {"_library"},
     "_dropout": {"_library"},
-    "kernels": {"_library", "_native", "_activations", "_dropout", "_attention", "_version"},
-    "ops": {"_library", "_activations", "_checks", "_dropout", "_attention"},
+    "kernels": {"_library", "_native", "_activations", "_dropout", "_rounding", "_attention", "_version"},
+    "ops": {"_library", "_activations", "_checks", "_dropout", "_rounding", "_attention"},
     "compat": OPS,
     "nn": OPS,
     "models": MODELS,

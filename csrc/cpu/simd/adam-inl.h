@@ -8,8 +8,7 @@
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-// 16 random bits for each element: a sequence of even steps, scrambled by one multiplication. No more is needed to round
-// by, and this is all that the step has time for.
+// adam_random_bits of a vector of elements.
 inline u32v random_bits(int64_t i, uint32_t noise) {
   constexpr uint32_t kStep = 0x9e3779b9u;
   const u32v lanes = (u32v)lane_numbers<i32v>() * kStep;
@@ -26,6 +25,14 @@ inline void store_at_random(bf16* p, f32v x, u32v random, int count) {
   } else {
     store_u16_n(p, rounded, count);
   }
+}
+
+template <class T, class V>
+inline void store_rounded(T* p, V x, bool stochastic, int64_t i, uint32_t noise, int count) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (stochastic) return store_at_random(p, x, random_bits(i, noise), count);
+  }
+  store_count(p, x, count);
 }
 
 template <class T, class S, bool kAmsgrad>
@@ -48,21 +55,14 @@ void adam_step_of(T* param, const T* grad, S* m, S* v, S* top, int64_t first, in
     mean = fma(pull, g - mean, from_m ? mean : g);
     V second = fma(load_count(v + i, count), beta2, g * g * rest2);
     store_count(m + i, mean, count);
-    if constexpr (std::is_same_v<S, bf16>) {
-      if (s.stochastic) {
-        store_at_random(v + i, second, random_bits(first + i, s.noise), count);
-      } else {
-        store_count(v + i, second, count);
-      }
-    } else {
-      store_count(v + i, second, count);
-    }
+    store_rounded(v + i, second, s.stochastic, first + i, s.noise, count);
     if constexpr (kAmsgrad) {
       second = maximum(load_count(top + i, count), second);
       store_count(top + i, second, count);
     }
     V denominator = sqrt(second) / correction + eps;
-    store_count(param + i, p * decay - step_size * mean / denominator, count);
+    store_rounded(param + i, p * decay - step_size * mean / denominator, s.stochastic_params, first + i, s.noise_of_param,
+                  count);
   });
 }
 template <class T, class S>

@@ -15,8 +15,8 @@ struct AdamScalars {
   double step_size;     // lr / (1 - beta1^t)
   double correction;    // sqrt(1 - beta2^t)
   double eps;
-  bool stochastic;      // round v to bfloat16 up or down at random, so that on average it is not rounded at all
-  uint32_t noise;       // what these random numbers follow from, beside an element's number
+  bool stochastic, stochastic_params;    // round v and the parameter to bfloat16 at random
+  uint32_t noise, noise_of_param;        // what these random numbers follow from, beside an element's number
 };
 
 // Arrays are dense, of n elements each, the first of which is number `first` of its parameter. Indexed by the DType of

@@ -15,6 +15,10 @@ def current_stream(x: Tensor) -> int:
     return torch._C._cuda_getCurrentRawStream(x.device.index)
 
 
+def on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def capability(x: Tensor) -> tuple[int, int]:
     """The compute capability of x's device."""
     return torch.cuda.get_device_capability(x.device)

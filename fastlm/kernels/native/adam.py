@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels._common import FLOATS, flat, unsupported_adam_on_gpu
-from fastlm.kernels.native._common import current_stream
+from fastlm.kernels._common import FLOATS, flat
+from fastlm.kernels.native._common import current_stream, on_gpu
 
 
 def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
@@ -22,33 +22,60 @@ def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
     return None
 
 
+def _unsupported_norm(grads: Sequence[Tensor]) -> str | None:
+    return next((f"does not take {g.dtype}" for g in grads if g.dtype not in FLOATS), None)
+
+
+def _norm_dtype(grads: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
+
+
+def _dense(grads: Sequence[Tensor]) -> list[Tensor]:
+    return [flat(g if torch.ops.aten.is_non_overlapping_and_dense(g) else g.contiguous()) for g in grads]
+
+
 if _native.cpu is not None:
     _step = _native.cpu.adam_step
 
     @kernel("adam_", backend="native", device="cpu", supports=_unsupported)
-    def adam_(*args) -> None:
-        *args, scale, stochastic = args
-        _step(*args, 1.0 if scale is None else scale.item(), stochastic, torch.get_num_threads())
-
-    def _unsupported_norm(grads: Sequence[Tensor]) -> str | None:
-        return next((f"does not take {g.dtype}" for g in grads if g.dtype not in FLOATS), None)
+    def adam_(params, grads, exp_avgs, exp_avg_sqs, tops, steps, lr, *args) -> None:
+        *args, scale, stochastic, device_lr, stochastic_params, seed = args
+        _step(
+            params, grads, exp_avgs, exp_avg_sqs, tops, steps, lr if device_lr is None else device_lr.item(), *args,
+            1.0 if scale is None else scale.item(), stochastic, stochastic_params, seed & 0xFFFFFFFF,
+            torch.get_num_threads(),
+        )  # fmt: skip
 
     @kernel("grad_norm", backend="native", device="cpu", supports=_unsupported_norm)
     def grad_norm(grads: Sequence[Tensor]) -> Tensor:
-        dense = [flat(g if torch.ops.aten.is_non_overlapping_and_dense(g) else g.contiguous()) for g in grads]
-        total = _native.cpu.sum_of_squares(dense, torch.get_num_threads()) ** 0.5
-        wide = any(g.dtype == torch.float64 for g in grads)
-        return torch.tensor(total, dtype=torch.float64 if wide else torch.float32, device="cpu")
+        total = _native.cpu.sum_of_squares(_dense(grads), torch.get_num_threads()) ** 0.5
+        return torch.tensor(total, dtype=_norm_dtype(grads), device="cpu")
 
 
 if _native.cuda is not None:
     _cuda = _native.cuda
 
-    def _unsupported_on_gpu(*args) -> str | None:
-        return unsupported_adam_on_gpu(*args) or _unsupported(*args)
+    def _readable(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dtype == torch.float64 else x.float()
 
-    @kernel("adam_", backend="native", device="cuda", supports=_unsupported_on_gpu)
-    def adam_cuda(params: Sequence[Tensor], *args) -> None:
-        *args, _scale, _stochastic = args
-        if params:
-            _cuda.adam_step(params, *args, current_stream(params[0]))
+    @kernel("adam_", backend="native", device="cuda", supports=_unsupported)
+    def adam_cuda(params, grads, exp_avgs, exp_avg_sqs, tops, steps, *args) -> None:
+        *args, scale, stochastic, device_lr, stochastic_params, seed = args
+        if not params:
+            return
+        workspace = None
+        if on_gpu(steps[0]):
+            size = _cuda.adam_workspace * len(params)
+            workspace = torch.empty(size, dtype=torch.float64, device=params[0].device)
+        _cuda.adam_step(
+            params, grads, exp_avgs, exp_avg_sqs, tops, steps, *args, _readable(scale), stochastic,
+            _readable(device_lr), stochastic_params, seed & 0xFFFFFFFF, workspace, current_stream(params[0]),
+        )  # fmt: skip
+
+    @kernel("grad_norm", backend="native", device="cuda", supports=_unsupported_norm)
+    def grad_norm_cuda(grads: Sequence[Tensor]) -> Tensor:
+        dense, device = _dense(grads), grads[0].device
+        norm = torch.empty((), dtype=_norm_dtype(grads), device=device)
+        partial = torch.empty(_cuda.grad_norm_chunks(dense), dtype=torch.float64, device=device)
+        _cuda.grad_norm(dense, norm, partial, current_stream(norm))
+        return norm

@@ -1,8 +1,9 @@
-"""Adam in Triton: one launch for all parameters that share a dtype and a step count.
+"""Adam in Triton: one launch for all parameters that share their dtypes.
 
-Programs find their work in two small tables: chunks (which tensor, from which element), which depends on the sizes only
-and is kept, and addresses, which is made anew at each step, as gradients move. Flat loops need the tensors of one
-parameter dense and laid out alike; where they are not, the step runs on copies that are written back.
+Programs find their work in small tables: chunks (which tensor, from which element), which depends on the sizes only and
+is kept, and addresses and what follows from the count of steps, which are made anew at each step, as gradients move.
+Flat loops need the tensors of one parameter dense and laid out alike; where they are not, the step runs on copies that
+are written back.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels._common import as_laid_out, unsupported_adam_on_gpu
+from fastlm._rounding import noise_of, noise_of_param
+from fastlm.kernels._common import as_laid_out
 from fastlm.kernels.triton._common import INTERPRETED, launch, triton_kernel, widen
 
 _BLOCK = 1024
@@ -33,22 +35,40 @@ def at_address(p_addresses, i, i_first, TYPE: tl.constexpr, ALIGNED: tl.constexp
 
 
 @triton.jit
+def round_at_random(b_x, i_first, o_n, noise):
+    """As fastlm._rounding.rounded_at_random: a float32 that a bfloat16 holds exactly."""
+    o_at = i_first + o_n
+    b_random = (o_at & 0xFFFFFFFF).to(tl.uint32) * tl.full((), 0x9E3779B9, tl.uint32) + (o_at >> 32).to(tl.uint32)
+    b_random += noise.to(tl.uint32)
+    b_random = ((b_random ^ (b_random >> 15)) * tl.full((), 0x846CA68B, tl.uint32)) >> 16
+    b_bits = b_x.to(tl.uint32, bitcast=True)
+    b_cut = ((b_bits + b_random) & tl.full((), 0xFFFF0000, tl.uint32)).to(tl.float32, bitcast=True)
+    finite = (b_bits & tl.full((), 0x7F800000, tl.uint32)) != tl.full((), 0x7F800000, tl.uint32)
+    return tl.where(finite, b_cut, b_x)
+
+
+@triton.jit
 def adam_kernel(
-    p_chunks, p_addresses, step_size, inverse_root, beta2, one_minus_beta1, one_minus_beta2, eps, decay, l2,
-    TYPE: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, HAS_L2: tl.constexpr, AMSGRAD: tl.constexpr,
-    MAXIMIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    p_chunks, p_addresses, p_steps, p_noises, p_scale, beta2, one_minus_beta1, one_minus_beta2, eps, l2,
+    TYPE: tl.constexpr, STATE: tl.constexpr, N: tl.constexpr, ALIGNED: tl.constexpr, HAS_L2: tl.constexpr,
+    AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr, SCALED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    STOCHASTIC_PARAMS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Addresses are N for each tensor: param, grad, exp_avg, exp_avg_sq and, with AMSGRAD, max_exp_avg_sq."""
     i_chunk = tl.program_id(0).to(tl.int64) * 3
-    i_tensor = tl.load(p_chunks + i_chunk) * N
+    i_param = tl.load(p_chunks + i_chunk)
+    i_tensor = i_param * N
     i_first = tl.load(p_chunks + i_chunk + 1)
     n = tl.load(p_chunks + i_chunk + 2)
     if ALIGNED:
         n = tl.multiple_of(n, 16)
+    step_size = tl.load(p_steps + i_param * 3)
+    inverse_root = tl.load(p_steps + i_param * 3 + 1)
+    decay = tl.load(p_steps + i_param * 3 + 2)
     p_param = at_address(p_addresses, i_tensor, i_first, TYPE, ALIGNED)
     p_grad = at_address(p_addresses, i_tensor + 1, i_first, TYPE, ALIGNED)
-    p_exp_avg = at_address(p_addresses, i_tensor + 2, i_first, TYPE, ALIGNED)
-    p_exp_avg_sq = at_address(p_addresses, i_tensor + 3, i_first, TYPE, ALIGNED)
+    p_exp_avg = at_address(p_addresses, i_tensor + 2, i_first, STATE, ALIGNED)
+    p_exp_avg_sq = at_address(p_addresses, i_tensor + 3, i_first, STATE, ALIGNED)
     for i_n in range(0, CHUNK, BLOCK):
         o_n = i_n + tl.arange(0, BLOCK)
         m_n = o_n < n
@@ -57,6 +77,8 @@ def adam_kernel(
         b_grad = widen(tl.load(p_grad + o_n, mask=m_n))
         b_exp_avg = widen(tl.load(p_exp_avg + o_n, mask=m_n))
         b_exp_avg_sq = widen(tl.load(p_exp_avg_sq + o_n, mask=m_n))
+        if SCALED:
+            b_grad *= widen(tl.load(p_scale))
         if MAXIMIZE:
             b_grad = -b_grad
         if HAS_L2:
@@ -65,15 +87,20 @@ def adam_kernel(
         b_exp_avg_sq = beta2 * b_exp_avg_sq + one_minus_beta2 * b_grad * b_grad
         b_top = b_exp_avg_sq
         if AMSGRAD:
-            p_max = at_address(p_addresses, i_tensor + 4, i_first, TYPE, ALIGNED)
+            p_max = at_address(p_addresses, i_tensor + 4, i_first, STATE, ALIGNED)
             # [BLOCK]
             b_top = widen(tl.load(p_max + o_n, mask=m_n))
             b_top = tl.where(b_top <= b_exp_avg_sq, b_exp_avg_sq, tl.where(b_exp_avg_sq <= b_top, b_top, float("nan")))
-            tl.store(p_max + o_n, b_top.to(TYPE), mask=m_n)
+            tl.store(p_max + o_n, b_top.to(STATE), mask=m_n)
         b_update = tl.div_rn(b_exp_avg, tl.sqrt_rn(b_top) * inverse_root + eps)
-        tl.store(p_param + o_n, (b_param * decay - step_size * b_update).to(TYPE), mask=m_n)
-        tl.store(p_exp_avg + o_n, b_exp_avg.to(TYPE), mask=m_n)
-        tl.store(p_exp_avg_sq + o_n, b_exp_avg_sq.to(TYPE), mask=m_n)
+        b_param = b_param * decay - step_size * b_update
+        if STOCHASTIC_PARAMS:
+            b_param = round_at_random(b_param, i_first, o_n, tl.load(p_noises + i_param * 2 + 1))
+        if STOCHASTIC:
+            b_exp_avg_sq = round_at_random(b_exp_avg_sq, i_first, o_n, tl.load(p_noises + i_param * 2))
+        tl.store(p_param + o_n, b_param.to(TYPE), mask=m_n)
+        tl.store(p_exp_avg + o_n, b_exp_avg.to(STATE), mask=m_n)
+        tl.store(p_exp_avg_sq + o_n, b_exp_avg_sq.to(STATE), mask=m_n)
 
 
 @functools.lru_cache(maxsize=64)
@@ -83,11 +110,16 @@ def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(len(rows), 3).to(device)
 
 
+@functools.lru_cache(maxsize=64)
+def _places(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, device=device)
+
+
 def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
-    if (problem := unsupported_adam_on_gpu(params, *rest)) is not None:
-        return problem
     if INTERPRETED and params and params[0].is_cuda:
         return "is interpreted on the host, which cannot follow addresses of CUDA memory"
+    if params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return "copies addresses from the host, which a CUDA graph would not do again"
     return next((f"does not take {p.dtype}" for p in params if p.dtype not in _TYPES), None)
 
 
@@ -95,33 +127,38 @@ def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
 def adam_(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor], steps: Sequence[Tensor], lr: float, beta1: float, beta2: float, eps: float,
-    weight_decay: float, decoupled: bool, amsgrad: bool, maximize: bool,
-    scale: None, stochastic: bool,
+    weight_decay: float, decoupled: bool, amsgrad: bool, maximize: bool, scale: Tensor | None, stochastic: bool,
+    device_lr: Tensor | None, stochastic_params: bool, seed: int,
 ) -> None:  # fmt: skip
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else [])]
     if not params:
         return
     device = params[0].device
-    groups: dict[tuple[torch.dtype, float, bool], tuple[list[int], list[int]]] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[int, list[Tensor]]]] = {}
     copies = []  # kept until the kernels are launched: freed memory would go to the next copy
-    for step, *tensors in zip(steps, *lists, strict=True):
-        laid_out = _alike(tensors)
+    for place, tensors in enumerate(zip(*lists, strict=True)):
+        laid_out = _alike(list(tensors))
         copies += [(x, y, i != 1) for i, (x, y) in enumerate(zip(tensors, laid_out, strict=True)) if x is not y]
-        n, here = tensors[0].numel(), [x.data_ptr() for x in laid_out]
-        aligned = n % 16 == 0 and all(a % 16 == 0 for a in here)
-        sizes, addresses = groups.setdefault((tensors[0].dtype, step.item() + 1, aligned), ([], []))
-        sizes.append(n)
-        addresses += here
-    for (dtype, t, aligned), (sizes, addresses) in groups.items():
-        # From pinned memory, so that the host does not wait for the GPU to finish the backward.
-        table = torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda")
-        chunks = _chunks(tuple(sizes), device)
+        aligned = tensors[0].numel() % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in laid_out)
+        groups.setdefault((tensors[0].dtype, tensors[2].dtype, aligned), []).append((place, laid_out))
+    rate = lr if device_lr is None else device_lr.double().reshape(())
+    for (dtype, state_dtype, aligned), members in groups.items():
+        addresses = torch.tensor([x.data_ptr() for _, laid_out in members for x in laid_out], dtype=torch.int64)
+        chunks = _chunks(tuple(laid_out[0].numel() for _, laid_out in members), device)
+        t = torch.stack([steps[place].reshape(()) for place, _ in members]).double() + 1  # (parameters,)
+        scalars = (rate / (1 - beta1**t), (1 - beta2**t) ** -0.5, 1 - rate * weight_decay if decoupled else 1.0)
+        scalars = torch.stack([x + torch.zeros_like(t) for x in scalars], 1).float()
+        at_random = stochastic and state_dtype == torch.bfloat16, stochastic_params and dtype == torch.bfloat16
+        noises = None
+        if any(at_random):
+            noise = noise_of(t, _places(tuple(place for place, _ in members), t.device), seed)
+            noises = _on(device, torch.stack([noise, noise_of_param(noise)], 1))
         launch(
-            adam_kernel, len(chunks), chunks, table.to(device, non_blocking=True),
-            lr / (1 - beta1**t), (1 - beta2**t) ** -0.5, beta2, 1 - beta1, 1 - beta2, eps,
-            1 - lr * weight_decay if decoupled else 1.0, weight_decay,
-            TYPE=_TYPES[dtype], N=len(lists), ALIGNED=aligned,
-            HAS_L2=weight_decay != 0 and not decoupled, AMSGRAD=amsgrad, MAXIMIZE=maximize, CHUNK=_CHUNK, BLOCK=_BLOCK,
+            adam_kernel, len(chunks), chunks, _on(device, addresses), _on(device, scalars), noises, scale,
+            beta2, 1 - beta1, 1 - beta2, eps, weight_decay,
+            TYPE=_TYPES[dtype], STATE=_TYPES[state_dtype], N=len(lists), ALIGNED=aligned,
+            HAS_L2=weight_decay != 0 and not decoupled, AMSGRAD=amsgrad, MAXIMIZE=maximize, SCALED=scale is not None,
+            STOCHASTIC=at_random[0], STOCHASTIC_PARAMS=at_random[1], CHUNK=_CHUNK, BLOCK=_BLOCK,
         )  # fmt: skip
     for x, y, written in copies:  # all but the gradient, which is lists[1]
         if written:
@@ -129,9 +166,14 @@ def adam_(
     torch._foreach_add_(list(steps), 1)  # after the launches, any of which may fail
 
 
+def _on(device: torch.device, x: Tensor) -> Tensor:
+    """From pinned memory, so that the host does not wait for the GPU to finish the backward."""
+    return x if x.device == device else x.pin_memory().to(device, non_blocking=True)
+
+
 def _alike(tensors: list[Tensor]) -> list[Tensor]:
     """The tensors of one parameter in one dense layout: themselves where they are, else copies."""
     if all(x.is_contiguous() for x in tensors):
         return tensors
     like = torch.empty_like(tensors[0])
-    return [as_laid_out(x, like) for x in tensors]
+    return [as_laid_out(x, torch.empty_like(like, dtype=x.dtype)) for x in tensors]
