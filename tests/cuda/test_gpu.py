@@ -302,3 +302,29 @@ def test_training_step_matches_the_reference():
             y.square().sum().backward()
             found[backend] = leaf.grad
     assert_near(found["native"], found["reference"].cpu(), 1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_captured_training_steps_are_the_eager_ones(tmp_path, precision):
+    """A hundred replays of forward, backward and optimizer, each with its own tokens, learning rate and dropout."""
+    from fastlm.train import Progress, TrainConfig
+    from fastlm.train.rundir import prepare_data
+    from fastlm.train.step import StepGraph, build_model, build_optimizer, training_step
+
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 2000)
+    config = TrainConfig(
+        data=str(tmp_path / "text.txt"), out=str(tmp_path / "run"), tokenizer="byte", n_layer=2, n_head=2, n_embd=128,
+        block_size=128, batch_size=4, accumulation=2, dropout=0.1, bias=True, device="cuda", precision=precision,
+    )  # fmt: skip
+    dataset = prepare_data(config, Progress())
+    found = []
+    for graph in (None, StepGraph(always=True)):
+        model = build_model(config, dataset)
+        optimizer = build_optimizer(model, config)
+        reported = [
+            training_step(model, optimizer, config, dataset, step, 1e-3 / (step + 1), graph) for step in range(103)
+        ]
+        found.append((reported, [p.detach() for p in model.parameters()]))
+    (eager, weights), (replayed, same) = found
+    assert graph.chosen and replayed == eager
+    assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))

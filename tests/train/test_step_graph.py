@@ -1,9 +1,10 @@
-"""The step as a CUDA graph: what is replayed, and when. A function stands in for the graph; a real one is in test_gpu.py."""
+"""The step as a CUDA graph: what is replayed, and when. A function stands in for it; tests/cuda/test_gpu.py has a real one."""
 
 import pytest
 import torch
 
-from fastlm.models import GPT
+import fastlm
+from fastlm.models import GPT, GPTConfig
 from fastlm.train import Progress, train
 from fastlm.train import step as steps
 from fastlm.train.config import prepare_machine
@@ -137,3 +138,28 @@ def test_a_step_waits_for_no_gpu(small, precision, vocab_size):
     assert outcome.is_meta and outcome.shape == (2,)
     with pytest.raises(RuntimeError, match="meta"):
         outcome.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:Profiler record function")
+@pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)], ids=["number", "tensor"])
+def test_a_step_compiles_whole(lr):
+    """Forward and backward as one graph, the optimizer as another."""
+    found = []
+    x, y = torch.arange(2 * 4 * 16).view(2, 4, 16) * 37 % 320
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(vocab_size=320, block_size=16, n_layer=1, n_head=2, n_embd=16, bias=True))
+        rate = lr.clone() if isinstance(lr, torch.Tensor) else lr
+        optimizer = fastlm.optim.AdamW(model.parameters(), rate, max_norm=1.0, capturable=True)
+        forward, step = model, optimizer.step
+        if compiled:
+            forward, step = (torch.compile(f, fullgraph=True, backend="aot_eager") for f in (model, optimizer.step))
+        for _ in range(3):
+            forward(x, y)[1].backward()
+            step()
+            optimizer.zero_grad(set_to_none=True)
+            if isinstance(rate, torch.Tensor):
+                rate.mul_(0.5)
+        found.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
