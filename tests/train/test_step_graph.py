@@ -1,4 +1,4 @@
-"""The step as a CUDA graph: what is replayed, and when. A function stands in for it; tests/cuda/test_gpu.py has a real one."""
+"""The step as a CUDA graph: what is replayed, and when. A function stands in for it; test_gpu.py has a real one."""
 
 import pytest
 import torch
