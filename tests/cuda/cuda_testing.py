@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -44,6 +48,15 @@ def run(*command: object, **options) -> str:
     return done.stdout
 
 
+@contextlib.contextmanager
+def made_once(folder: Path) -> Iterator[None]:
+    """One process at a time makes what is in the folder; the others wait, and find it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def compiler() -> str:
     found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if found is None:
@@ -54,15 +67,19 @@ def compiler() -> str:
 # --- the kernels, compiled for the CPU --------------------------------------------------------------------------------
 def build_emulated() -> Path:
     """csrc/cuda_module.cpp and every kernel over emulation.h instead of CUDA."""
-    pybind11 = pytest.importorskip("pybind11")
-    import sysconfig
-
+    pytest.importorskip("pybind11")
     cxx = compiler()
     folder = ROOT / "build" / f"emulated-{digest(cxx, sys.version)}"
     target = folder / f"_cuda_emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
+    with made_once(folder):
+        if not target.exists():
+            _compile_emulated(cxx, folder, target)
+    return target
+
+
+def _compile_emulated(cxx: str, folder: Path, target: Path) -> None:
+    import pybind11
+
     flags = [
         "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror",
         f"-I{ROOT / 'csrc'}", f"-isystem{pybind11.get_include()}", f"-isystem{sysconfig.get_path('include')}",
@@ -85,7 +102,6 @@ def build_emulated() -> Path:
     partial = folder / "partial.so"
     run(cxx, "-shared", *objects, "-o", partial)
     partial.rename(target)
-    return target
 
 
 def load_emulated() -> tuple[ModuleType, dict[str, _library.Kernel]]:
