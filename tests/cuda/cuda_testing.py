@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -88,6 +89,22 @@ def build_emulated() -> Path:
     return target
 
 
+@functools.cache
+def emulate_cublas() -> torch.library.Library | None:
+    """What the wrappers ask of torch that it does on GPUs alone: a sum in float32 of products of 16 bits."""
+    name = "baddbmm.dtype_out"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU"):
+        return None
+
+    def product(c, a, b, out_dtype, *, beta=1, alpha=1, out):
+        assert c is out and c.dtype == out_dtype == torch.float32 and a.dtype == b.dtype and a.element_size() == 2
+        return torch.baddbmm(c, a.float(), b.float(), beta=beta, alpha=alpha, out=out)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl(name, product, "CPU")
+    return library
+
+
 def load_emulated() -> tuple[ModuleType, dict[str, _library.Kernel]]:
     """The emulated module, and fastlm's CUDA wrappers over it. Leaves the installed kernels as they are."""
     spec = importlib.util.spec_from_file_location("_cuda_emulated", build_emulated())
@@ -96,6 +113,7 @@ def load_emulated() -> tuple[ModuleType, dict[str, _library.Kernel]]:
     for op in _library._ops.values():  # a module that a wrapper imports registers its kernels once and for all
         op.choices("auto", "cpu")
     before = dict(_library._kernels)
+    emulate_cublas()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "cuda", module)
         patch.setattr(_common, "current_stream", lambda x: 0)

@@ -16,6 +16,7 @@ from test_kernels import (
     check_attention,
     check_cross_entropy,
     check_decode,
+    check_linear_cross_entropy,
     check_norm,
     check_options,
     check_rope,
@@ -50,6 +51,7 @@ def run_every_kernel(kernels: Kernels) -> None:
             check_rope(kernels, dtype, *case)
         for rows, classes in ((20, 65), (3, 2001)):
             check_cross_entropy(kernels, dtype, rows, classes, 0.1, 5.0, True)
+        check_linear_cross_entropy(kernels, dtype, (150, 16, 65))
         lists = adam_lists(dtype, [1, 63, 4099], True)
         moved = [[t.to(device) for t in tensors] for tensors in lists[:5]]
         kernels["adam_"](*moved, lists[5], *ADAM)

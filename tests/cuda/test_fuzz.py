@@ -27,6 +27,7 @@ from test_kernels import (
     check_decode,
     check_elementwise,
     check_glu,
+    check_linear_cross_entropy,
     check_norm,
     check_rope,
     laid_out,
@@ -382,6 +383,26 @@ def plan_cross_entropy(rng: random.Random, longest: int) -> tuple:
 
 def test_cross_entropy_fuzz(kernels):
     fuzz(kernels, "cross_entropy", plan_cross_entropy, lambda planned: check_cross_entropy(kernels, *planned))
+
+
+def plan_linear_cross_entropy(rng: random.Random, longest: int) -> tuple:
+    """What check_linear_cross_entropy takes: some of the rows at a time, or all."""
+    rows, cols = rng.choice([1, rng.randint(1, 400), rng.randint(1, 400)]), rng.choice([1, 8, rng.randint(1, longest)])
+    classes = rng.choice([rng.randint(2, 70), rng.randint(2, 1100), 64 * rng.randint(1, 20)])
+    options = (
+        rng.choice([-100, 1]), rng.choice([0.0, 0.1, 1.0]), rng.choice([0.0, 1e-2]), rng.choice([0.0, 3.0, 30.0]),
+        rng.random() < 0.5,
+    )  # fmt: skip
+    return rng.choice(FLOATS), (rows, cols, classes), rng.random() < 0.5, options, rng.choice([1, 1, 1 << 29])
+
+
+def test_linear_cross_entropy_fuzz(kernels):
+    fuzz(
+        kernels,
+        "linear_cross_entropy",
+        plan_linear_cross_entropy,
+        lambda planned: check_linear_cross_entropy(kernels, *planned),
+    )
 
 
 def plan_adam(rng: random.Random, longest: int) -> tuple[torch.dtype, list[int], tuple]:

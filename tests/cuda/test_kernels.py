@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from attention_cases import DECODE, OPTIONS, decode_case, draw, option_case, options
 from cuda_testing import FAMILIES, Kernels
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import _library
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT
 from fastlm._dropout import keep_mask
+from fastlm.kernels.native import products_cuda
 from fastlm.ops.adam import adam_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
-from fastlm.ops.cross_entropy import cross_entropy_backward_reference, cross_entropy_reference
+from fastlm.ops.cross_entropy import (
+    cross_entropy_backward_reference,
+    cross_entropy_reference,
+    linear_cross_entropy_reference,
+)
 from fastlm.ops.dropout import dropout_reference
 from fastlm.ops.glu import glu_backward_reference, glu_reference
 from fastlm.ops.mse_loss import mse_loss_backward_reference, mse_loss_reference
@@ -457,6 +464,119 @@ def test_cross_entropy_in_place(kernels):
         want = kernels["cross_entropy_backward"](loss, lse, x, target, None, lse, -100, 0.1, 0.0)
         kernels.module.cross_entropy_backward(loss, lse, x, target, lse, x, -100, 0.1, 0.0, kernels.stream())
         assert torch.equal(x, want)
+
+
+# rows, columns, classes: of three parts, of one, of two of which the last is one row, of nothing
+LINEAR_CROSS_ENTROPY = [(300, 40, 65), (7, 5, 11), (129, 33, 1031), (1, 1, 1), (0, 8, 9), (5, 0, 4)]
+
+
+def linear_operands(kernels, dtype, rows, cols, classes, bias=True):
+    x, weight, b = (draw(*shape, seed=i) for i, shape in enumerate([(rows, cols), (classes, cols), (classes,)]))
+    weight = weight / max(cols, 1) ** 0.5
+    target = draw_logits(rows, classes, dtype, kernels.device)[1]
+    return *((t if t is None else t.to(dtype).to(kernels.device)) for t in (x, weight, b if bias else None)), target
+
+
+def check_linear_cross_entropy(kernels, dtype, sizes, bias=True, options=(-100, 0.0, 0.0, 0.0, True), part=1):
+    """With the logits of 128 rows held at a time, if no more bytes than `part` are."""
+    *operands, target = linear_operands(kernels, dtype, *sizes, bias)
+    target[target == -100] = options[0]
+    run = kernels["linear_cross_entropy"]
+    wanted = [True, True, bias]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(run.__globals__, "_MOST_BYTES", part)
+        patch.setattr(torch, "empty_like", lambda t, **options: torch.full_like(t, math.nan, **options))
+        got = run(*operands, target, *options, wanted)
+        again = run(*operands, target, *options, wanted)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(got, again, strict=True))
+    here = [None if t is None else t.cpu() for t in operands]
+    want = linear_cross_entropy_reference(
+        *(t if t is None else t.double() for t in here), target.cpu(), *options, wanted
+    )
+    wide = torch.promote_types(dtype, torch.float32)
+    assert got[0].dtype == wide and got[0].shape == ()
+    if want[0].isnan():
+        assert got[0].isnan()
+    else:
+        assert_near(got[0], want[0], 4 * torch.finfo(dtype).eps)
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert a.dtype == dtype and a.is_contiguous()
+        assert_near(a, b, 6 * torch.finfo(dtype).eps)
+    return operands, target, got
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("sizes", LINEAR_CROSS_ENTROPY, ids=str)
+def test_linear_cross_entropy(kernels, dtype, sizes):
+    check_linear_cross_entropy(kernels, dtype, sizes)
+    check_linear_cross_entropy(kernels, dtype, sizes, False, (1, 0.1, 1e-2, 3.0, False), 1 << 29)
+
+
+@pytest.mark.parametrize("wanted", [[False] * 3, [True, False, False], [False, True, False], [False, False, True]])
+def test_linear_cross_entropy_makes_what_is_wanted(kernels, wanted):
+    """The same bits as with all of it, and nothing else."""
+    *operands, target = linear_operands(kernels, torch.bfloat16, 200, 24, 50)
+    options = (-100, 0.1, 1e-2, 3.0, True)
+    everything = kernels["linear_cross_entropy"](*operands, target, *options, [True] * 3)
+    got = kernels["linear_cross_entropy"](*operands, target, *options, wanted)
+    for want, a, b in zip([True, *wanted], got, everything, strict=True):
+        assert torch.equal(a, b) if want else a.numel() == 0 and a.dtype == b.dtype
+
+
+def test_linear_cross_entropy_of_strange_rows(kernels):
+    """Ignored rows may hold anything, and all may be ignored; a target that is no class makes the loss NaN."""
+    x, weight, bias, target = linear_operands(kernels, torch.float32, 9, 8, 70)
+    options, run = (-100, 0.0, 1e-2, 0.0, True), kernels["linear_cross_entropy"]
+    want = run(x, weight, bias, target, *options, [True] * 3)
+    x[target == -100] = math.nan
+    got = run(x, weight, bias, target, *options, [True, False, True])
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and torch.equal(got[3], want[3])
+    loss, dx, _, _ = run(x, weight, bias, torch.full_like(target, -100), *options, [True, False, False])
+    assert loss.isnan() and (dx == 0).all()
+    target[0] = 70
+    assert run(x, weight, bias, target, *options, [True, False, False])[0].isnan()
+
+
+def test_rows_of_logits_that_are_held(kernels):
+    """As many as fit, of one size; the whole tiles of the products decide."""
+    rows = kernels["linear_cross_entropy"].__globals__["_rows_cuda"]
+    shapes = {
+        (16384, 131072, torch.bfloat16): 2048, (16384, 131072, torch.float32): 1024,
+        (2100, 131072, torch.bfloat16): 1152, (16384, 32000, torch.bfloat16): 8192, (5, 131072, torch.bfloat16): 128,
+        (300, 10**9, torch.float32): 128, (0, 0, torch.float32): 128,
+    }  # fmt: skip
+    for (count, classes, dtype), want in shapes.items():
+        x, weight = (torch.empty(n, 4, dtype=dtype, device="meta") for n in (count, classes))
+        assert rows(x, weight) == want, (count, classes)
+
+
+def test_sums_that_an_older_torch_cannot_do(kernels, monkeypatch):
+    """Are refused where they are needed: of 16-bit factors, for the gradient of the weight."""
+    aten = SimpleNamespace(baddbmm=SimpleNamespace())
+    monkeypatch.setattr(products_cuda, "torch", SimpleNamespace(ops=SimpleNamespace(aten=aten)))
+    options = (-100, 0.0, 0.0, 0.0, True)
+    for dtype in FLOATS:
+        operands = linear_operands(kernels, dtype, 5, 4, 3)
+        refusal = kernels.refusal("linear_cross_entropy", *operands, *options, [False, True, False])
+        assert ("torch 2.8" in refusal) if dtype in HALVES else refusal is None
+        assert kernels.refusal("linear_cross_entropy", *operands, *options, [True, False, True]) is None
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Raises where a number of a tensor is asked for, which on a GPU would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy_waits_for_nothing(kernels, dtype):
+    operands = linear_operands(kernels, dtype, 20, 8, 30)
+    with NothingIsRead():
+        kernels["linear_cross_entropy"](*operands, -100, 0.1, 1e-2, 3.0, True, [True] * 3)
+    with NothingIsRead(), pytest.raises(AssertionError):
+        operands[-1].sum().item()
 
 
 # --- Adam -------------------------------------------------------------------------------------------------------------
@@ -1059,7 +1179,7 @@ def test_what_the_sanitizer_watches_runs_emulated(monkeypatch):
 
 # --- the check at first use -------------------------------------------------------------------------------------------
 # Without those of these families that CUDA has no kernel for.
-OPS = [n for n, op in _library._ops.items() if op.family in FAMILIES and n not in ("grad_norm", "linear_cross_entropy")]
+OPS = [n for n, op in _library._ops.items() if op.family in FAMILIES and n != "grad_norm"]
 
 
 @pytest.mark.parametrize("name", OPS)
