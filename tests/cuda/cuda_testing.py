@@ -21,8 +21,8 @@ from fastlm.kernels.native import _common
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FAMILIES = (
-    "relu", "activation", "bias_act", "glu", "dropout", "norm", "rope", "cross_entropy", "mse_loss", "adam",
-    "attention", "attention_decode",
+    "relu", "activation", "bias_act", "glu", "dropout", "norm", "rope", "embedding", "cross_entropy", "linear_act",
+    "mse_loss", "adam", "attention", "attention_decode",
 )  # fmt: skip
 
 

@@ -26,7 +26,9 @@ from test_kernels import (
     check_cross_entropy,
     check_decode,
     check_elementwise,
+    check_embedding,
     check_glu,
+    check_linear_act,
     check_linear_cross_entropy,
     check_norm,
     check_rope,
@@ -339,6 +341,28 @@ def plan_bias_act(rng: random.Random, longest: int) -> tuple[str, torch.dtype, t
 
 def test_bias_act_fuzz(kernels):
     fuzz(kernels, "bias_act", plan_bias_act, lambda planned: test_kernels.test_bias_act(kernels, *planned))
+
+
+def plan_linear_act(rng: random.Random, longest: int) -> tuple:
+    sizes = tuple(rng.choice([1, rng.randint(1, longest), 8 * rng.randint(1, 16)]) for _ in range(3))
+    bias, keep = rng.random() < 0.5, rng.random() < 0.8
+    return rng.choice(list(ACTIVATIONS)), rng.choice(FLOATS), sizes, bias, keep, [rng.random() < 0.7 for _ in range(3)]
+
+
+def test_linear_act_fuzz(kernels):
+    fuzz(kernels, "linear_act", plan_linear_act, lambda planned: check_linear_act(kernels, *planned))
+
+
+def plan_embedding(rng: random.Random, longest: int) -> tuple:
+    """What check_embedding takes: few rows that many places name, and many rows of which few are named."""
+    V, N = rng.choice([1, 2, rng.randint(1, 40), 1000]), rng.choice([1, 8, rng.randint(1, 5 * longest), 1000])
+    count = rng.choice([0, 1, 32, 64, rng.randint(1, 99), rng.randint(1, 5 * longest)])
+    padding = rng.choice([-1, 0, rng.randrange(V)])
+    return rng.choice(FLOATS), V, N, count, rng.choice([1, 3, 9]), padding, rng.choice([0, 0, 1, 8])
+
+
+def test_embedding_fuzz(kernels):
+    fuzz(kernels, "embedding", plan_embedding, lambda planned: check_embedding(kernels, *planned))
 
 
 def plan_norm(rng: random.Random, longest: int) -> tuple:

@@ -24,7 +24,9 @@ from fastlm.ops.cross_entropy import (
     linear_cross_entropy_reference,
 )
 from fastlm.ops.dropout import dropout_reference
+from fastlm.ops.embedding import embedding_backward_reference
 from fastlm.ops.glu import glu_backward_reference, glu_reference
+from fastlm.ops.linear_act import linear_act_backward_reference, linear_act_reference
 from fastlm.ops.mse_loss import mse_loss_backward_reference, mse_loss_reference
 from fastlm.ops.norm import (
     add_layer_norm_reference,
@@ -69,6 +71,14 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
         assert worst <= 8 * tolerance, (
             f"an element is off by {worst:.2e} of the typical one, allowed {8 * tolerance:.0e}"
         )
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Raises where a number of a tensor is asked for, which on a GPU would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -155,6 +165,58 @@ def test_bias_act(kernels, act, dtype, shape):
         assert torch.equal(dbias.cpu().double(), want[1])
     again = kernels["bias_act_backward"](on[2], saved, given, act)
     assert torch.equal(dx, again[0]) and torch.equal(dbias, again[1])
+
+
+# --- linear_act -------------------------------------------------------------------------------------------------------
+# M, K, N: of whole vectors and not, without rows, columns or a sum
+LINEAR_ACT = [(33, 40, 65), (140, 24, 72), (1, 1, 1), (0, 5, 4), (4, 5, 0), (3, 0, 6)]
+
+
+def check_linear_act(kernels, act, dtype, sizes, bias=True, keep=True, wanted=(True, True, True)):
+    M, K, N = sizes
+    x, weight, b, dy = (
+        draw(*shape, dtype=dtype, seed=i).to(kernels.device) for i, shape in enumerate([(M, K), (N, K), (N,), (M, N)])
+    )
+    b = b if bias else None
+    y, u = kernels["linear_act"](x, weight, b, act, keep)
+    exact = [None if t is None else t.cpu().double() for t in (x, weight, b)]
+    want_y, want_u = linear_act_reference(*exact, act, keep)
+    eps = torch.finfo(dtype).eps
+    assert y.dtype == dtype and y.is_contiguous() and u.shape == want_u.shape
+    assert_near(y, want_y, 6 * eps)
+    assert_near(u, want_u, 6 * eps)
+    if not keep:  # it was said that no gradient would be asked for
+        return
+    saved = y if act in SAVE_OUTPUT else u
+    got = kernels["linear_act_backward"](dy, x, weight, saved, act, wanted)
+    want = linear_act_backward_reference(dy.cpu().double(), exact[0], exact[1], saved.cpu().double(), act, wanted)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == dtype and a.is_contiguous() and a.shape == b.shape
+        assert_near(a, b, 6 * eps)
+    again = kernels["linear_act_backward"](dy, x, weight, saved, act, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_linear_act(kernels, act, dtype):
+    for sizes in LINEAR_ACT:
+        check_linear_act(kernels, act, dtype, sizes)
+    check_linear_act(kernels, act, dtype, (20, 9, 17), bias=False, keep=False)
+    for wanted in ((True, False, False), (False, True, False), (False, False, True), (False,) * 3):
+        check_linear_act(kernels, act, dtype, (20, 9, 17), False, True, wanted)
+
+
+def test_linear_act_keeps_what_is_not_a_number(kernels):
+    x, weight = torch.eye(3, device=kernels.device), torch.eye(3, device=kernels.device)
+    x[1, 1] = math.nan
+    y, _ = kernels["linear_act"](x, weight, None, "relu", True)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+    dy = torch.full_like(y, math.inf)
+    _, _, dbias = kernels["linear_act_backward"](
+        dy[:, :1], x, weight[:1], torch.zeros_like(dy[:, :1]), "relu", [True] * 3
+    )
+    assert (dbias == 0).all()
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -363,6 +425,83 @@ def test_norm_stays_inside(kernels, cols):
         assert_near(a, b, 3 * torch.finfo(a.dtype).eps if a is dx else 1e-5)
 
 
+# --- the embedding ----------------------------------------------------------------------------------------------------
+# V, N, places, how much the first rows are preferred: rows of whole vectors and not, more columns than a block has, sums
+# over many parts of the places, over one and over a whole number of them, of nothing
+EMBEDDING = [
+    (5, 3, 40, 1), (65, 40, 300, 4), (1000, 70, 100, 1), (3, 600, 200, 1), (1, 9, 321, 1), (2, 2100, 33, 1),
+    (40, 8, 31, 1), (40, 8, 32, 1), (40, 8, 64, 9), (1, 1, 1, 1), (7, 5, 0, 1), (7, 0, 5, 1),
+]  # fmt: skip
+
+
+def check_embedding(kernels, dtype, V, N, count, power, padding=-1, offset=0):
+    """`offset` elements into their memory."""
+    index = ((draw(count).abs() % 1) ** power * V).long().clamp_max(V - 1).to(kernels.device)
+    weight, dy = (
+        draw(n * N + offset, dtype=dtype, seed=i).to(kernels.device)[offset:].view(n, N)
+        for i, n in enumerate((V, count))
+    )
+    y = kernels["embedding"](weight, index, padding)
+    assert y.is_contiguous() and torch.equal(y, weight[index])
+    dweight = kernels["embedding_backward"](dy, index, V, padding)
+    want = embedding_backward_reference(dy.cpu().double(), index.cpu(), V, padding)
+    assert dweight.dtype == dtype and dweight.is_contiguous()
+    # By the sizes of the terms: sums may cancel.
+    terms = embedding_backward_reference(dy.cpu().double().abs(), index.cpu(), V, padding)
+    wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert ((dweight.cpu().double() - want).abs() <= torch.finfo(dtype).eps * want.abs() + 8 * wide * terms).all()
+    assert torch.equal(dweight, kernels["embedding_backward"](dy, index, V, padding))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", EMBEDDING, ids=str)
+def test_embedding(kernels, dtype, case):
+    check_embedding(kernels, dtype, *case)
+    check_embedding(kernels, dtype, *case, padding=0, offset=1)
+
+
+@pytest.mark.parametrize("cols", [40, 41])
+def test_indices_that_are_no_rows_lead_nowhere_else(kernels, cols):
+    """Rows of NaN, and no part of any sum, also where they go on from part to part. Nobody reads them before."""
+    index = torch.tensor([-1, 2, 5, 2**62, -(2**62), 0] * 40, device=kernels.device)
+    known = (index >= 0) & (index < 5)
+    weight, dy = draw(5, cols).to(kernels.device), draw(len(index), cols).to(kernels.device)
+    dy[~known] = math.nan
+    with NothingIsRead():
+        y = kernels["embedding"](weight, index, -1)
+        dweight = kernels["embedding_backward"](dy, index, 5, -1)
+    assert torch.equal(y[known], weight[index[known]]) and y[~known].isnan().all()
+    want = kernels["embedding_backward"](dy[known], index[known], 5, -1)
+    assert_near(dweight, want.cpu(), 1e-6)
+    assert (dweight[[1, 3, 4]] == 0).all()
+
+
+def test_embedding_layouts(kernels):
+    weight, index = draw(8, 6).to(kernels.device).T, torch.tensor([[0, 5], [5, 5]], device=kernels.device).T.flatten()
+    assert torch.equal(kernels["embedding"](weight, index, -1), weight[index])
+    one = torch.ones((), device=kernels.device).expand(4, 8)  # as .sum() passes it back
+    dweight = kernels["embedding_backward"](one, index, 6, -1)
+    assert (dweight[0] == 1).all() and (dweight[5] == 3).all() and (dweight[1:5] == 0).all()
+
+
+@pytest.mark.parametrize("cols", [1, 40, 111, 1030])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_embedding_stays_inside(kernels, dtype, cols):
+    canaries, module, stream = Canaries(kernels.device), kernels.module, kernels.stream()
+    index, order = torch.sort(torch.arange(70, device=kernels.device) % 4 * 3)
+    weight, dy = (draw(n, cols, dtype=dtype).to(kernels.device) for n in (10, 70))
+    wide = torch.promote_types(dtype, torch.float32)
+    y, dweight = canaries.empty(70, cols, dtype=dtype), canaries.empty(10, cols, dtype=dtype).zero_()
+    partial = canaries.empty(module.embedding_partial_rows(70), cols, dtype=wide).zero_()
+    module.embedding_forward(weight, index, y, stream)
+    module.embedding_backward(dy, index, order, dweight, partial, 3, stream)
+    canaries.check()
+    assert torch.equal(y, weight[index])
+    want = torch.zeros(10, cols, dtype=torch.float64).index_add_(0, index.cpu(), dy.cpu().double()[order.cpu()])
+    want[3] = 0
+    assert_near(dweight, want, 4 * torch.finfo(dtype).eps)
+
+
 # --- rope and the loss ------------------------------------------------------------------------------------------------
 # N, T, heads, head dim, half of what is turned, tables of each sequence, elements into the memory
 ROPE = [
@@ -560,14 +699,6 @@ def test_sums_that_an_older_torch_cannot_do(kernels, monkeypatch):
         refusal = kernels.refusal("linear_cross_entropy", *operands, *options, [False, True, False])
         assert ("torch 2.8" in refusal) if dtype in HALVES else refusal is None
         assert kernels.refusal("linear_cross_entropy", *operands, *options, [True, False, True]) is None
-
-
-class NothingIsRead(TorchDispatchMode):
-    """Raises where a number of a tensor is asked for, which on a GPU would wait for it."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1218,6 +1349,15 @@ def test_bindings_refuse_what_they_cannot_do(kernels):
         module.dropout(x, x, 0.5, torch.zeros(2, dtype=torch.int64, device=kernels.device), stream)
     with pytest.raises(ValueError, match=r"dropout: p must be in \[0, 1\), got 1"):
         module.dropout(x, x, 1.0, torch.zeros(1, dtype=torch.int64, device=kernels.device), stream)
+    index, none = torch.zeros(4, dtype=torch.int64, device=kernels.device), x[:0]
+    with pytest.raises(ValueError, match="embedding: index must be 4 contiguous int64"):
+        module.embedding_forward(x, index[:3], x, stream)
+    with pytest.raises(ValueError, match=r"embedding: y must be float32 \(n, 6\)"):
+        module.embedding_forward(x, index, x.half(), stream)
+    with pytest.raises(ValueError, match=r"embedding_backward: dweight must be float32 \(V, 6\)"):
+        module.embedding_backward(x, index, index, x[:, :5].contiguous(), x[:2], -1, stream)
+    with pytest.raises(ValueError, match="embedding_backward: partial must be 12 contiguous elements"):
+        module.embedding_backward(x, index, index, x, none, -1, stream)
     with pytest.raises(ValueError, match="norm: residual and sum go together"):
         module.norm_forward(x, x, None, None, x, None, 1e-5, True, stream)
     with pytest.raises(ValueError, match="norm_backward: partial must be 12 contiguous elements"):
