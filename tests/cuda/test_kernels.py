@@ -426,8 +426,8 @@ def test_norm_stays_inside(kernels, cols):
 
 
 # --- the embedding ----------------------------------------------------------------------------------------------------
-# V, N, places, how much the first rows are preferred: rows of whole vectors and not, more columns than a block has, sums
-# over many parts of the places, over one and over a whole number of them, of nothing
+# V, N, places, how much the first rows are preferred: rows of whole vectors and not, more columns than a block has,
+# sums over many parts of the places, over one and over a whole number of them, of nothing
 EMBEDDING = [
     (5, 3, 40, 1), (65, 40, 300, 4), (1000, 70, 100, 1), (3, 600, 200, 1), (1, 9, 321, 1), (2, 2100, 33, 1),
     (40, 8, 31, 1), (40, 8, 32, 1), (40, 8, 64, 9), (1, 1, 1, 1), (7, 5, 0, 1), (7, 0, 5, 1),
