@@ -11,6 +11,7 @@
 #include "cuda/attention.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/dropout.h"
+#include "cuda/embedding.h"
 #include "cuda/mse_loss.h"
 #include "cuda/norm.h"
 #include "cuda/rope.h"
@@ -50,14 +51,15 @@ void bias_act_forward(const TensorView& x, const TensorView& bias, const TensorV
   cuda::bias_act_forward({x.device, stream}, act_of("bias_act", act), x.dtype, x.data, bias.data, y.data, rows, cols);
 }
 
-void bias_act_backward(const TensorView& dy, const TensorView& saved, const TensorView& bias, const TensorView& dx,
+void bias_act_backward(const TensorView& dy, const TensorView& saved, const OptionalTensor& bias, const TensorView& dx,
                        const TensorView& dbias, const TensorView& partial, int act, uintptr_t stream) {
   const char* op = "bias_act_backward";
   border.check_same_dense(op, dy, {&saved, &dx});
-  auto [rows, cols] = border.check_rows(op, dy, bias);
+  auto [rows, cols] = border.check_rows(op, dy);
+  if (bias) border.check_rows(op, dy, *bias);
   border.check_sums(op, "dbias", dy, dbias, cols);
   border.check_sums(op, "partial", dy, partial, cuda::bias_act_chunks(rows) * cols);
-  cuda::bias_act_backward({dy.device, stream}, act_of(op, act), dy.dtype, dy.data, saved.data, bias.data, dx.data,
+  cuda::bias_act_backward({dy.device, stream}, act_of(op, act), dy.dtype, dy.data, saved.data, data_of(bias), dx.data,
                           dbias.data, partial.data, rows, cols);
 }
 
@@ -146,6 +148,35 @@ void cross_entropy_backward(const TensorView& g, const OptionalTensor& dlse, con
   if (dlse) border.check_sums("cross_entropy_backward", "dlse", x, *dlse, rows);
   cuda::cross_entropy_backward({x.device, stream}, x.dtype, g.data, data_of(dlse), x.data, static_cast<const int64_t*>(target.data),
                                lse.data, dx.data, rows, {x.shape[1], ignored, smoothing, softcap});
+}
+
+// --- the embedding ----------------------------------------------------------------------------------------------------
+void embedding_forward(const TensorView& weight, const TensorView& index, const TensorView& y, uintptr_t stream) {
+  const char* op = "embedding";
+  border.check_same_dense(op, weight, {});
+  border.check_matrix(op, "weight", weight, weight, true);
+  border.check_same_dense(op, y, {});
+  FASTLM_CHECK(y.ndim == 2 && y.contiguous() && y.dtype == weight.dtype && y.shape[1] == weight.shape[1], op, ": y must be ",
+               dtype_name(weight.dtype), " (n, ", weight.shape[1], "), got ", y.describe());
+  border.check_device(op, weight, y);
+  cuda::embedding_forward({weight.device, stream}, weight.dtype, weight.data, check_integers(op, "index", weight, index, y.shape[0]),
+                          y.data, y.shape[0], weight.shape[0], weight.shape[1]);
+}
+
+void embedding_backward(const TensorView& dy, const TensorView& index, const TensorView& order, const TensorView& dweight,
+                        const TensorView& partial, int64_t padding, uintptr_t stream) {
+  const char* op = "embedding_backward";
+  border.check_same_dense(op, dy, {});
+  border.check_matrix(op, "dy", dy, dy, true);
+  border.check_same_dense(op, dweight, {});
+  int64_t count = dy.shape[0], cols = dy.shape[1];
+  FASTLM_CHECK(dweight.ndim == 2 && dweight.contiguous() && dweight.dtype == dy.dtype && dweight.shape[1] == cols, op,
+               ": dweight must be ", dtype_name(dy.dtype), " (V, ", cols, "), got ", dweight.describe());
+  border.check_device(op, dy, dweight);
+  border.check_sums(op, "partial", dy, partial, cuda::embedding_partial_rows(count) * cols);
+  cuda::embedding_backward({dy.device, stream}, dy.dtype, dy.data, check_integers(op, "index", dy, index, count),
+                           check_integers(op, "order", dy, order, count), dweight.data, partial.data, count, dweight.shape[0], cols,
+                           padding);
 }
 
 // --- attention --------------------------------------------------------------------------------------------------------
@@ -400,6 +431,10 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   kernel("rope", &fastlm::rope);
   kernel("cross_entropy_forward", &fastlm::cross_entropy_forward, "A target that is no class makes its row's results NaN.");
   kernel("cross_entropy_backward", &fastlm::cross_entropy_backward, "dx may be x.");
+  kernel("embedding_forward", &fastlm::embedding_forward, "An index that is no row makes a row of NaN.");
+  kernel("embedding_backward", &fastlm::embedding_backward,
+         "index is sorted, order says where each of it came from; dweight is zero, `partial` has embedding_partial_rows(n) rows.");
+  m.def("embedding_partial_rows", &cuda::embedding_partial_rows);
   kernel("norm_forward", &fastlm::norm_forward);
   kernel("norm_backward", &fastlm::norm_backward, "`partial` has norm_slices(dy) rows for each of dweight and dbias.");
   m.def("norm_slices", [](const fastlm::TensorView& dy) {

@@ -223,7 +223,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
   __shared__ C sums[kLanesY][kLanesX * kVector<T>];
   Place<T> at(rows, column_blocks);
   int64_t count = cols - at.col;
-  Vector<T> b = load_count(bias + at.col, saves_output(act) ? 0 : count, aligned);  // else it may hold anything
+  // Where the output was saved it may hold anything.
+  Vector<T> b = load_count(bias + at.col, bias == nullptr || saves_output(act) ? 0 : count, aligned);
   C sum[kVector<T>] = {};
   for (int64_t row = at.row; row < (count > 0 ? at.row_end : 0); row += kRows * kLanesY) {
     Vector<T> d[kRows], s[kRows];

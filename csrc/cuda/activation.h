@@ -14,7 +14,8 @@ void act_forward(const Target& target, Act act, DType dtype, const void* x, void
 void act_backward(const Target& target, Act act, DType dtype, const void* dy, const void* saved, void* dx, int64_t n);
 void bias_act_forward(const Target& target, Act act, DType dtype, const void* x, const void* bias, void* y, int64_t rows,
                       int64_t cols);
-// dbias: cols sums, float (double for float64); partial: bias_act_chunks(rows) * cols of the same, to work in.
+// bias may be null: none, or in `saved` already. dbias: cols sums, float (double for float64); partial:
+// bias_act_chunks(rows) * cols of the same, to work in.
 void bias_act_backward(const Target& target, Act act, DType dtype, const void* dy, const void* saved, const void* bias,
                        void* dx, void* dbias, void* partial, int64_t rows, int64_t cols);
 int64_t bias_act_chunks(int64_t rows);

@@ -104,6 +104,7 @@ class Row:
     flops: float = 0.0
     bytes: float = 0.0
     items: float = 0.0
+    memory: float = math.nan  # bytes that a run holds at most besides what was there before, on CUDA
     rounds: int = 0
     target: str = ""
     noisy: bool = False
@@ -166,6 +167,18 @@ def time_runs(variant: Variant, count: int, device: str) -> float:
         return clock() - began
 
 
+def peak_memory(variant: Variant, device: str) -> float:
+    """The most bytes that a run holds besides what is there already, as torch counts them; of a GPU."""
+    if device != "cuda" or variant.seconds is not None:
+        return math.nan
+    with variant.context():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        variant.run()
+        return torch.cuda.max_memory_allocated() - before
+
+
 def runs_for(variant: Variant, seconds: float, device: str) -> int:
     """Warm the variant up; how many runs take about so long."""
     time_runs(variant, 1, device)
@@ -198,6 +211,9 @@ class Local:
             return time_runs(self.built.variants[name], count, self.case.device)
         finally:
             gc.enable()
+
+    def memory(self, name: str) -> float:
+        return peak_memory(self.built.variants[name], self.case.device)
 
     def close(self) -> None:
         pass
@@ -237,6 +253,9 @@ class Remote:
 
     def time(self, name: str, count: int) -> float:
         return self._ask("time", name, count)
+
+    def memory(self, name: str) -> float:
+        return self._ask("memory", name)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -306,6 +325,7 @@ def measure(
             row.target = case.target if name == "fastlm" else ""
             row.share = least / middle if least else math.nan
             row.flops, row.bytes, row.items, row.rounds = case.flops, case.bytes, case.items, rounds
+            row.memory = host.memory(name)
             row.noisy = quartiles[1] - quartiles[0] > _NOISY * middle
             row.loaded = loaded
             rows.append(row)

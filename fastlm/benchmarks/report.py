@@ -13,6 +13,10 @@ from fastlm.benchmarks.harness import Row
 _COLOURS = {"fastlm": "#c8102e", "torch": "#8a8d91", "torch.compile": "#4a6fa5", "torch default": "#c9cbce"}
 
 
+# Variants that targets name, besides the baseline.
+_BESIDE = ("torch flash", "torch cuDNN", "torch.compile", "three products", "four products")
+
+
 def seconds(value: float) -> str:
     """In the unit that leaves one to three digits before the point."""
     for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
@@ -40,8 +44,10 @@ def _cells(row: Row) -> list[str]:
         ratio = ""
     share = "" if math.isnan(row.share) else f"{100 * row.share:.0f} %"
     remarks = [f"±{50 * spread:.0f} %"] + ["noisy"] * row.noisy + ["loaded machine"] * row.loaded
-    if row.variant == "fastlm":  # beside torch's backends one by one
-        remarks += [f"{row.ratios[name]:.2f}x {name}" for name in ("torch flash", "torch cuDNN") if name in row.ratios]
+    if row.variant == "fastlm":
+        remarks += [f"{row.ratios[name]:.2f}x {name}" for name in _BESIDE if name in row.ratios]
+    if not math.isnan(row.memory):
+        remarks.append(f"{row.memory / 1e9:.2f} GB")
     median = seconds(row.seconds) + (f" (target {row.target})" if row.target else "")
     return [row.case, row.variant, row.allocator, median, rate(row), share, ratio, ", ".join(remarks)]
 

@@ -150,6 +150,8 @@ _linear_act = define_op(
 def linear_act(x: Tensor, weight: Tensor, bias: Tensor | None = None, act: str = "relu") -> Tensor:
     """act(x weight' + bias): ``torch.nn.functional.linear`` with the activation after it, in one op.
 
+    Float32 products use TF32 on a GPU where ``torch.backends.cuda.matmul`` allows it, as torch's do.
+
     Args:
         x: (..., K), floating point.
         weight: (N, K), of x's dtype and device.

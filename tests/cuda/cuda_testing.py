@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
@@ -24,8 +25,8 @@ from fastlm.kernels.native import _common
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FAMILIES = (
-    "relu", "activation", "bias_act", "glu", "dropout", "norm", "rope", "cross_entropy", "mse_loss", "adam",
-    "attention", "attention_decode",
+    "relu", "activation", "bias_act", "glu", "dropout", "norm", "rope", "embedding", "cross_entropy", "linear_act",
+    "mse_loss", "adam", "attention", "attention_decode",
 )  # fmt: skip
 
 
@@ -104,6 +105,22 @@ def _compile_emulated(cxx: str, folder: Path, target: Path) -> None:
     partial.rename(target)
 
 
+@functools.cache
+def emulate_cublas() -> torch.library.Library | None:
+    """What the wrappers ask of torch that it does on GPUs alone: a sum in float32 of products of 16 bits."""
+    name = "baddbmm.dtype_out"
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU"):
+        return None
+
+    def product(c, a, b, out_dtype, *, beta=1, alpha=1, out):
+        assert c is out and c.dtype == out_dtype == torch.float32 and a.dtype == b.dtype and a.element_size() == 2
+        return torch.baddbmm(c, a.float(), b.float(), beta=beta, alpha=alpha, out=out)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl(name, product, "CPU")
+    return library
+
+
 def load_emulated() -> tuple[ModuleType, dict[str, _library.Kernel]]:
     """The emulated module, and fastlm's CUDA wrappers over it. Leaves the installed kernels as they are."""
     spec = importlib.util.spec_from_file_location("_cuda_emulated", build_emulated())
@@ -112,6 +129,7 @@ def load_emulated() -> tuple[ModuleType, dict[str, _library.Kernel]]:
     for op in _library._ops.values():  # a module that a wrapper imports registers its kernels once and for all
         op.choices("auto", "cpu")
     before = dict(_library._kernels)
+    emulate_cublas()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "cuda", module)
         patch.setattr(_common, "current_stream", lambda x: 0)

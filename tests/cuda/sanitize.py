@@ -17,6 +17,9 @@ from test_kernels import (
     check_attention,
     check_cross_entropy,
     check_decode,
+    check_embedding,
+    check_linear_act,
+    check_linear_cross_entropy,
     check_norm,
     check_options,
     check_rope,
@@ -51,6 +54,10 @@ def run_every_kernel(kernels: Kernels) -> None:
             check_rope(kernels, dtype, *case)
         for rows, classes in ((20, 65), (3, 2001)):
             check_cross_entropy(kernels, dtype, rows, classes, 0.1, 5.0, True)
+        check_linear_cross_entropy(kernels, dtype, (150, 16, 65))
+        check_linear_act(kernels, "gelu", dtype, (40, 16, 65))
+        for case in ((3, 72, 100, 1, -1, 0), (50, 71, 40, 3, 0, 1)):
+            check_embedding(kernels, dtype, *case)
         lists = adam_lists(dtype, [1, 63, 4099], True)
         moved = [[t.to(device) for t in tensors] for tensors in lists[:5]]
         kernels["adam_"](*moved, lists[5], *ADAM)

@@ -27,7 +27,10 @@ from test_kernels import (
     check_cross_entropy,
     check_decode,
     check_elementwise,
+    check_embedding,
     check_glu,
+    check_linear_act,
+    check_linear_cross_entropy,
     check_norm,
     check_rope,
     laid_out,
@@ -341,6 +344,28 @@ def test_bias_act_fuzz(kernels):
     fuzz(kernels, "bias_act", plan_bias_act, lambda planned: test_kernels.test_bias_act(kernels, *planned))
 
 
+def plan_linear_act(rng: random.Random, longest: int) -> tuple:
+    sizes = tuple(rng.choice([1, rng.randint(1, longest), 8 * rng.randint(1, 16)]) for _ in range(3))
+    bias, keep = rng.random() < 0.5, rng.random() < 0.8
+    return rng.choice(list(ACTIVATIONS)), rng.choice(FLOATS), sizes, bias, keep, [rng.random() < 0.7 for _ in range(3)]
+
+
+def test_linear_act_fuzz(kernels):
+    fuzz(kernels, "linear_act", plan_linear_act, lambda planned: check_linear_act(kernels, *planned))
+
+
+def plan_embedding(rng: random.Random, longest: int) -> tuple:
+    """What check_embedding takes: few rows that many places name, and many rows of which few are named."""
+    V, N = rng.choice([1, 2, rng.randint(1, 40), 1000]), rng.choice([1, 8, rng.randint(1, 5 * longest), 1000])
+    count = rng.choice([0, 1, 32, 64, rng.randint(1, 99), rng.randint(1, 5 * longest)])
+    padding = rng.choice([-1, 0, rng.randrange(V)])
+    return rng.choice(FLOATS), V, N, count, rng.choice([1, 3, 9]), padding, rng.choice([0, 0, 1, 8])
+
+
+def test_embedding_fuzz(kernels):
+    fuzz(kernels, "embedding", plan_embedding, lambda planned: check_embedding(kernels, *planned))
+
+
 def plan_norm(rng: random.Random, longest: int) -> tuple:
     """What check_norm takes after the dtype's place: sizes beside those where another kernel begins."""
     edge = rng.choice([256, 512, 1024, 2048, 4096, 8192]) + rng.randint(-9, 9)
@@ -383,6 +408,26 @@ def plan_cross_entropy(rng: random.Random, longest: int) -> tuple:
 
 def test_cross_entropy_fuzz(kernels):
     fuzz(kernels, "cross_entropy", plan_cross_entropy, lambda planned: check_cross_entropy(kernels, *planned))
+
+
+def plan_linear_cross_entropy(rng: random.Random, longest: int) -> tuple:
+    """What check_linear_cross_entropy takes: some of the rows at a time, or all."""
+    rows, cols = rng.choice([1, rng.randint(1, 400), rng.randint(1, 400)]), rng.choice([1, 8, rng.randint(1, longest)])
+    classes = rng.choice([rng.randint(2, 70), rng.randint(2, 1100), 64 * rng.randint(1, 20)])
+    options = (
+        rng.choice([-100, 1]), rng.choice([0.0, 0.1, 1.0]), rng.choice([0.0, 1e-2]), rng.choice([0.0, 3.0, 30.0]),
+        rng.random() < 0.5,
+    )  # fmt: skip
+    return rng.choice(FLOATS), (rows, cols, classes), rng.random() < 0.5, options, rng.choice([1, 1, 1 << 29])
+
+
+def test_linear_cross_entropy_fuzz(kernels):
+    fuzz(
+        kernels,
+        "linear_cross_entropy",
+        plan_linear_cross_entropy,
+        lambda planned: check_linear_cross_entropy(kernels, *planned),
+    )
 
 
 def plan_adam(rng: random.Random, longest: int) -> tuple[torch.dtype, list[int], tuple, float | None, bool]:

@@ -207,6 +207,26 @@ def test_attention_memory(kernels, dtype):
         assert_near(lse[:, :, i : i + 1], s.logsumexp(-1).cpu(), 1e-5)
 
 
+def test_linear_cross_entropy_memory(kernels):
+    """Besides the gradients 512 MiB of logits and the gradient of the weight in float32, of 1 GiB of logits."""
+    (rows, cols, classes), device, bf16 = (4096, 256, 131072), kernels.device, torch.bfloat16
+    x, weight = (torch.randn(n, cols, device=device, dtype=bf16) / 8 for n in (rows, classes))
+    target = torch.arange(rows, device=device)
+    options = (-100, 0.0, 0.0, 0.0, True, [True, True, False])
+    kernels["linear_cross_entropy"](x[:128], weight, None, target[:128], *options)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss, dx, dweight, _ = kernels["linear_cross_entropy"](x, weight, None, target, *options)
+    extra = torch.cuda.max_memory_allocated() - before - 4 * weight.numel()
+    assert extra <= 1.1 * 2**29
+    logits = x[:64].double() @ weight.double().T
+    want = logits.softmax(-1)
+    want[torch.arange(64), target[:64]] -= 1
+    assert_near(dx[:64], (want @ weight.double() / rows).cpu(), 4 * torch.finfo(bf16).eps)
+    assert loss.isfinite() and dweight.isfinite().all()
+
+
 def test_more_elements_than_32_bits_count(kernels):
     numel = 2**31 + 4096
     if torch.cuda.mem_get_info()[0] < 5 * 2 * numel:

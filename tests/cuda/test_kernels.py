@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from attention_cases import DECODE, OPTIONS, decode_case, draw, option_case, options
 from cuda_testing import FAMILIES, Kernels
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlm import _library
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT
 from fastlm._dropout import keep_mask
+from fastlm.kernels.native import products_cuda
 from fastlm.ops.adam import adam_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
-from fastlm.ops.cross_entropy import cross_entropy_backward_reference, cross_entropy_reference
+from fastlm.ops.cross_entropy import (
+    cross_entropy_backward_reference,
+    cross_entropy_reference,
+    linear_cross_entropy_reference,
+)
 from fastlm.ops.dropout import dropout_reference
+from fastlm.ops.embedding import embedding_backward_reference
 from fastlm.ops.glu import glu_backward_reference, glu_reference
+from fastlm.ops.linear_act import linear_act_backward_reference, linear_act_reference
 from fastlm.ops.mse_loss import mse_loss_backward_reference, mse_loss_reference
 from fastlm.ops.norm import (
     add_layer_norm_reference,
@@ -62,6 +71,14 @@ def assert_near(got: Tensor, want: Tensor, tolerance: float) -> None:
         assert worst <= 8 * tolerance, (
             f"an element is off by {worst:.2e} of the typical one, allowed {8 * tolerance:.0e}"
         )
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Raises where a number of a tensor is asked for, which on a GPU would wait for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
@@ -148,6 +165,58 @@ def test_bias_act(kernels, act, dtype, shape):
         assert torch.equal(dbias.cpu().double(), want[1])
     again = kernels["bias_act_backward"](on[2], saved, given, act)
     assert torch.equal(dx, again[0]) and torch.equal(dbias, again[1])
+
+
+# --- linear_act -------------------------------------------------------------------------------------------------------
+# M, K, N: of whole vectors and not, without rows, columns or a sum
+LINEAR_ACT = [(33, 40, 65), (140, 24, 72), (1, 1, 1), (0, 5, 4), (4, 5, 0), (3, 0, 6)]
+
+
+def check_linear_act(kernels, act, dtype, sizes, bias=True, keep=True, wanted=(True, True, True)):
+    M, K, N = sizes
+    x, weight, b, dy = (
+        draw(*shape, dtype=dtype, seed=i).to(kernels.device) for i, shape in enumerate([(M, K), (N, K), (N,), (M, N)])
+    )
+    b = b if bias else None
+    y, u = kernels["linear_act"](x, weight, b, act, keep)
+    exact = [None if t is None else t.cpu().double() for t in (x, weight, b)]
+    want_y, want_u = linear_act_reference(*exact, act, keep)
+    eps = torch.finfo(dtype).eps
+    assert y.dtype == dtype and y.is_contiguous() and u.shape == want_u.shape
+    assert_near(y, want_y, 6 * eps)
+    assert_near(u, want_u, 6 * eps)
+    if not keep:  # it was said that no gradient would be asked for
+        return
+    saved = y if act in SAVE_OUTPUT else u
+    got = kernels["linear_act_backward"](dy, x, weight, saved, act, wanted)
+    want = linear_act_backward_reference(dy.cpu().double(), exact[0], exact[1], saved.cpu().double(), act, wanted)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == dtype and a.is_contiguous() and a.shape == b.shape
+        assert_near(a, b, 6 * eps)
+    again = kernels["linear_act_backward"](dy, x, weight, saved, act, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_linear_act(kernels, act, dtype):
+    for sizes in LINEAR_ACT:
+        check_linear_act(kernels, act, dtype, sizes)
+    check_linear_act(kernels, act, dtype, (20, 9, 17), bias=False, keep=False)
+    for wanted in ((True, False, False), (False, True, False), (False, False, True), (False,) * 3):
+        check_linear_act(kernels, act, dtype, (20, 9, 17), False, True, wanted)
+
+
+def test_linear_act_keeps_what_is_not_a_number(kernels):
+    x, weight = torch.eye(3, device=kernels.device), torch.eye(3, device=kernels.device)
+    x[1, 1] = math.nan
+    y, _ = kernels["linear_act"](x, weight, None, "relu", True)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+    dy = torch.full_like(y, math.inf)
+    _, _, dbias = kernels["linear_act_backward"](
+        dy[:, :1], x, weight[:1], torch.zeros_like(dy[:, :1]), "relu", [True] * 3
+    )
+    assert (dbias == 0).all()
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
@@ -356,6 +425,83 @@ def test_norm_stays_inside(kernels, cols):
         assert_near(a, b, 3 * torch.finfo(a.dtype).eps if a is dx else 1e-5)
 
 
+# --- the embedding ----------------------------------------------------------------------------------------------------
+# V, N, places, how much the first rows are preferred: rows of whole vectors and not, more columns than a block has,
+# sums over many parts of the places, over one and over a whole number of them, of nothing
+EMBEDDING = [
+    (5, 3, 40, 1), (65, 40, 300, 4), (1000, 70, 100, 1), (3, 600, 200, 1), (1, 9, 321, 1), (2, 2100, 33, 1),
+    (40, 8, 31, 1), (40, 8, 32, 1), (40, 8, 64, 9), (1, 1, 1, 1), (7, 5, 0, 1), (7, 0, 5, 1),
+]  # fmt: skip
+
+
+def check_embedding(kernels, dtype, V, N, count, power, padding=-1, offset=0):
+    """`offset` elements into their memory."""
+    index = ((draw(count).abs() % 1) ** power * V).long().clamp_max(V - 1).to(kernels.device)
+    weight, dy = (
+        draw(n * N + offset, dtype=dtype, seed=i).to(kernels.device)[offset:].view(n, N)
+        for i, n in enumerate((V, count))
+    )
+    y = kernels["embedding"](weight, index, padding)
+    assert y.is_contiguous() and torch.equal(y, weight[index])
+    dweight = kernels["embedding_backward"](dy, index, V, padding)
+    want = embedding_backward_reference(dy.cpu().double(), index.cpu(), V, padding)
+    assert dweight.dtype == dtype and dweight.is_contiguous()
+    # By the sizes of the terms: sums may cancel.
+    terms = embedding_backward_reference(dy.cpu().double().abs(), index.cpu(), V, padding)
+    wide = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    assert ((dweight.cpu().double() - want).abs() <= torch.finfo(dtype).eps * want.abs() + 8 * wide * terms).all()
+    assert torch.equal(dweight, kernels["embedding_backward"](dy, index, V, padding))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", EMBEDDING, ids=str)
+def test_embedding(kernels, dtype, case):
+    check_embedding(kernels, dtype, *case)
+    check_embedding(kernels, dtype, *case, padding=0, offset=1)
+
+
+@pytest.mark.parametrize("cols", [40, 41])
+def test_indices_that_are_no_rows_lead_nowhere_else(kernels, cols):
+    """Rows of NaN, and no part of any sum, also where they go on from part to part. Nobody reads them before."""
+    index = torch.tensor([-1, 2, 5, 2**62, -(2**62), 0] * 40, device=kernels.device)
+    known = (index >= 0) & (index < 5)
+    weight, dy = draw(5, cols).to(kernels.device), draw(len(index), cols).to(kernels.device)
+    dy[~known] = math.nan
+    with NothingIsRead():
+        y = kernels["embedding"](weight, index, -1)
+        dweight = kernels["embedding_backward"](dy, index, 5, -1)
+    assert torch.equal(y[known], weight[index[known]]) and y[~known].isnan().all()
+    want = kernels["embedding_backward"](dy[known], index[known], 5, -1)
+    assert_near(dweight, want.cpu(), 1e-6)
+    assert (dweight[[1, 3, 4]] == 0).all()
+
+
+def test_embedding_layouts(kernels):
+    weight, index = draw(8, 6).to(kernels.device).T, torch.tensor([[0, 5], [5, 5]], device=kernels.device).T.flatten()
+    assert torch.equal(kernels["embedding"](weight, index, -1), weight[index])
+    one = torch.ones((), device=kernels.device).expand(4, 8)  # as .sum() passes it back
+    dweight = kernels["embedding_backward"](one, index, 6, -1)
+    assert (dweight[0] == 1).all() and (dweight[5] == 3).all() and (dweight[1:5] == 0).all()
+
+
+@pytest.mark.parametrize("cols", [1, 40, 111, 1030])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_embedding_stays_inside(kernels, dtype, cols):
+    canaries, module, stream = Canaries(kernels.device), kernels.module, kernels.stream()
+    index, order = torch.sort(torch.arange(70, device=kernels.device) % 4 * 3)
+    weight, dy = (draw(n, cols, dtype=dtype).to(kernels.device) for n in (10, 70))
+    wide = torch.promote_types(dtype, torch.float32)
+    y, dweight = canaries.empty(70, cols, dtype=dtype), canaries.empty(10, cols, dtype=dtype).zero_()
+    partial = canaries.empty(module.embedding_partial_rows(70), cols, dtype=wide).zero_()
+    module.embedding_forward(weight, index, y, stream)
+    module.embedding_backward(dy, index, order, dweight, partial, 3, stream)
+    canaries.check()
+    assert torch.equal(y, weight[index])
+    want = torch.zeros(10, cols, dtype=torch.float64).index_add_(0, index.cpu(), dy.cpu().double()[order.cpu()])
+    want[3] = 0
+    assert_near(dweight, want, 4 * torch.finfo(dtype).eps)
+
+
 # --- rope and the loss ------------------------------------------------------------------------------------------------
 # N, T, heads, head dim, half of what is turned, tables of each sequence, elements into the memory
 ROPE = [
@@ -457,6 +603,111 @@ def test_cross_entropy_in_place(kernels):
         want = kernels["cross_entropy_backward"](loss, lse, x, target, None, lse, -100, 0.1, 0.0)
         kernels.module.cross_entropy_backward(loss, lse, x, target, lse, x, -100, 0.1, 0.0, kernels.stream())
         assert torch.equal(x, want)
+
+
+# rows, columns, classes: of three parts, of one, of two of which the last is one row, of nothing
+LINEAR_CROSS_ENTROPY = [(300, 40, 65), (7, 5, 11), (129, 33, 1031), (1, 1, 1), (0, 8, 9), (5, 0, 4)]
+
+
+def linear_operands(kernels, dtype, rows, cols, classes, bias=True):
+    x, weight, b = (draw(*shape, seed=i) for i, shape in enumerate([(rows, cols), (classes, cols), (classes,)]))
+    weight = weight / max(cols, 1) ** 0.5
+    target = draw_logits(rows, classes, dtype, kernels.device)[1]
+    return *((t if t is None else t.to(dtype).to(kernels.device)) for t in (x, weight, b if bias else None)), target
+
+
+def check_linear_cross_entropy(kernels, dtype, sizes, bias=True, options=(-100, 0.0, 0.0, 0.0, True), part=1):
+    """With the logits of 128 rows held at a time, if no more bytes than `part` are."""
+    *operands, target = linear_operands(kernels, dtype, *sizes, bias)
+    target[target == -100] = options[0]
+    run = kernels["linear_cross_entropy"]
+    wanted = [True, True, bias]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(run.__globals__, "_MOST_BYTES", part)
+        patch.setattr(torch, "empty_like", lambda t, **options: torch.full_like(t, math.nan, **options))
+        got = run(*operands, target, *options, wanted)
+        again = run(*operands, target, *options, wanted)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(got, again, strict=True))
+    here = [None if t is None else t.cpu() for t in operands]
+    want = linear_cross_entropy_reference(
+        *(t if t is None else t.double() for t in here), target.cpu(), *options, wanted
+    )
+    wide = torch.promote_types(dtype, torch.float32)
+    assert got[0].dtype == wide and got[0].shape == ()
+    if want[0].isnan():
+        assert got[0].isnan()
+    else:
+        assert_near(got[0], want[0], 4 * torch.finfo(dtype).eps)
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert a.dtype == dtype and a.is_contiguous()
+        assert_near(a, b, 6 * torch.finfo(dtype).eps)
+    return operands, target, got
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("sizes", LINEAR_CROSS_ENTROPY, ids=str)
+def test_linear_cross_entropy(kernels, dtype, sizes):
+    check_linear_cross_entropy(kernels, dtype, sizes)
+    check_linear_cross_entropy(kernels, dtype, sizes, False, (1, 0.1, 1e-2, 3.0, False), 1 << 29)
+
+
+@pytest.mark.parametrize("wanted", [[False] * 3, [True, False, False], [False, True, False], [False, False, True]])
+def test_linear_cross_entropy_makes_what_is_wanted(kernels, wanted):
+    """The same bits as with all of it, and nothing else."""
+    *operands, target = linear_operands(kernels, torch.bfloat16, 200, 24, 50)
+    options = (-100, 0.1, 1e-2, 3.0, True)
+    everything = kernels["linear_cross_entropy"](*operands, target, *options, [True] * 3)
+    got = kernels["linear_cross_entropy"](*operands, target, *options, wanted)
+    for want, a, b in zip([True, *wanted], got, everything, strict=True):
+        assert torch.equal(a, b) if want else a.numel() == 0 and a.dtype == b.dtype
+
+
+def test_linear_cross_entropy_of_strange_rows(kernels):
+    """Ignored rows may hold anything, and all may be ignored; a target that is no class makes the loss NaN."""
+    x, weight, bias, target = linear_operands(kernels, torch.float32, 9, 8, 70)
+    options, run = (-100, 0.0, 1e-2, 0.0, True), kernels["linear_cross_entropy"]
+    want = run(x, weight, bias, target, *options, [True] * 3)
+    x[target == -100] = math.nan
+    got = run(x, weight, bias, target, *options, [True, False, True])
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1]) and torch.equal(got[3], want[3])
+    loss, dx, _, _ = run(x, weight, bias, torch.full_like(target, -100), *options, [True, False, False])
+    assert loss.isnan() and (dx == 0).all()
+    target[0] = 70
+    assert run(x, weight, bias, target, *options, [True, False, False])[0].isnan()
+
+
+def test_rows_of_logits_that_are_held(kernels):
+    """As many as fit, of one size; the whole tiles of the products decide."""
+    rows = kernels["linear_cross_entropy"].__globals__["_rows_cuda"]
+    shapes = {
+        (16384, 131072, torch.bfloat16): 2048, (16384, 131072, torch.float32): 1024,
+        (2100, 131072, torch.bfloat16): 1152, (16384, 32000, torch.bfloat16): 8192, (5, 131072, torch.bfloat16): 128,
+        (300, 10**9, torch.float32): 128, (0, 0, torch.float32): 128,
+    }  # fmt: skip
+    for (count, classes, dtype), want in shapes.items():
+        x, weight = (torch.empty(n, 4, dtype=dtype, device="meta") for n in (count, classes))
+        assert rows(x, weight) == want, (count, classes)
+
+
+def test_sums_that_an_older_torch_cannot_do(kernels, monkeypatch):
+    """Are refused where they are needed: of 16-bit factors, for the gradient of the weight."""
+    aten = SimpleNamespace(baddbmm=SimpleNamespace())
+    monkeypatch.setattr(products_cuda, "torch", SimpleNamespace(ops=SimpleNamespace(aten=aten)))
+    options = (-100, 0.0, 0.0, 0.0, True)
+    for dtype in FLOATS:
+        operands = linear_operands(kernels, dtype, 5, 4, 3)
+        refusal = kernels.refusal("linear_cross_entropy", *operands, *options, [False, True, False])
+        assert ("torch 2.8" in refusal) if dtype in HALVES else refusal is None
+        assert kernels.refusal("linear_cross_entropy", *operands, *options, [True, False, True]) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_cross_entropy_waits_for_nothing(kernels, dtype):
+    operands = linear_operands(kernels, dtype, 20, 8, 30)
+    with NothingIsRead():
+        kernels["linear_cross_entropy"](*operands, -100, 0.1, 1e-2, 3.0, True, [True] * 3)
+    with NothingIsRead(), pytest.raises(AssertionError):
+        operands[-1].sum().item()
 
 
 # --- Adam -------------------------------------------------------------------------------------------------------------
@@ -1150,7 +1401,7 @@ def test_what_the_sanitizer_watches_runs_emulated(monkeypatch):
 
 # --- the check at first use -------------------------------------------------------------------------------------------
 # Without those of these families that CUDA has no kernel for.
-OPS = [n for n, op in _library._ops.items() if op.family in FAMILIES and n not in ("grad_norm", "linear_cross_entropy")]
+OPS = [n for n, op in _library._ops.items() if op.family in FAMILIES and n != "grad_norm"]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -1189,6 +1440,15 @@ def test_bindings_refuse_what_they_cannot_do(kernels):
         module.dropout(x, x, 0.5, torch.zeros(2, dtype=torch.int64, device=kernels.device), stream)
     with pytest.raises(ValueError, match=r"dropout: p must be in \[0, 1\), got 1"):
         module.dropout(x, x, 1.0, torch.zeros(1, dtype=torch.int64, device=kernels.device), stream)
+    index, none = torch.zeros(4, dtype=torch.int64, device=kernels.device), x[:0]
+    with pytest.raises(ValueError, match="embedding: index must be 4 contiguous int64"):
+        module.embedding_forward(x, index[:3], x, stream)
+    with pytest.raises(ValueError, match=r"embedding: y must be float32 \(n, 6\)"):
+        module.embedding_forward(x, index, x.half(), stream)
+    with pytest.raises(ValueError, match=r"embedding_backward: dweight must be float32 \(V, 6\)"):
+        module.embedding_backward(x, index, index, x[:, :5].contiguous(), x[:2], -1, stream)
+    with pytest.raises(ValueError, match="embedding_backward: partial must be 12 contiguous elements"):
+        module.embedding_backward(x, index, index, x, none, -1, stream)
     with pytest.raises(ValueError, match="norm: residual and sum go together"):
         module.norm_forward(x, x, None, None, x, None, 1e-5, True, stream)
     with pytest.raises(ValueError, match="norm_backward: partial must be 12 contiguous elements"):

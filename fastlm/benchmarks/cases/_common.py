@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +16,16 @@ from fastlm.benchmarks.harness import Built, Variant
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+# What memory-bound ops are to reach on a GPU, at 256 MiB a tensor in bf16: several times its caches.
+LARGE, LARGE_TARGET = (16384, 8192), "90 % of the limit, 0.98x torch.compile"
+
+
 def leaf(shape: Sequence[int], dtype: torch.dtype, device: str, seed: int) -> Tensor:
-    """Normal values that require a gradient, the same ones for a seed on every device."""
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    """Normal values that require a gradient, the same ones for a seed on every device; not if they are many, which are
+    drawn where they stay.
+    """
+    drawn_on = device if math.prod(shape) > 1 << 24 else "cpu"
+    values = torch.randn(*shape, generator=torch.Generator(drawn_on).manual_seed(seed), device=drawn_on)
     return values.to(device, dtype).requires_grad_()
 
 
@@ -104,6 +113,25 @@ def forward_alone(
         return Variant(run, outputs_of(function, inputs, dy))
 
     return Built({"torch": variant(stock), "fastlm": variant(ours)}, in_float64(stock, inputs, dy))
+
+
+def add_bare_products(built: Built, x: Tensor, weight: Tensor, variants: dict[str, int]) -> None:
+    """What the products of a layer alone take: x weight', as often as a variant says, and as if that were a gradient
+    those for x and for weight, the latter in float32. Other work than the case, so nothing is compared.
+    """
+
+    def run(times: int) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            for _ in range(times):
+                y = x @ weight.t()
+            wide = {"out_dtype": torch.float32} if x.element_size() == 2 else {}
+            return y @ weight, torch.mm(y.t(), x, **wide)
+
+    for name, times in variants.items():
+        if x.element_size() == 2 and not hasattr(torch.ops.aten.mm, "dtype"):
+            built.missing[name] = "needs torch 2.8 for a float32 result of 16-bit factors"
+        else:
+            built.variants[name] = Variant(partial(run, times))
 
 
 def compiled(function: Callable) -> Callable:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, leaf
+from fastlm.benchmarks.cases._common import DTYPES, LARGE, LARGE_TARGET, eager_compiled_ours, leaf
 from fastlm.benchmarks.cases.relu import STOCK
 from fastlm.benchmarks.harness import Built, Case
 
@@ -22,14 +22,17 @@ def build(act: str, dtype: torch.dtype, shape: tuple[int, int], device: str, qui
     return eager_compiled_ours(stock, partial(fastlm.bias_act, act=act), inputs, dy, quick)
 
 
+def case_of(act: str, name: str, shape: tuple[int, int], device: str, quick: bool, target: str = "") -> Case:
+    size = 5 * shape[0] * shape[1] * DTYPES[name].itemsize
+    work = partial(build, act, DTYPES[name], shape, device, quick)
+    return Case("bias_act", f"{act} {shape[0]}x{shape[1]} {name}", work, bytes=size, device=device, target=target)
+
+
+def goals(device: str, quick: bool, shape: tuple[int, int] = LARGE) -> list[Case]:
+    return [case_of("relu", name, shape, device, quick, LARGE_TARGET) for name in DTYPES]
+
+
 def cases(device: str, quick: bool) -> list[Case]:
     shape = (512, 3072) if quick else (4096, 3072)
-    made = []
-    for act in ("relu", "relu_squared"):
-        for name, dtype in DTYPES.items():
-            size = 5 * shape[0] * shape[1] * dtype.itemsize
-            label = f"{act} {shape[0]}x{shape[1]} {name}"
-            made.append(
-                Case("bias_act", label, partial(build, act, dtype, shape, device, quick), bytes=size, device=device)
-            )
-    return made
+    made = goals(device, quick) if device == "cuda" else []
+    return made + [case_of(act, name, shape, device, quick) for act in STOCK for name in DTYPES]

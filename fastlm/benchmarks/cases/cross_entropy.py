@@ -1,7 +1,11 @@
-"""cross_entropy over rows of logits, and with the linear layer before it, forward and backward."""
+"""cross_entropy over rows of logits, and with the linear layer before it, forward and backward.
+
+On a GPU also what they are to reach there, the one in memory traffic, the other beside its bare products.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, leaf
+from fastlm.benchmarks.cases._common import DTYPES, add_bare_products, eager_compiled_ours, leaf
 from fastlm.benchmarks.harness import Built, Case
+
+GOAL, LINEAR_GOAL = (16384, 50304), (16384, 4096, 131072)  # rows, classes; rows, columns, classes; in bf16
 
 
 def classes_of(shape: tuple[int, int], device: str) -> Tensor:
@@ -25,29 +31,86 @@ def build(dtype: torch.dtype, shape: tuple[int, int], device: str, quick: bool) 
     )
 
 
-def build_linear(dtype: torch.dtype, R: int, D: int, C: int, device: str, quick: bool) -> Built:
-    target = classes_of((R, C), device)
+def operands(dtype: torch.dtype, R: int, D: int, C: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and target."""
     weight = (leaf((C, D), dtype, device, 1).detach() / D**0.5).requires_grad_()
+    return leaf((R, D), dtype, device, 0), weight, classes_of((R, C), device)
+
+
+def build_linear(x: Tensor, weight: Tensor, target: Tensor, quick: bool) -> Built:
     return eager_compiled_ours(
         lambda x, w: F.cross_entropy(F.linear(x, w), target),
         lambda x, w: fastlm.linear_cross_entropy(x, w, target),
-        [leaf((R, D), dtype, device, 0), weight],
-        torch.ones((), dtype=dtype, device=device),
+        [x, weight],
+        torch.ones((), dtype=x.dtype, device=x.device),
         quick,
     )
 
 
+def exact_linear(x: Tensor, weight: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """In float64, some rows at a time: all logits at once would be too large."""
+    wide, loss, dx = weight.detach().double(), 0.0, []
+    dweight = torch.zeros_like(wide)
+    for some, classes in zip(x.detach().double().split(1024), target.split(1024), strict=True):
+        logits = some @ wide.t()
+        loss = loss + F.cross_entropy(logits, classes, reduction="sum") / len(x)
+        dlogits = logits.softmax(1)
+        dlogits[torch.arange(len(classes)), classes] -= 1
+        dlogits /= len(x)
+        dx.append(dlogits @ wide)
+        dweight += dlogits.t() @ some
+    return {"output": loss, "gradient 0": torch.cat(dx), "gradient 1": dweight}
+
+
+def build_linear_case(dtype: torch.dtype, R: int, D: int, C: int, device: str, quick: bool) -> Built:
+    return build_linear(*operands(dtype, R, D, C, device), quick)
+
+
+def build_linear_goal(dtype: torch.dtype, R: int, D: int, C: int, device: str, quick: bool) -> Built:
+    x, weight, target = operands(dtype, R, D, C, device)
+    built = build_linear(x, weight, target, quick)
+    add_bare_products(built, x, weight, {"three products": 1, "four products": 2})
+    built.exact = partial(exact_linear, x, weight, target)
+    return built
+
+
+def case_of(name: str, shape: tuple[int, int], device: str, quick: bool, target: str = "") -> Case:
+    # Forward reads the logits, backward reads them again and writes their gradient.
+    size = 3 * shape[0] * shape[1] * DTYPES[name].itemsize
+    work = partial(build, DTYPES[name], shape, device, quick)
+    return Case("cross_entropy", f"{shape[0]}x{shape[1]} {name}", work, bytes=size, device=device, target=target)
+
+
+def linear_case_of(
+    build: Callable, name: str, sizes: tuple[int, int, int], device: str, quick: bool, target: str = ""
+) -> Case:
+    R, D, C = sizes
+    work, kind = partial(build, DTYPES[name], R, D, C, device, quick), str(DTYPES[name]).removeprefix("torch.")
+    label, flops = f"linear {R}x{D} to {C} {name}", 6.0 * R * D * C
+    return Case("cross_entropy", label, work, dtype=kind, flops=flops, device=device, target=target)
+
+
+def goals(
+    device: str,
+    quick: bool,
+    shape: tuple[int, int] = GOAL,
+    sizes: tuple[int, int, int] = LINEAR_GOAL,
+    name: str = "bf16",
+) -> list[Case]:
+    R, D, C = sizes
+    least = (2 * R * D + 2 * C * D + 4 * C * D) / 1e9  # GB: both gradients, and the sum of one of them in float32
+    target = f"0.87x three products with {least + 0.6:.2f} GB, or 0.93x four products with {least + 1:.2f} GB"
+    return [
+        case_of(name, shape, device, quick, "85 % of the limit, 0.98x torch.compile"),
+        linear_case_of(build_linear_goal, name, sizes, device, quick, target),
+    ]
+
+
 def cases(device: str, quick: bool) -> list[Case]:
-    made = []
-    R, D, C = (64, 64, 512) if quick else (2048, 768, 32768)
-    for name, dtype in DTYPES.items():
-        for shape in ((64, 512),) if quick else ((1024, 50304), (2048, 2048), (4096, 65)):
-            # Forward reads the logits, backward reads them again and writes their gradient.
-            size, label = 3 * shape[0] * shape[1] * dtype.itemsize, f"{shape[0]}x{shape[1]} {name}"
-            work = partial(build, dtype, shape, device, quick)
-            made.append(Case("cross_entropy", label, work, bytes=size, device=device))
-        work = partial(build_linear, dtype, R, D, C, device, quick)
-        kind = str(dtype).removeprefix("torch.")
-        label, flops = f"linear {R}x{D} to {C} {name}", 6.0 * R * D * C
-        made.append(Case("cross_entropy", label, work, dtype=kind, flops=flops, device=device))
+    made = goals(device, quick) if device == "cuda" else []
+    sizes = (64, 64, 512) if quick else (2048, 768, 32768)
+    for name in DTYPES:
+        shapes = [(64, 512)] if quick else [(1024, 50304), (2048, 2048), (4096, 65)]
+        made += [case_of(name, shape, device, quick) for shape in shapes]
+        made.append(linear_case_of(build_linear_case, name, sizes, device, quick))
     return made

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, leaf
+from fastlm.benchmarks.cases._common import DTYPES, LARGE, LARGE_TARGET, eager_compiled_ours, leaf
 from fastlm.benchmarks.harness import Built, Case
 
 STOCK = {"silu": F.silu, "gelu": F.gelu}
@@ -21,13 +21,18 @@ def build(act: str, dtype: torch.dtype, shape: tuple[int, int], device: str, qui
     )
 
 
+def case_of(act: str, name: str, shape: tuple[int, int], device: str, quick: bool, target: str = "") -> Case:
+    # Forward reads gate and up and writes y; backward reads dy, gate and up and writes two gradients.
+    size = 8 * shape[0] * shape[1] * DTYPES[name].itemsize
+    work = partial(build, act, DTYPES[name], shape, device, quick)
+    return Case("glu", f"{act} {shape[0]}x{shape[1]} {name}", work, bytes=size, device=device, target=target)
+
+
+def goals(device: str, quick: bool, shape: tuple[int, int] = LARGE) -> list[Case]:
+    return [case_of("silu", name, shape, device, quick, LARGE_TARGET) for name in DTYPES]
+
+
 def cases(device: str, quick: bool) -> list[Case]:
     shape = (512, 3072) if quick else (4096, 3072)
-    made = []
-    for act in STOCK:
-        for name, dtype in DTYPES.items():
-            # Forward reads gate and up and writes y; backward reads dy, gate and up and writes two gradients.
-            size = 8 * shape[0] * shape[1] * dtype.itemsize
-            label = f"{act} {shape[0]}x{shape[1]} {name}"
-            made.append(Case("glu", label, partial(build, act, dtype, shape, device, quick), bytes=size, device=device))
-    return made
+    made = goals(device, quick) if device == "cuda" else []
+    return made + [case_of(act, name, shape, device, quick) for act in STOCK for name in DTYPES]

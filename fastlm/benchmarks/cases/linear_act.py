@@ -1,4 +1,7 @@
-"""relu(x weight' + bias), forward alone and with backward, and a ReLU MLP of two such layers."""
+"""relu(x weight' + bias), forward alone and with backward, and a ReLU MLP of two such layers.
+
+On a GPU also what a layer is to reach there, beside its bare products.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, forward_alone, leaf
+from fastlm.benchmarks.cases._common import DTYPES, add_bare_products, eager_compiled_ours, forward_alone, leaf
 from fastlm.benchmarks.harness import Built, Case
 
+GOAL = (16384, 4096, 16384)  # M, K, N, in bf16
 LAYERS = [(768, 3072), (3072, 768), (384, 1536)]  # (K, N)
 # Rows of x in the sweep, and layers: those of small models, heads of few and many classes, sizes that fit no tile.
 SWEEP_ROWS = (32, 512, 1000, 4096)
@@ -45,9 +49,14 @@ def weight_of(N: int, K: int, dtype: torch.dtype, device: str, seed: int) -> Ten
     return (leaf((N, K), dtype, device, seed).detach() / K**0.5).requires_grad_()
 
 
-def build(M: int, K: int, N: int, dtype: torch.dtype, device: str, quick: bool, forward: bool) -> Built:
+def operands(M: int, K: int, N: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     inputs = [leaf((M, K), dtype, device, 0), weight_of(N, K, dtype, device, 1), leaf((N,), dtype, device, 2)]
     away_from_kinks(*inputs)
+    return inputs
+
+
+def build(M: int, K: int, N: int, dtype: torch.dtype, device: str, quick: bool, forward: bool) -> Built:
+    inputs = operands(M, K, N, dtype, device)
     dy = leaf((M, N), dtype, device, 3).detach()
     if forward:
         return forward_alone(stock_layer, fastlm.linear_act, inputs, dy)
@@ -64,6 +73,21 @@ def build_mlp(M: int, C: int, dtype: torch.dtype, device: str, quick: bool) -> B
     return eager_compiled_ours(stock_mlp, our_mlp, inputs, leaf((M, C), dtype, device, 3).detach(), quick)
 
 
+def build_goal(M: int, K: int, N: int, dtype: torch.dtype, device: str, quick: bool) -> Built:
+    inputs = operands(M, K, N, dtype, device)
+    built = eager_compiled_ours(stock_layer, fastlm.linear_act, inputs, leaf((M, N), dtype, device, 3).detach(), quick)
+    add_bare_products(built, *inputs[:2], {"three products": 1})
+    return built
+
+
+def goals(device: str, quick: bool, sizes: tuple[int, int, int] = GOAL, name: str = "bf16") -> list[Case]:
+    """The activation and its gradient: five passes over (M, N), 7 % of the products' time at 4.3 TB/s and K = 4096."""
+    M, K, N = sizes
+    work, kind = partial(build_goal, *sizes, DTYPES[name], device, quick), str(DTYPES[name]).removeprefix("torch.")
+    label, flops, target = f"{M}x{K} to {N} {name} fwd+bwd", 6.0 * M * K * N, "0.90x three products, 1.0x torch.compile"
+    return [Case("linear_act", label, work, dtype=kind, flops=flops, device=device, target=target)]
+
+
 def layer_case(group: str, M: int, K: int, N: int, dtype: str, device: str, quick: bool, forward: bool) -> Case:
     label = f"{M}x{K} to {N} {dtype} {'forward' if forward else 'fwd+bwd'}"
     work = partial(build, M, K, N, DTYPES[dtype], device, quick, forward)
@@ -72,7 +96,7 @@ def layer_case(group: str, M: int, K: int, N: int, dtype: str, device: str, quic
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    made = []
+    made = goals(device, quick) if device == "cuda" else []
     for dtype in DTYPES:
         for K, N in LAYERS[:1] if quick else LAYERS:
             for M in (64,) if quick else (512, 2048, 8192):

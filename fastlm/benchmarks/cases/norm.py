@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, leaf
+from fastlm.benchmarks.cases._common import DTYPES, LARGE, LARGE_TARGET, eager_compiled_ours, leaf
 from fastlm.benchmarks.harness import Built, Case
 
 
@@ -32,22 +32,27 @@ def build(kind: str, residual: bool, dtype: torch.dtype, shape: tuple[int, int],
     return eager_compiled_ours(partial(stock, kind), partial(ours, kind), inputs, dy, quick)
 
 
+def case_of(
+    kind: str, residual: bool, name: str, shape: tuple[int, int], device: str, quick: bool, target: str = ""
+) -> Case:
+    # Forward reads x and writes y; backward reads dy and what was normalised and writes dx. A residual is read and the
+    # sum written; its gradient is dx, and that of the sum is read. The sum of both outputs, which gives them one
+    # gradient, is read twice and written.
+    size = (11 if residual else 5) * shape[0] * shape[1] * DTYPES[name].itemsize
+    label = f"{kind}{' + residual' if residual else ''} {shape[0]}x{shape[1]} {name}"
+    work = partial(build, kind, residual, DTYPES[name], shape, device, quick)
+    return Case("norm", label, work, bytes=size, device=device, target=target)
+
+
+def goals(device: str, quick: bool, shape: tuple[int, int] = LARGE) -> list[Case]:
+    chosen = [("layer_norm", False), ("rms_norm", True)]
+    return [case_of(*each, name, shape, device, quick, LARGE_TARGET) for each in chosen for name in DTYPES]
+
+
 def cases(device: str, quick: bool) -> list[Case]:
     shape = (1024, 768) if quick else (8192, 768)
-    made = []
+    made = goals(device, quick) if device == "cuda" else []
     for kind in ("layer_norm", "rms_norm"):
         for residual in (False, True):
-            for name, dtype in DTYPES.items():
-                # Forward reads x and writes y; backward reads dy and what was normalised and writes dx. A residual is
-                # read and the sum written; its gradient is dx, and that of the sum is read. The sum of both outputs,
-                # which gives them one gradient, is read twice and written.
-                passes = 11 if residual else 5
-                size = passes * shape[0] * shape[1] * dtype.itemsize
-                label = f"{kind}{' + residual' if residual else ''} {shape[0]}x{shape[1]} {name}"
-                made.append(
-                    Case(
-                        "norm", label, partial(build, kind, residual, dtype, shape, device, quick),
-                        bytes=size, device=device,
-                    )
-                )  # fmt: skip
+            made += [case_of(kind, residual, name, shape, device, quick) for name in DTYPES]
     return made

@@ -1,4 +1,6 @@
-"""relu and relu_squared, forward and backward over 4096 rows of 3072: a memory-bound pass each way."""
+"""relu and relu_squared, forward and backward over 4096 rows of 3072: a memory-bound pass each way. On a GPU also what
+they are to reach there.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from functools import partial
 import torch
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, leaf
+from fastlm.benchmarks.cases._common import DTYPES, LARGE, LARGE_TARGET, eager_compiled_ours, leaf
 from fastlm.benchmarks.harness import Built, Case
 
 STOCK = {"relu": torch.relu, "relu_squared": lambda x: torch.relu(x).square()}
@@ -20,13 +22,18 @@ def build(op: str, dtype: torch.dtype, shape: tuple[int, int], device: str, quic
     return eager_compiled_ours(STOCK[op], OURS[op], [x], dy, quick)
 
 
+def case_of(op: str, name: str, shape: tuple[int, int], device: str, quick: bool, target: str = "") -> Case:
+    # Forward reads x and writes y; backward reads dy and what was saved and writes dx.
+    size = 5 * shape[0] * shape[1] * DTYPES[name].itemsize
+    work = partial(build, op, DTYPES[name], shape, device, quick)
+    return Case("relu", f"{op} {shape[0]}x{shape[1]} {name}", work, bytes=size, device=device, target=target)
+
+
+def goals(device: str, quick: bool, shape: tuple[int, int] = LARGE) -> list[Case]:
+    return [case_of(op, name, shape, device, quick, LARGE_TARGET) for op in STOCK for name in DTYPES]
+
+
 def cases(device: str, quick: bool) -> list[Case]:
     shape = (512, 3072) if quick else (4096, 3072)
-    made = []
-    for op in ("relu", "relu_squared"):
-        for name, dtype in DTYPES.items():
-            # Forward reads x and writes y; backward reads dy and what was saved and writes dx.
-            size = 5 * shape[0] * shape[1] * dtype.itemsize
-            label = f"{op} {shape[0]}x{shape[1]} {name}"
-            made.append(Case("relu", label, partial(build, op, dtype, shape, device, quick), bytes=size, device=device))
-    return made
+    made = goals(device, quick) if device == "cuda" else []
+    return made + [case_of(op, name, shape, device, quick) for op in STOCK for name in DTYPES]

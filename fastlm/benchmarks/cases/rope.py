@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 import fastlm
-from fastlm.benchmarks.cases._common import DTYPES, eager_compiled_ours, leaf
+from fastlm.benchmarks.cases._common import DTYPES, LARGE_TARGET, eager_compiled_ours, leaf
 from fastlm.benchmarks.harness import Built, Case
 from fastlm.benchmarks.stock import rotated
+
+LARGE = (8, 4096, 64, 64)  # (B, T, H, D), 256 MiB in bf16
 
 
 def stock(cos: Tensor, sin: Tensor, x: Tensor) -> Tensor:
@@ -26,12 +28,17 @@ def build(dtype: torch.dtype, shape: tuple[int, int, int, int], device: str, qui
     return eager_compiled_ours(partial(stock, cos, sin), lambda x: fastlm.rope(x, cos, sin), [x], dy, quick)
 
 
+def case_of(name: str, shape: tuple[int, int, int, int], device: str, quick: bool, target: str = "") -> Case:
+    size = 4 * math.prod(shape) * DTYPES[name].itemsize  # x to y, dy to dx
+    work = partial(build, DTYPES[name], shape, device, quick)
+    return Case("rope", f"{shape} {name}", work, bytes=size, device=device, target=target)
+
+
+def goals(device: str, quick: bool, shape: tuple[int, int, int, int] = LARGE) -> list[Case]:
+    return [case_of(name, shape, device, quick, LARGE_TARGET) for name in DTYPES]
+
+
 def cases(device: str, quick: bool) -> list[Case]:
-    shape = (2, 128, 4, 64) if quick else (8, 1024, 24, 64)  # (B, T, H, D)
-    made = []
-    for name, dtype in DTYPES.items():
-        size = 4 * math.prod(shape) * dtype.itemsize  # x to y, dy to dx
-        made.append(
-            Case("rope", f"{shape} {name}", partial(build, dtype, shape, device, quick), bytes=size, device=device)
-        )
-    return made
+    shape = (2, 128, 4, 64) if quick else (8, 1024, 24, 64)
+    made = goals(device, quick) if device == "cuda" else []
+    return made + [case_of(name, shape, device, quick) for name in DTYPES]

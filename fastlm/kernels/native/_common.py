@@ -34,3 +34,16 @@ def act_backward_on_gpu(cuda: ModuleType, stream: int, dy: Tensor, saved: Tensor
     dx = torch.empty_like(saved)
     cuda.act_backward(flat(as_laid_out(dy, dx)), flat(as_laid_out(saved, dx)), flat(dx), act, stream)
     return dx
+
+
+def bias_act_backward_on_gpu(
+    cuda: ModuleType, stream: int, dy: Tensor, saved: Tensor, bias: Tensor | None, act: int
+) -> tuple[Tensor, Tensor]:
+    """Of contiguous tensors: the gradient, and its sums over rows, (N,), float64 for float64, else float32. Without a
+    bias it is none, or in `saved` already.
+    """
+    cols = saved.shape[-1]
+    dx, sums = torch.empty_like(saved), saved.new_empty(cols, dtype=torch.promote_types(saved.dtype, torch.float32))
+    partial = sums.new_empty(cuda.bias_act_chunks(saved.numel() // cols if cols > 0 else 0), cols)
+    cuda.bias_act_backward(dy, saved, bias, dx, sums, partial, act, stream)
+    return dx, sums

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastlm import _native
 from fastlm._library import kernel
 from fastlm.kernels._common import unsupported_dtype
-from fastlm.kernels.native._common import current_stream
+from fastlm.kernels.native._common import bias_act_backward_on_gpu, current_stream
 
 if _native.cpu is not None:
     from fastlm.kernels.native.activation import ACTS
@@ -46,9 +46,5 @@ if _native.cuda is not None:
     @kernel("bias_act_backward", backend="native", device="cuda", supports=unsupported_dtype)
     def bias_act_backward_cuda(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> tuple[Tensor, Tensor]:
         dy, saved, bias = dy.contiguous(), saved.contiguous(), bias.contiguous()
-        dx = torch.empty_like(saved)
-        sums = torch.empty_like(bias, dtype=torch.float64 if bias.dtype == torch.float64 else torch.float32)
-        rows = saved.numel() // bias.numel() if bias.numel() > 0 else 0
-        partial = sums.new_empty(_cuda.bias_act_chunks(rows), bias.numel())
-        _cuda.bias_act_backward(dy, saved, bias, dx, sums, partial, _CUDA_ACTS[act], current_stream(saved))
+        dx, sums = bias_act_backward_on_gpu(_cuda, current_stream(saved), dy, saved, bias, _CUDA_ACTS[act])
         return dx, sums.to(bias.dtype)

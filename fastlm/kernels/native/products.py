@@ -99,7 +99,9 @@ def _by_parts(product: Callable[[Tensor], Tensor], x: Tensor, columns: int) -> T
 
 
 def add_product(a: Tensor, b: Tensor, c: Tensor, *, add: bool = True) -> Tensor:
-    """c += a b, or c = a b: a (M, K) and b (K, N) of one dtype up to 32 bits, c (M, N) float32. Sums in float32."""
+    """c += a b, or c = a b: a (M, K) and b (K, N) of one dtype, c (M, N) float32, and float64 for float64."""
+    if a.dtype == torch.float64:
+        return c.addmm_(a, b, beta=int(add))
     _native.cpu.matmul(_along_one(a), _along_one(b), c, add, torch.get_num_threads())
     return c
 
