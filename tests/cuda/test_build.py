@@ -172,14 +172,16 @@ def test_float32_attention_stays_float32(instructions):
 
 def test_memory_bound_kernels_access_16_bytes(instructions):
     pattern = (
-        r"(act|bias_act|glu|norm|cross_entropy|embedding)_(fwd|bwd)_kernel|(adam|dropout|mse_loss_bwd|rope)_kernel"
+        r"(act|bias_act|glu|norm|cross_entropy|embedding)_(fwd|bwd)_kernel|"
+        r"(adam|grad_norm|dropout|mse_loss_bwd|rope)_kernel"
     )
     kernels = {n: b for n, b in instructions.items() if re.match(pattern, n)}
-    # The activation is an argument. Norms: dtypes, lengths of rows, both ways. Losses: likewise, and capped.
-    assert len(kernels) == 36 + 4 * 4 * 2 + 4 * 3 * 2 * 2 + 4 * 2 + 4
+    # The activation is an argument. Adam: dtypes of parameter and state. Norms: dtypes, lengths of rows, both ways.
+    # Losses: likewise, and capped.
+    assert len(kernels) == 36 + 6 + 4 * 4 * 2 + 4 * 3 * 2 * 2 + 4 * 2 + 4
     for name, body in kernels.items():
         assert any(i.startswith("LDG") and "128" in i for i in body), name
-        if not name.startswith("cross_entropy_fwd"):  # which writes two numbers a row
+        if not name.startswith(("cross_entropy_fwd", "grad_norm")):  # which write two numbers a row, one a block
             assert any(i.startswith("STG") and "128" in i for i in body), name
 
 

@@ -1,4 +1,7 @@
-"""One AdamW step over the weights of a GPT-2 of 124 M parameters, with and without clipping the gradient first."""
+"""One AdamW step over the weights of a GPT-2 of 124 M parameters, with and without clipping the gradient first.
+
+On a GPU also what it is to reach there, over 1.5 billion parameters.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import fastlm
 from fastlm.benchmarks.cases._common import compiled, no_compiler
 from fastlm.benchmarks.harness import Built, Case, Variant
 
+GOAL = [(5120, 1024)] * 300  # 1.57 billion
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 
@@ -31,8 +35,7 @@ def weights(sizes: list[tuple[int, ...]], device: str) -> list[nn.Parameter]:
     return made
 
 
-def variant(make, sizes: list[tuple[int, ...]], clip: bool, device: str) -> Variant:
-    parameters = weights(sizes, device)
+def variant(make, parameters: list[nn.Parameter], clip: bool, device: str) -> Variant:
     ours = make is fastlm.optim.AdamW
     optimizer = make(parameters, **HYPER, **({"max_norm": 1.0} if clip and ours else {}))
 
@@ -80,18 +83,34 @@ def build(sizes: list[tuple[int, ...]], clip: bool, device: str, quick: bool) ->
         makers["torch.compile"] = compiled_adamw
     else:
         missing["torch.compile"] = reason
-    variants = {name: variant(make, sizes, clip, device) for name, make in makers.items()}
+    variants = {name: variant(make, weights(sizes, device), clip, device) for name, make in makers.items()}
     return Built(variants, partial(exact, device), missing)
+
+
+def build_goal(sizes: list[tuple[int, ...]], clip: bool, device: str, quick: bool) -> Built:
+    """Both step the same weights, each with averages of its own: 25 GB, and 13 for each."""
+    parameters = weights(sizes, device)
+    makers = {"torch": partial(torch.optim.AdamW, fused=True), "fastlm": fastlm.optim.AdamW}
+    return Built(
+        {name: variant(make, parameters, clip, device) for name, make in makers.items()}, partial(exact, device)
+    )
+
+
+def case_of(build, sizes: list[tuple[int, ...]], clip: bool, device: str, quick: bool, target: str = "") -> Case:
+    count = sum(torch.Size(size).numel() for size in sizes)
+    # Reads weight, gradient and both moments, writes all but the gradient; the norm reads the gradient once more.
+    size = count * 4 * (8 if clip else 7)
+    label = f"AdamW {count / 1e6:.3g} M fp32" + (" and clipping" if clip else "")
+    work = partial(build, sizes, clip, device, quick)
+    return Case("adam", label, work, bytes=size, device=device, allocators=False, target=target)
+
+
+def goals(device: str, quick: bool, sizes: list[tuple[int, ...]] = GOAL) -> list[Case]:
+    target = "90 % of the limit, or 1.1x torch"
+    return [case_of(build_goal, sizes, clip, device, quick, target) for clip in (False, True)]
 
 
 def cases(device: str, quick: bool) -> list[Case]:
     sizes = shapes(2, 256, 1024) if quick else shapes(12, 768, 50304)
-    count = sum(torch.Size(size).numel() for size in sizes)
-    made = []
-    for clip in (False, True):
-        # Reads weight, gradient and both moments, writes all but the gradient; the norm reads the gradient once more.
-        size = count * 4 * (8 if clip else 7)
-        label = f"AdamW {count / 1e6:.3g} M fp32" + (" and clipping" if clip else "")
-        build_case = partial(build, sizes, clip, device, quick)
-        made.append(Case("adam", label, build_case, bytes=size, device=device, allocators=False))
-    return made
+    made = goals(device, quick) if device == "cuda" else []
+    return made + [case_of(build, sizes, clip, device, quick) for clip in (False, True)]
