@@ -12,18 +12,6 @@ def unsupported_dtype(x: Tensor, *_: object) -> str | None:
     return None if x.dtype in FLOATS else f"does not take {x.dtype}"
 
 
-def unsupported_bias_act_on_gpu(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
-    if dropout_p > 0:
-        return "does not do dropout"
-    return unsupported_bias_act_backward_on_gpu(x, x, bias, act)
-
-
-def unsupported_bias_act_backward_on_gpu(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> str | None:
-    if act not in ("relu", "relu_squared"):
-        return f"does not do act={act!r}"
-    return unsupported_dtype(saved)
-
-
 def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
     """x with the strides of `like`, which is dense: itself where they agree, else a copy.
 
