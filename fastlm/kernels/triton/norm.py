@@ -17,11 +17,11 @@ from torch import Tensor
 from fastlm.kernels.triton._common import loop_bound, launch, rows_and_columns, triton_kernel, unsupported_in_float32, widen
 from fastlm.kernels.triton._tuning import Configuration, bucket, pick
 
-# The longest rows that are kept, as a power of two: 32 elements a thread in the forward, half as many of each tensor in
-# the backward.
+# The longest rows that are kept: 32 elements a thread in the forward, half as many of each tensor in the backward.
 _KEPT_FORWARD, _KEPT_BACKWARD = 16384, 8192
 _LONG = 4096  # columns of longer rows at a time
-_PROGRAMS = 256  # that sum the gradients of weight and bias: they fill any GPU
+# The backward's programs: so many warps in all fill a GPU, and what they leave to be added up is little.
+_WARPS, _LEAST_PROGRAMS = 2048, 256
 # The tile in which those of long rows are summed, and the rows of one partial sum.
 _BT, _BD, _ROWS = 8, 128, 64
 
@@ -218,12 +218,12 @@ def norm_sums_kernel(
 
 # --- launch -----------------------------------------------------------------------------------------------------------
 def configurations(D: int) -> list[Configuration]:
-    """Tiles of rows that are kept: 16 elements a thread, then half and twice as many."""
+    """Tiles of rows that are kept: 8 elements a thread as long as 16 warps hold them, then twice as many. Of short rows
+    there are several, of others one: more take registers and bring nothing."""
     BD = triton.next_power_of_2(D)
-    BT = max(1, 2048 // BD)
-    default = min(16, BT * BD // 512)
-    found = [{"BT": BT, "num_warps": warps} for warps in (default, 2 * default, default // 2) if 1 <= warps <= 16]
-    return [c | {"BD": BD} for c in found]
+    BT = max(1, 1024 // BD)
+    warps = min(16, BT * BD // 256)
+    return [{"BT": BT, "BD": BD, "num_warps": w} for w in (warps, warps // 2)]
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -295,7 +295,7 @@ def norm_backward(
     elif T:
 
         def run(c: Configuration) -> list[Tensor | None]:
-            rows = triton.cdiv(triton.cdiv(T, _PROGRAMS), c["BT"]) * c["BT"]
+            rows = triton.cdiv(T, max(_LEAST_PROGRAMS, _WARPS // c["num_warps"]) * c["BT"]) * c["BT"]
             programs = triton.cdiv(T, rows)
             sums = _partial_sums(wanted, programs, s)
             tensors = (dy, dsum, s, weight, dx, *sums)
