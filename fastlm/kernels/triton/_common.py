@@ -38,8 +38,8 @@ def triton_kernel(op: str, supports: Callable[..., str | None]) -> Callable[[Cal
 
 
 def unsupported_in_float32(x: Tensor, *_: object) -> str | None:
-    """Of a kernel with a number among its arguments: Triton hands it over in float32."""
-    return "computes in float32" if x.dtype == torch.float64 else unsupported_dtype(x)
+    """Of a kernel with a number among its arguments, which Triton hands over in float32."""
+    return "does not take torch.float64" if x.dtype == torch.float64 else unsupported_dtype(x)
 
 
 def rows_and_columns(x: Tensor) -> tuple[int, int]:

@@ -34,7 +34,7 @@ def mse_loss_fwd_kernel(p_x, p_target, p_sums, n, CHUNK: tl.constexpr, BLOCK: tl
 
 
 @triton.jit
-def mse_loss_bwd_kernel(p_g, p_x, p_target, p_dx, n, BLOCK: tl.constexpr):
+def mse_loss_bwd_kernel(p_x, p_target, p_g, p_dx, n, BLOCK: tl.constexpr):
     o_n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_dx = 2 * tl.load(p_g) * load_difference(p_x, p_target, o_n, n)
     tl.store(p_dx + o_n, b_dx.to(p_dx.dtype.element_ty), mask=o_n < n)
@@ -62,5 +62,5 @@ def _unsupported_backward(g: Tensor, x: Tensor, target: Tensor) -> str | None:
 def mse_loss_backward(g: Tensor, x: Tensor, target: Tensor) -> Tensor:
     x, target = _operands(x, target)
     dx, n = torch.empty_like(x), x.numel()
-    launch(mse_loss_bwd_kernel, triton.cdiv(n, _BLOCK), g, x, target, dx, n, BLOCK=_BLOCK)
+    launch(mse_loss_bwd_kernel, triton.cdiv(n, _BLOCK), x, target, g, dx, n, BLOCK=_BLOCK)
     return dx

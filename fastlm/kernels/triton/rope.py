@@ -24,9 +24,9 @@ def turned(b_a, b_b, b_cos, b_sin):
 @triton.jit
 def rope_kernel(
     p_x, p_cos, p_sin, p_y, x_sn, x_st, x_sh, rows, T, H, D, half, table_rows,
-    INTERLEAVED: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
+    INTERLEAVED: tl.constexpr, WHOLE: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """A row is a head at a position; programs take BR of them and BD of their pairs."""
+    """A row is a head at a position; programs take BR of them and BD of their pairs. WHOLE: all of a row is turned."""
     n_d = tl.cdiv(half, BD)
     i_row, i_d = (tl.program_id(0) // n_d).to(tl.int64) * BR, tl.program_id(0) % n_d
     # From the position of the program's first row on in 32 bits, whose divisions are cheap.
@@ -64,12 +64,13 @@ def rope_kernel(
         tl.store(p_y + o_d, b_a.to(p_y.dtype.element_ty), mask=m_rd)
         tl.store(p_y + half + o_d, b_b.to(p_y.dtype.element_ty), mask=m_rd)
 
-    if i_d == 0:  # what is not turned
-        for i_c in range(loop_bound(2 * half), loop_bound(D), BD):
-            o_c = i_c + tl.arange(0, BD)[None, :]
-            # [BR, BD]
-            b_rest = tl.load(p_x + o_c, mask=m_r & (o_c < D))
-            tl.store(p_y + o_c, b_rest, mask=m_r & (o_c < D))
+    if not WHOLE:
+        if i_d == 0:
+            for i_c in range(loop_bound(2 * half), loop_bound(D), BD):
+                o_c = i_c + tl.arange(0, BD)[None, :]
+                # [BR, BD]
+                b_rest = tl.load(p_x + o_c, mask=m_r & (o_c < D))
+                tl.store(p_y + o_c, b_rest, mask=m_r & (o_c < D))
 
 
 @triton_kernel("rope", unsupported_dtype)
@@ -85,6 +86,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     rows = N * T * H
     launch(
         rope_kernel, triton.cdiv(rows, BR) * triton.cdiv(half, BD), x, cos, sin, y, *x.stride()[:3], rows, T, H, D,
-        half, cos.shape[0] * T, INTERLEAVED=interleaved, BR=BR, BD=BD,
+        half, cos.shape[0] * T, INTERLEAVED=interleaved, WHOLE=2 * half == D, BR=BR, BD=BD,
     )  # fmt: skip
     return y
