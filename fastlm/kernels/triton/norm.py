@@ -140,10 +140,10 @@ def norm_bwd_kernel(
             b_level = tl.sum(b_g, axis=1, keep_dims=True) / D
         b_inverse = tl.rsqrt(tl.sum(b_s * b_s, axis=1, keep_dims=True) / D + eps)
         b_unit = b_s * b_inverse
+        b_dweight += tl.where(m_td, b_dy * b_unit, 0.0)  # with eps = 0 a row that is not there may be NaN
+        b_dbias += b_dy  # the last use of dy: so it keeps no registers through the sum below
         b_along = tl.sum(b_g * b_unit, axis=1, keep_dims=True) / D
         store_dx(p_dx, p_dsum, b_g, b_unit, b_inverse, b_along, b_level, o_td, m_td)
-        b_dweight += tl.where(m_td, b_dy * b_unit, 0.0)  # with eps = 0 a row that is not there may be NaN
-        b_dbias += b_dy
     if p_dweight is not None:
         tl.store(p_dweight + i_program * D + o_d, tl.sum(b_dweight, axis=0, keep_dims=True), mask=m_d)
     if p_dbias is not None:
@@ -221,9 +221,12 @@ def configurations(D: int) -> list[Configuration]:
     """Tiles of rows that are kept: 8 elements a thread as long as 16 warps hold them, then twice as many. Of short rows
     there are several, of others one: more take registers and bring nothing."""
     BD = triton.next_power_of_2(D)
-    BT = max(1, 1024 // BD)
-    warps = min(16, BT * BD // 256)
-    return [{"BT": BT, "BD": BD, "num_warps": w} for w in (warps, warps // 2)]
+    BT = min(32, max(1, 1024 // BD))
+    warps = max(1, min(16, BT * BD // 256))
+    found = [{"BT": BT, "BD": BD, "num_warps": warps}]
+    if 1 < warps and BD <= _KEPT_BACKWARD:
+        found.append(found[0] | {"num_warps": warps // 2})
+    return found
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
