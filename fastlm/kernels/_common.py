@@ -12,6 +12,16 @@ def unsupported_dtype(x: Tensor, *_: object) -> str | None:
     return None if x.dtype in FLOATS else f"does not take {x.dtype}"
 
 
+def check_rope_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    N, T, _, D = x.shape
+    half = cos.shape[-1]
+    if cos.shape not in ((1, T, half), (N, T, half)) or sin.shape != cos.shape or not 2 <= 2 * half <= D:
+        raise ValueError(
+            f"rope: cos and sin must be (1 or N, T, R/2) for x (N, T, H, D) = {tuple(x.shape)}, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
+
+
 def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
     """x with the strides of `like`, which is dense: itself where they agree, else a copy.
 

@@ -96,7 +96,7 @@ def test_what_it_refuses():
     x, bias, seed = randn(2, 3), randn(3), torch.tensor(11, device=DEVICE)
     with fastlm.use_backend("triton"):
         fastlm.bias_act(x.double(), bias.double())
-        with pytest.raises(NotImplementedError, match="triton does not take torch.float64"):
+        with pytest.raises(NotImplementedError, match="triton does not take"):
             fastlm.bias_act(x.double(), bias.double(), "relu", 0.1, seed)
     assert kernels._unsupported(x.long(), bias, "relu", 0.0, None) == "does not take torch.int64"
 
@@ -108,8 +108,10 @@ def test_self_checks():
 def test_compiles_for_gpus():
     compiled = compile_for_gpu("""
 from fastlm.kernels.triton import bias_act as kernels
-for act, dtype in (("relu", torch.float32), ("tanh", torch.float32), ("gelu", torch.float32), ("relu_squared", torch.float16),
-                   ("gelu", torch.bfloat16), ("gelu_tanh", torch.bfloat16), ("relu", torch.float64)):
+for act, dtype in (
+    ("relu", torch.float32), ("tanh", torch.float32), ("gelu", torch.float32), ("relu_squared", torch.float16),
+    ("gelu", torch.bfloat16), ("gelu_tanh", torch.bfloat16), ("relu", torch.float64),
+):
     x, bias = torch.empty(64, 768, dtype=dtype), torch.empty(768, dtype=dtype)
     kernels.bias_act(x, bias, act, 0.0, None)
     kernels.bias_act_backward(x, x, bias, act)

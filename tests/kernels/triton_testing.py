@@ -77,15 +77,15 @@ def assert_self_checks(*families):
     assert checked >= len(families)
 
 
-def assert_lean(compiled):
-    """No register spilled, 128-bit accesses, and nothing of float64 where the tensors are not. In float64 kernels are
-    there for checks, not for speed."""
+def assert_lean(compiled, but_for=None):
+    """No register spilled, 128-bit accesses, and nothing of float64 where the tensors are not, but for one kernel. In
+    float64 kernels are there for checks, not for speed."""
     for c in compiled:
         if c["dtype"] != "fp64":
             what = (c["kernel"], c["dtype"], c["architecture"], c["constants"])
             assert c["spilled"] == 0, what
             assert "ld.global.v" in c["ptx"], what
-            assert ".f64" not in c["ptx"], what
+            assert ".f64" not in c["ptx"] or c["kernel"] == but_for, what
 
 
 def compile_for_gpu(code, architectures=(80, 90)):

@@ -71,14 +71,21 @@ def widen(b_x):
 
 
 @triton.jit
-def tanh(b_x):
-    """By its series near 0, where the quotient would cancel."""
+def tanh_and_slope(b_x):
+    """tanh(x), by its series near 0, where the quotient would cancel; and 1 - tanh(x)^2, which cancels far from 0."""
     b_square = b_x * b_x
     b_series = 1 + b_square * (-1 / 3 + b_square * (2 / 15 + b_square * (-17 / 315 + b_square * (62 / 2835))))
     b_e = tl.exp2(-2.8853900817779268 * tl.abs(b_x))  # exp(-2 |x|)
-    b_quotient = (1 - b_e) / (1 + b_e)
+    b_inverse = 1 / (1 + b_e)
+    b_quotient = (1 - b_e) * b_inverse
     near = 1e-4 if b_x.dtype == tl.float64 else 0.0625  # the first term left out, 0.009 x^10, is below rounding
-    return tl.where(b_square < near, b_x * b_series, tl.where(b_x < 0, -b_quotient, b_quotient))
+    b_tanh = tl.where(b_square < near, b_x * b_series, tl.where(b_x < 0, -b_quotient, b_quotient))
+    return b_tanh, 4 * b_e * (b_inverse * b_inverse)
+
+
+@triton.jit
+def tanh(b_x):
+    return tanh_and_slope(b_x)[0]
 
 
 if INTERPRETED:

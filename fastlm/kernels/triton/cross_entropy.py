@@ -14,10 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels.triton._common import launch, loop_bound, tanh, triton_kernel, unsupported_in_float32, widen
+from fastlm.kernels.triton._common import (
+    launch,
+    loop_bound,
+    tanh,
+    tanh_and_slope,
+    triton_kernel,
+    unsupported_in_float32,
+    widen,
+)
 from fastlm.kernels.triton._tuning import Configuration, bucket, pick
 
 _MOST_CLASSES = 2**30  # so that offsets within a row stay in 32 bits
+
 
 # --- device code ------------------------------------------------------------------------------------------------------
 @triton.jit
@@ -121,20 +130,20 @@ def cross_entropy_bwd_kernel(
             o_c, m_c = tile(i_tile, before, C, BC, PART == 1)
             # [BC]
             b_x = widen(tl.load(p_x + o_c, mask=m_c))
-            b_z = capped(b_x, cap, CAPPED)
-            b_p = tl.exp(b_z - lse)
+            b_slope = 1.0
+            if CAPPED:
+                b_x, b_slope = tanh_and_slope(b_x * (1 / cap))
+                b_x *= cap
+            b_p = tl.exp(b_x - lse)
             # Of a class: p less its share of the target, times g, and p times dlse.
             b_dx = b_p * of_lse + (b_p * g - (even + tl.where(o_c == i_target, of_target, 0.0)))
-            if CAPPED:
-                b_t = b_z * (1 / cap)
-                b_dx *= 1 - b_t * b_t
-            b_dx = tl.where(counts, b_dx, 0.0)
+            b_dx = tl.where(counts, b_dx * b_slope, 0.0)
             tl.store(p_dx + o_c, b_dx.to(p_dx.dtype.element_ty), mask=m_c)
 
 
 # --- launch -----------------------------------------------------------------------------------------------------------
-# Of long rows: the default, what the compiler speaks for, and what _tuning.py tries beside it. 8 elements a thread in the
-# backward, where the cut tiles of 16 take more than 128 registers.
+# Of long rows: the default, what the compiler speaks for, and what _tuning.py tries beside it. In the backward 8 elements
+# a thread: with 16 the cut tiles take more than 128 registers.
 _TILES = {
     "fwd": [{"BC": 4096, "num_warps": 8}, {"BC": 2048, "num_warps": 8}, {"BC": 8192, "num_warps": 8}],
     "bwd": [{"BC": 2048, "num_warps": 8}, {"BC": 2048, "num_warps": 4}, {"BC": 4096, "num_warps": 8}],
@@ -157,7 +166,8 @@ def _launch(kernel: Any, direction: str, flags: dict[str, bool], x: Tensor, *arg
     def run(c: Configuration) -> None:
         launch(kernel, R, x, *args, **flags, **c)
 
-    key = (f"cross_entropy_{direction}", str(x.dtype), C % 16 == 0, bucket(C, 1 << 18), *flags.values(), bucket(R, 4096))
+    sizes = (C % 16 == 0, bucket(C, 1 << 18), bucket(R, 4096))
+    key = (f"cross_entropy_{direction}", str(x.dtype), *flags.values(), *sizes)
     run(pick(key, candidates, run, x.device))
 
 

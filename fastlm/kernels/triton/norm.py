@@ -14,11 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlm.kernels.triton._common import loop_bound, launch, rows_and_columns, triton_kernel, unsupported_in_float32, widen
+from fastlm.kernels.triton._common import (
+    launch,
+    loop_bound,
+    rows_and_columns,
+    triton_kernel,
+    unsupported_in_float32,
+    widen,
+)
 from fastlm.kernels.triton._tuning import Configuration, bucket, pick
 
-# The longest rows that are kept: 32 elements a thread in the forward, half as many of each tensor in the backward.
-_KEPT_FORWARD, _KEPT_BACKWARD = 16384, 8192
+# The longest rows that are kept: in the forward by elements, 32 a thread; in the backward, which keeps the sums too, by
+# bytes: twice as many spill registers.
+_KEPT_FORWARD, _KEPT_BACKWARD = 16384, 16384
 _LONG = 4096  # columns of longer rows at a time
 # The backward's programs: so many warps in all fill a GPU, and what they leave to be added up is little.
 _WARPS, _LEAST_PROGRAMS = 2048, 256
@@ -224,7 +232,7 @@ def configurations(D: int) -> list[Configuration]:
     BT = min(32, max(1, 1024 // BD))
     warps = max(1, min(16, BT * BD // 256))
     found = [{"BT": BT, "BD": BD, "num_warps": warps}]
-    if 1 < warps and BD <= _KEPT_BACKWARD:
+    if warps > 1 and BD <= 4096:
         found.append(found[0] | {"num_warps": warps // 2})
     return found
 
@@ -284,7 +292,7 @@ def norm_backward(
     dx = torch.empty_like(s)
     T, D = rows_and_columns(s)
     partial = _partial_sums(wanted, 0, s)
-    if D > _KEPT_BACKWARD:
+    if D * s.element_size() > _KEPT_BACKWARD:
         mean, inverse = (s.new_empty(T, dtype=torch.float32) for _ in range(2))
         launch(
             norm_bwd_long_kernel, T, dy, dsum, s, weight, dx, mean, inverse, D, eps,
