@@ -62,9 +62,9 @@ def test_values_and_gradients(smoothing, softcap, dtype):
 def test_rows_of_many_tiles(monkeypatch, dtype):
     monkeypatch.setattr(kernels, "_SHORT", 32)
     monkeypatch.setattr(kernels, "_TILES", {way: [{"BC": 64, "num_warps": 4}] for way in ("fwd", "bwd")})
-    for R, C in ((17, 63), (3, 64), (5, 65), (2, 128), (16, 129), (3, 400), (5, 321)):
+    for R, C in ((5, 63), (2, 64), (3, 65), (2, 128), (3, 129), (3, 300)):
         check_all(R, C, dtype, 0.1, 2.0)
-    check_all(5, 321, dtype, 0.0, 0.0)
+    check_all(3, 300, dtype, 0.0, 0.0)
 
 
 def test_every_configuration_of_long_rows():

@@ -142,8 +142,8 @@ def cross_entropy_bwd_kernel(
 
 
 # --- launch -----------------------------------------------------------------------------------------------------------
-# Of long rows: the default, what the compiler speaks for, and what _tuning.py tries beside it. In the backward 8 elements
-# a thread: with 16 the cut tiles take more than 128 registers.
+# Of long rows: the default, what the compiler speaks for, and what _tuning.py tries beside it. In the backward 8
+# elements a thread: with 16 the cut tiles take more than 128 registers.
 _TILES = {
     "fwd": [{"BC": 4096, "num_warps": 8}, {"BC": 2048, "num_warps": 8}, {"BC": 8192, "num_warps": 8}],
     "bwd": [{"BC": 2048, "num_warps": 8}, {"BC": 2048, "num_warps": 4}, {"BC": 4096, "num_warps": 8}],

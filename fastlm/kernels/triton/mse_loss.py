@@ -1,5 +1,5 @@
-"""The sum of squared differences in Triton, and its gradient: one pass over memory each. Summed in float32 by thread and
-in float64 across threads and programs, in an order that depends on the size alone.
+"""The sum of squared differences in Triton, and its gradient: one pass over memory each. Summed in float32 by thread,
+in float64 across them and across programs, in an order that depends on the size alone.
 """
 
 from __future__ import annotations

@@ -172,7 +172,8 @@ def norm_bwd_long_kernel(
             o_d = i_d + tl.arange(0, BD)[None, :]
             b_sums += load_summed(p_s, None, i_t + o_d, o_d < D)
         mean = tl.sum(b_sums) / D
-    b_squares, b_along, b_level = (tl.zeros([1, BD], dtype=tl.float32),) * 3
+    b_squares = tl.zeros([1, BD], dtype=tl.float32)
+    b_along, b_level = tl.zeros([1, BD], dtype=tl.float32), tl.zeros([1, BD], dtype=tl.float32)
     for i_d in range(0, loop_bound(D), BD):
         o_d = i_d + tl.arange(0, BD)[None, :]
         m_d = o_d < D
