@@ -12,16 +12,14 @@ def unsupported_dtype(x: Tensor, *_: object) -> str | None:
     return None if x.dtype in FLOATS else f"does not take {x.dtype}"
 
 
-def unsupported_bias_act_on_gpu(x: Tensor, bias: Tensor, act: str, dropout_p: float, seed: Tensor | None) -> str | None:
-    if dropout_p > 0:
-        return "does not do dropout"
-    return unsupported_bias_act_backward_on_gpu(x, x, bias, act)
-
-
-def unsupported_bias_act_backward_on_gpu(dy: Tensor, saved: Tensor, bias: Tensor, act: str) -> str | None:
-    if act not in ("relu", "relu_squared"):
-        return f"does not do act={act!r}"
-    return unsupported_dtype(saved)
+def check_rope_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    N, T, _, D = x.shape
+    half = cos.shape[-1]
+    if cos.shape not in ((1, T, half), (N, T, half)) or sin.shape != cos.shape or not 2 <= 2 * half <= D:
+        raise ValueError(
+            f"rope: cos and sin must be (1 or N, T, R/2) for x (N, T, H, D) = {tuple(x.shape)}, "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
+        )
 
 
 def as_laid_out(x: Tensor, like: Tensor) -> Tensor:

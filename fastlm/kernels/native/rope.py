@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels._common import matrix, unsupported_dtype
+from fastlm.kernels._common import check_rope_tables, matrix, unsupported_dtype
 from fastlm.kernels.native._common import current_stream
 
 
@@ -24,18 +24,12 @@ def _register(device: str, run: Callable[..., None]) -> None:
 
     @kernel("rope", backend="native", device=device, supports=_unsupported)
     def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-        N, T, H, D = x.shape
-        half = cos.shape[-1]
-        if cos.shape not in ((1, T, half), (N, T, half)) or sin.shape != cos.shape or not 2 <= 2 * half <= D:
-            raise ValueError(
-                f"rope: cos and sin must be (1 or N, T, R/2) for x (N, T, H, D) = {tuple(x.shape)}, "
-                f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
-            )
+        check_rope_tables(x, cos, sin)
         wide = torch.promote_types(x.dtype, torch.float32)
         cos, sin = (matrix(t.to(wide).contiguous()) for t in (cos, sin))
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         if x.numel():
-            run(matrix(x.contiguous()), cos, sin, matrix(y), H)
+            run(matrix(x.contiguous()), cos, sin, matrix(y), x.shape[2])
         return y
 
 

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm._library import kernel
+from fastlm.kernels._common import unsupported_dtype
 
 # Triton reads the variable when a kernel is decorated, so it holds for the whole process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,6 +35,17 @@ def triton_kernel(op: str, supports: Callable[..., str | None]) -> Callable[[Cal
         return run
 
     return register
+
+
+def unsupported_in_float32(x: Tensor, *_: object) -> str | None:
+    """Of a kernel with a number among its arguments, which Triton hands over in float32."""
+    return "does not take torch.float64" if x.dtype == torch.float64 else unsupported_dtype(x)
+
+
+def rows_and_columns(x: Tensor) -> tuple[int, int]:
+    """Of x (..., N), (rows, N); no rows where N is 0."""
+    columns = x.shape[-1]
+    return (x.numel() // columns if columns else 0), columns
 
 
 def launch(jit_kernel: Any, programs: int, first: Tensor, *args: Any, **constants: Any) -> None:
@@ -56,6 +68,24 @@ def widen(b_x):
     if b_x.dtype != tl.float64:
         b_x = b_x.to(tl.float32)
     return b_x
+
+
+@triton.jit
+def tanh_and_slope(b_x):
+    """tanh(x), by its series near 0, where the quotient would cancel; and 1 - tanh(x)^2, which cancels far from 0."""
+    b_square = b_x * b_x
+    b_series = 1 + b_square * (-1 / 3 + b_square * (2 / 15 + b_square * (-17 / 315 + b_square * (62 / 2835))))
+    b_e = tl.exp2(-2.8853900817779268 * tl.abs(b_x))  # exp(-2 |x|)
+    b_inverse = 1 / (1 + b_e)
+    b_quotient = (1 - b_e) * b_inverse
+    near = 1e-4 if b_x.dtype == tl.float64 else 0.0625  # the first term left out, 0.009 x^10, is below rounding
+    b_tanh = tl.where(b_square < near, b_x * b_series, tl.where(b_x < 0, -b_quotient, b_quotient))
+    return b_tanh, 4 * b_e * (b_inverse * b_inverse)
+
+
+@triton.jit
+def tanh(b_x):
+    return tanh_and_slope(b_x)[0]
 
 
 if INTERPRETED:

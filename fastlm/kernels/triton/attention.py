@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastlm._attention import empty_in_order_of, lse_of_no_key, sinks_gradient
 from fastlm.kernels._common import with_rows
-from fastlm.kernels.triton._common import capability, launch, loop_bound, triton_kernel
+from fastlm.kernels.triton._common import capability, launch, loop_bound, tanh, triton_kernel
 from fastlm.kernels.triton._tuning import Configuration, bucket, pick
 
 _LOG2E = math.log2(math.e)
@@ -136,16 +136,6 @@ def visible(
         p_mask += o_mask + (o_t + o_s * 0).to(tl.int64) * mask_st + (o_s + o_t * 0).to(tl.int64) * mask_ss
         m_ts &= tl.load(p_mask, mask=m_ts, other=0) != 0
     return m_ts
-
-
-@triton.jit
-def tanh(b_x):
-    """By its series near 0, where the quotient would cancel."""
-    b_square = b_x * b_x
-    b_series = 1 + b_square * (-1 / 3 + b_square * (2 / 15 + b_square * (-17 / 315 + b_square * (62 / 2835))))
-    b_e = tl.exp2(-2.8853900817779268 * tl.abs(b_x))  # exp(-2 |x|)
-    b_quotient = (1 - b_e) / (1 + b_e)
-    return tl.where(b_square < 0.0625, b_x * b_series, tl.where(b_x < 0, -b_quotient, b_quotient))
 
 
 @triton.jit
