@@ -23,6 +23,7 @@ from test_kernels import (
     TOLERANCE,
     adam_lists,
     assert_close,
+    assert_no_worse,
     check_adam,
     check_cross_entropy,
     check_decode,
@@ -150,23 +151,6 @@ def for_hopper(rng: random.Random, planned: dict[str, Any]) -> dict[str, Any]:
     planned["layouts"] = [rng.choice(["plain", "bthd", "columns"]) for _ in range(4)]
     planned["deterministic"] = rng.random() < 0.5
     return planned
-
-
-def assert_no_worse(got: Tensor, want: Tensor, plain: Tensor, tolerance: float, least: float = 0.0) -> None:
-    """Of the typical element, rows without a key left aside; and three times the error of plain torch in the same
-    dtype, where numbers cancel. `least` is of the typical element.
-    """
-    assert got.shape == want.shape and got.isfinite().all()
-    if want.numel() == 0:
-        return
-    error, beside = ((x.cpu().double() - want).abs() for x in (got, plain))
-    typical = max(want[want != 0].square().mean().sqrt().nan_to_num(0).item(), least)
-    share = (want != 0).double().mean().sqrt().item() if least == 0 else 1.0
-    mean, worst = error.square().mean().sqrt().item(), error.max().item()
-    mean_allowed = tolerance * typical * share + 3 * beside.square().mean().sqrt().item()
-    worst_allowed = 8 * tolerance * typical + 3 * beside.max().item()
-    assert mean <= mean_allowed, f"off by {mean:.2e} in the mean, allowed {mean_allowed:.2e}"
-    assert worst <= worst_allowed, f"an element is off by {worst:.2e}, allowed {worst_allowed:.2e}"
 
 
 def check_planned_attention(kernels: Kernels, planned: dict[str, Any], patch: pytest.MonkeyPatch) -> None:
