@@ -141,13 +141,13 @@ def compile(act, dtype):
     x = torch.empty(4, 1024, dtype=dtype)
     activation.value(x, act)
     activation.gradient(x, x, act)
-    if act in ("gelu", "tanh"):
+    if act == "gelu":
         glu.glu(x, x, act)
         glu.glu_backward(x, x, x, act)
 for act in ACTIVATIONS:
     compile(act, torch.bfloat16)
-for act, dtype in (("relu", torch.float16), ("gelu", torch.float32), ("tanh", torch.float32), ("tanh", torch.float64)):
-    compile(act, dtype)
+for act in ("gelu", "tanh"):
+    compile(act, torch.float32)
 """)
-    assert len(compiled) == 2 * (2 * (len(ACTIVATIONS) + 4) + 2 * 5)
+    assert len(compiled) == 2 * (2 * (len(ACTIVATIONS) + 2) + 2 * 2)
     assert_lean(compiled)

@@ -58,8 +58,8 @@ def test_rows_too_long_to_be_kept(monkeypatch, dtype):
     monkeypatch.setattr(kernels, "_KEPT_FORWARD", 100)
     monkeypatch.setattr(kernels, "_KEPT_BACKWARD", 100)
     monkeypatch.setattr(kernels, "_LONG", 128)
-    monkeypatch.setattr(kernels, "_ROWS", 8)
-    for shape in ((0, 300), (3, 101), (9, 256)):
+    monkeypatch.setattr(kernels, "_ROWS", 16)
+    for shape in ((0, 300), (3, 101), (18, 130)):
         check_all(shape, dtype)
 
 
@@ -82,6 +82,15 @@ def test_float32_weights_beside_float16():
     assert_exact(kernels.layer_norm, "layer_norm", x, weight, bias, EPS)
     dx, dweight, dbias = kernels.norm_backward(dy, None, x, weight, EPS, True, [True, True])
     assert (dx.dtype, dweight.dtype, dbias.dtype) == (torch.float16, torch.float32, torch.float32)
+
+
+def test_what_is_normalised_is_the_sum_that_is_returned(monkeypatch):
+    """As it is rounded: what the gradient takes, too."""
+    x, residual = drawn((3, 150), torch.float16, 2)
+    for longest in (kernels._KEPT_FORWARD, 100):
+        monkeypatch.setattr(kernels, "_KEPT_FORWARD", longest)
+        y, s = kernels.add_rms_norm(x, residual, None, EPS)
+        assert torch.equal(s, x + residual) and torch.equal(y, kernels.rms_norm(s, None, EPS))
 
 
 def test_layouts():
