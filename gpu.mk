@@ -5,7 +5,7 @@ COMMIT  ?= $(shell git rev-parse HEAD 2>/dev/null)
 # Machine code for the GPUs that are there; the letter brings Hopper's own instructions.
 GPU_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | tr -d . | \
               sed 's/^90$$/90a/; s/$$/-real/' | paste -sd';' -)
-GPU_TESTS ?= tests/cuda/test_kernels.py tests/cuda/test_gpu.py tests/cuda/test_fuzz.py tests/kernels
+GPU_TESTS ?= tests/cuda/test_kernels.py tests/cuda/test_gpu.py tests/cuda/test_fuzz.py
 # Seconds that each part may take, the sanitizer per tool: ten minutes in all. Longer runs give their own, and name one
 # part: make gpu-test GPU_TESTS="tests/cuda tests/kernels tests/ops" GPU_TEST_SECONDS=540
 GPU_BUILD_SECONDS    ?= 180
@@ -19,7 +19,7 @@ GPU_PYTHON = $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
 # What Triton's tuner finds stays there too, and not with the user.
 IN_RESULTS = cd "$(RESULTS)" && export PYTHONPATH= PYTHONDONTWRITEBYTECODE=1 FASTLM_CACHE_DIR="$$PWD/cache" &&
 
-.PHONY: gpu gpu-build gpu-test gpu-hopper gpu-fuzz gpu-sanitize gpu-bench
+.PHONY: gpu gpu-build gpu-test gpu-hopper gpu-triton gpu-fuzz gpu-sanitize gpu-bench
 gpu: gpu-build  ## Build, test, sanitize and measure on a CUDA GPU, with PYTHON's torch and no network
 	@status=0; for part in test hopper sanitize bench; do $(MAKE) --no-print-directory gpu-$$part || status=1; done; exit $$status
 
@@ -41,6 +41,9 @@ gpu-hopper:  ## Run the tests of attention's kernels for Hopper
 	mkdir -p "$(RESULTS)"
 	$(IN_RESULTS) timeout $(GPU_HOPPER_SECONDS) "$(GPU_PYTHON)" -m pytest -q -p no:cacheprovider \
 	  -k "not emulated and (hopper or sm90)" --junitxml=hopper.xml "$(CURDIR)/tests/cuda"
+
+gpu-triton:  ## Run the tests of Triton's kernels, most of whose time is compiling, within seven minutes
+	$(MAKE) --no-print-directory gpu-test GPU_TESTS=tests/kernels GPU_TEST_SECONDS=420
 
 gpu-fuzz:  ## Ten times as many random calls of each CUDA kernel as gpu-test makes, within nine minutes
 	FASTLM_FUZZ_CASES=500 $(MAKE) --no-print-directory gpu-test GPU_TESTS=tests/cuda/test_fuzz.py GPU_TEST_SECONDS=400

@@ -33,7 +33,7 @@ struct AdamOptions {
   uint32_t seed = 0;
 };
 
-// --- random numbers, as in fastlm/ops/adam.py -------------------------------------------------------------------------
+// --- random numbers, as in fastlm/_rounding.py ------------------------------------------------------------------------
 FASTLM_HOST_DEVICE inline uint32_t adam_mixed(uint32_t x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;

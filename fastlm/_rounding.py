@@ -33,7 +33,8 @@ def noise_of_param(noise: Tensor) -> Tensor:
 
 
 def rounded_at_random(x: Tensor, noise: Tensor) -> Tensor:
-    """float32 to bfloat16, up with the probability of the part that is cut off; inf and NaN as they are."""
+    """To bfloat16, up with the probability of what is cut off of the float32; inf and NaN as they are."""
+    x = x.float()
     at = torch.arange(x.numel(), device=x.device).view(x.shape)
     random = (_times(at & _WORD, _GOLDEN) + noise + (at >> 32)) & _WORD
     random = _times(random ^ (random >> 15), 0x846CA68B) >> 16

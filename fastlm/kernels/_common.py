@@ -22,6 +22,11 @@ def check_rope_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
 
 
+def capturing(x: Tensor) -> bool:
+    """Whether what runs on x's device is recorded in a CUDA graph: what the host does now, a replay does not do again."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
     """x with the strides of `like`, which is dense: itself where they agree, else a copy.
 

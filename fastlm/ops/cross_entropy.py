@@ -311,22 +311,32 @@ def linear_cross_entropy_reference(
     if z_loss:
         losses = losses + z_loss * lse.square()
     share = 1 / (target != ignore_index).sum().to(losses.dtype) if mean else losses.new_ones(())
-    dx, dweight, dbias = (x.new_empty(0) for _ in range(3))
+    kept = dtype_of_gradients(x)
+    dx, dweight, dbias = (x.new_empty(0, dtype=kept) for _ in range(3))
     if any(wanted):
+        early = share if kept == x.dtype else torch.ones_like(share)  # else late: its product may be no float16
         dlogits = cross_entropy_backward_reference(
-            share.expand(losses.shape), 2 * z_loss * share * lse if z_loss else None, logits, target,
+            early.expand(losses.shape), 2 * z_loss * early * lse if z_loss else None, logits, target,
             None, lse, ignore_index, label_smoothing, softcap,
-        )  # fmt: skip
-        dx = dlogits @ weight if wanted[0] else dx
-        dweight = dlogits.mT @ x if wanted[1] else dweight
+        ).to(kept)  # fmt: skip
+        dx = dlogits @ weight.to(kept) if wanted[0] else dx
+        dweight = dlogits.mT @ x.to(kept) if wanted[1] else dweight
         dbias = dlogits.sum(0) if wanted[2] else dbias
+        if kept != x.dtype:
+            dx, dweight, dbias = dx * share, dweight * share, dbias * share
     return losses.sum() * share, dx.contiguous(), dweight.contiguous(), dbias
+
+
+def dtype_of_gradients(x: Tensor) -> torch.dtype:
+    """Of those that linear_cross_entropy makes before it knows a loss scale: float16 may not hold them without one."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def _fake_linear(x, weight, bias, target, ignore_index, label_smoothing, z_loss, softcap, mean, wanted):
     loss = x.new_empty((), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     shapes = (x.shape, weight.shape, weight.shape[:1])
-    return (loss, *(x.new_empty(shape if w else 0) for shape, w in zip(shapes, wanted, strict=True)))
+    kept = dtype_of_gradients(x)
+    return (loss, *(x.new_empty(shape if w else 0, dtype=kept) for shape, w in zip(shapes, wanted, strict=True)))
 
 
 def _backward_linear(ops, saved, wanted, *grads):
@@ -336,7 +346,8 @@ def _backward_linear(ops, saved, wanted, *grads):
     known = all(not w or f.numel() == t.numel() for w, f, t in zip(wanted, found, saved, strict=False) if t is not None)
     if torch.is_grad_enabled() or any(o is not None for o in others) or not known:
         return None
-    return (*(f * g.to(f.dtype) if w else None for f, w in zip(found, wanted, strict=False)), *[None] * 7)
+    made = ((f * g.to(f.dtype)).to(saved[0].dtype) if w else None for f, w in zip(found, wanted, strict=False))
+    return (*made, *[None] * 7)
 
 
 def _autocast_linear(dtype, args):

@@ -44,7 +44,7 @@ class Adam(Optimizer):
             not decay. float16 and float64 parameters keep a state of their own dtype.
         stochastic_rounding: store bfloat16 parameters rounded up or down at random, in the mean exactly: rounded to
             nearest, an update below half the last digit of a parameter, 1/512 of it, is lost.
-        seed: of all random rounding; the numbers follow from it, the step, and an element's place.
+        seed: of all random rounding; the numbers follow from it, the step, and an element's place among the parameters.
 
     Raises:
         ValueError: a value outside its range.
@@ -192,7 +192,14 @@ class Adam(Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
             if group["amsgrad"]:
                 state["max_exp_avg_sq"] = torch.zeros_like(p, dtype=dtype)
-        elif group["amsgrad"] and "max_exp_avg_sq" not in state:
+        elif group["capturable"] and state["step"].device != p.device:  # made capturable since
+            if _capturing():
+                raise RuntimeError(
+                    f"fastlm.optim.{type(self).__name__}: a group was made capturable after the last step, whose count "
+                    "is still on the host; take a step before the capture"
+                )
+            state["step"] = state["step"].to(p.device)
+        if group["amsgrad"] and "max_exp_avg_sq" not in state:
             raise RuntimeError(
                 f"fastlm.optim.{type(self).__name__}: amsgrad was switched on after the first step of a parameter of "
                 f"sizes {tuple(p.shape)}, whose state has no max_exp_avg_sq"
@@ -236,6 +243,7 @@ class Adam(Optimizer):
                 by_device.setdefault(p.device, []).append(p)
             grouped.append(by_device)
         scale = self._scale(grouped)
+        calls = 0  # each with random numbers of its own
         for group, by_device in zip(self.param_groups, grouped, strict=True):
             beta1, beta2 = group["betas"]
             for device, params in by_device.items():
@@ -260,8 +268,9 @@ class Adam(Optimizer):
                     scale=scale if scale is None else scale.to(device),
                     stochastic=self.state_dtype == torch.bfloat16,
                     stochastic_params=self.stochastic_rounding,
-                    seed=self.seed,
+                    seed=self.seed + calls * 0x9E3779B1,
                 )
+                calls += 1
         return loss
 
     def _scale(self, grouped: list[dict[torch.device, list[Tensor]]]) -> Tensor | None:
@@ -335,8 +344,10 @@ class AdamW(Adam):
 
 
 def _capturing() -> bool:
-    # is_initialized first: asking about a capture would initialise CUDA.
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    # torch.compile cannot trace the last of these, which would initialise CUDA if it stood first.
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _step_dtype() -> torch.dtype:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastlm._library import backends
 from fastlm.data import Dataset, get_batch
 from fastlm.models import GPT
 from fastlm.optim import AdamW
@@ -33,7 +34,8 @@ def training_step(
 ) -> tuple[float, float]:
     """One optimizer step, number `step` from 0. Loss in nats per token and the gradient's norm before clipping.
 
-    graph: takes the step, and those before and after it. A GPU is waited for once, at the end.
+    graph: takes the step, and those before and after it. A GPU is waited for once, at the end. After a TrainingError
+    the weights may be no numbers either.
     """
     seed_step(config.seed, step)  # for dropout
     batches = [
@@ -59,7 +61,6 @@ def training_step(
         return _work(model, optimizer, config, tokens)
 
     loss, grad_norm = (work(tokens) if graph is None else graph(work, tokens)).tolist()
-    # The weights are no numbers then either, but nobody will see them.
     if not math.isfinite(loss):
         raise TrainingError(f"the loss became {loss} in step {step + 1:,}")
     if not math.isfinite(grad_norm):
@@ -70,6 +71,7 @@ def training_step(
 def _work(model: GPT, optimizer: AdamW, config: TrainConfig, tokens: Tensor) -> Tensor:
     """What a step does on the device, without waiting for it: loss and norm, (2,) float64."""
     losses = []
+    optimizer.zero_grad(set_to_none=True)  # a capture that failed leaves some, which were never computed
     for x, y in tokens:
         with autocast(config):
             loss = model(x, y)[1] / config.accumulation
@@ -84,8 +86,8 @@ class StepGraph:
     """Takes training steps, from the fourth on as a CUDA graph: the CPU then starts them all with one call.
 
     The first three run as they are: what is chosen or made at first use has to be there before a capture, and two of
-    them are timed. Three replays are timed too, and the graph is kept if they were faster; all are steps of the run, of
-    the same kernels. `chosen` is None until that is decided, and `reason` says why in words.
+    them are timed. Three replays are timed too, and the graph is kept if they were faster; all are steps of the run.
+    `chosen` is None until that is decided, and `reason` says why in words.
 
     Args:
         always: keep the graph whatever it measures, and let a step that cannot be captured fail.
@@ -144,16 +146,28 @@ class StepGraph:
 
 
 def _capture(work: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outcome = work()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            outcome = work()
+    except RuntimeError:
+        # Where CUDA itself ended the capture, torch leaves its stream current and its generator in the capture.
+        torch.cuda.set_stream(stream)
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph.replay, outcome
 
 
 def build_graph(config: TrainConfig) -> StepGraph | None:
+    """None where a step is not to be captured. By itself only one whose optimizer is CUDA's: Triton's cannot be, and
+    the reference, which then were, would not give its bits.
+    """
     if config.device != "cuda" or config.cuda_graph == "off":
         return None
-    return StepGraph(always=config.cuda_graph == "on")
+    always = config.cuda_graph == "on"
+    native = any(s.usable for s in backends("adam_") if s.backend == "native")
+    return StepGraph(always) if always or native else None
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

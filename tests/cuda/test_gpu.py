@@ -114,6 +114,62 @@ def test_two_streams_at_once(kernels, family):
         assert all(torch.equal(a, b) for result in results for a, b in zip(want, result, strict=True))
 
 
+@pytest.mark.parametrize("name", [n for n in test_kernels.OPS if not n.startswith("attention")])
+def test_every_kernel_on_two_streams_at_once(kernels, name):
+    """The samples of the self-check, in one order and in the other."""
+    op = _library._ops[name]
+    samples = [args for args in op.samples(kernels.device.type) if kernels.refusal(name, *args) is None]
+
+    def run(order: list[int]) -> dict[int, list[torch.Tensor]]:
+        found = {}
+        for i in order:
+            args = _library._clone(samples[i])
+            returned = kernels[name](*args)
+            found[i] = _library._tensors(args if returned is None else [returned])
+        return found
+
+    orders = [list(range(len(samples))), list(range(len(samples)))[::-1]]
+    alone = run(orders[0])
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in orders]
+    got = []
+    for _ in range(10):
+        for stream, order in zip(streams, orders, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(run(order))
+    torch.cuda.synchronize()
+    for found in got:
+        for i, want in alone.items():
+            assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(found[i], want, strict=True))
+
+
+def test_adam_is_captured_with_its_count(kernels):
+    """Three replays are three steps, each at the rate that stands in its tensor then."""
+    lr = torch.tensor(0.1, device=kernels.device)
+
+    def made() -> list:
+        tensors = [[draw(n, seed=i).abs().to(kernels.device) for n in (5, 4099)] for i in range(4)]
+        return [*tensors, [], [torch.zeros((), device=kernels.device) for _ in range(2)]]
+
+    def step(lists: list) -> None:
+        norm = kernels["grad_norm"](lists[1])
+        kernels["adam_"](*lists, 0.0, 0.9, 0.99, 1e-6, 0.1, True, False, False, norm, False, lr, False, 0)
+
+    eager, captured = made(), made()
+    for lists in (eager, captured):
+        step(lists)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(captured)
+    for rate in (0.1, 0.01, 0.5):
+        lr.fill_(rate)
+        step(eager)
+        graph.replay()
+    assert [s.item() for s in captured[5]] == [4, 4]
+    for a, b in zip(eager[:4], captured[:4], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 def test_second_device(kernels):
     q = draw(1, 2, 130, 64, dtype=torch.float16)
@@ -243,6 +299,22 @@ def test_more_elements_than_32_bits_count(kernels):
     assert y[-1, -4:-1].tolist() == [2.0, 0.0, 3.0]
 
 
+ROWS = 2**19 + 64  # of 4096 columns
+
+
+@pytest.mark.parametrize("name", test_kernels.FAR)
+def test_last_rows_of_more_elements_than_32_bits_count(kernels, name):
+    if torch.cuda.mem_get_info()[0] < 8 * 2**32:
+        pytest.skip("needs 32 GiB of free GPU memory")
+    test_kernels.check_last_rows(kernels, name, ROWS, 4096)
+
+
+def test_sums_of_more_elements_than_32_bits_count(kernels):
+    if torch.cuda.mem_get_info()[0] < 4 * 2**32:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    test_kernels.check_far_sums(kernels, ROWS, 4096)
+
+
 def assert_head_is_right(kernels, read: list[torch.Tensor], found: list[torch.Tensor], at: tuple[slice, slice]):
     """One head of q, k, v, do, and of o, lse, dq, dk, dv after a causal call, in float64."""
     q, k, v, do = (x[at].double().cpu() for x in read)
@@ -324,19 +396,62 @@ def test_training_step_matches_the_reference():
     assert_near(found["native"], found["reference"].cpu(), 1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_captured_training_steps_are_the_eager_ones(tmp_path, precision):
-    """A hundred replays of forward, backward and optimizer, each with its own tokens, learning rate and dropout."""
+@pytest.fixture(params=["fp32", "bf16"])
+def run(request, tmp_path):
+    """Configuration and data of a small run."""
     from fastlm.train import Progress, TrainConfig
     from fastlm.train.rundir import prepare_data
-    from fastlm.train.step import StepGraph, build_model, build_optimizer, training_step
 
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy. " * 2000)
     config = TrainConfig(
         data=str(tmp_path / "text.txt"), out=str(tmp_path / "run"), tokenizer="byte", n_layer=2, n_head=2, n_embd=128,
-        block_size=128, batch_size=4, accumulation=2, dropout=0.1, bias=True, device="cuda", precision=precision,
+        block_size=128, batch_size=4, accumulation=2, dropout=0.1, bias=True, device="cuda", precision=request.param,
     )  # fmt: skip
-    dataset = prepare_data(config, Progress())
+    return config, prepare_data(config, Progress())
+
+
+def test_a_training_step_waits_for_nothing(run):
+    from fastlm.train.step import _work, build_model, build_optimizer
+
+    config, dataset = run
+    model = build_model(config, dataset)
+    optimizer = build_optimizer(model, config)
+    tokens = torch.zeros(2, 2, config.batch_size, config.block_size, dtype=torch.int64, device="cuda")
+    _work(model, optimizer, config, tokens)  # what is chosen at first use
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _work(model, optimizer, config, tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_compiled_step_is_the_eager_one(run):
+    """Forward and backward as one graph, the optimizer as another."""
+    from fastlm.train.step import build_model, build_optimizer
+
+    config, dataset = run
+    tokens = torch.arange(4 * 128, device="cuda").view(4, 128) % 250
+    found = []
+    for compiled in (False, True):
+        model = build_model(config.replace(dropout=0.0), dataset)
+        optimizer = build_optimizer(model, config)
+        forward, step = model, optimizer.step
+        if compiled:
+            forward, step = (torch.compile(f, fullgraph=True) for f in (model, optimizer.step))
+        for _ in range(3):
+            forward(tokens, tokens)[1].backward()
+            step()
+            optimizer.zero_grad(set_to_none=True)
+        found.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_captured_training_steps_are_the_eager_ones(run):
+    """A hundred replays of forward, backward and optimizer, each with its own tokens, learning rate and dropout."""
+    from fastlm.train.step import StepGraph, build_model, build_optimizer, training_step
+
+    config, dataset = run
     found = []
     for graph in (None, StepGraph(always=True)):
         model = build_model(config, dataset)

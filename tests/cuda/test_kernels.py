@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -660,7 +661,8 @@ def check_linear_cross_entropy(kernels, dtype, sizes, bias=True, options=(-100, 
     for a, b, beside in zip(got, want, plain, strict=True):
         if not b.isnan().any():
             assert_no_worse(a, b, beside, product_tolerance(dtype))
-    assert all(t.dtype == dtype and t.is_contiguous() for t in got[1:])
+    kept = torch.float32 if dtype == torch.float16 else dtype
+    assert all(t.dtype == kept and t.is_contiguous() for t in got[1:])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -1391,6 +1393,19 @@ def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
         x, dy, total, canaries.empty(module.mse_loss_chunks(x.numel()), dtype=torch.float32), stream
     )
     module.mse_loss_backward(total, x, dy, canaries.empty(rows, width, dtype=dtype), stream)
+    partial = canaries.empty(module.grad_norm_chunks([x, bias]), dtype=torch.float64)
+    module.grad_norm([x, bias], canaries.empty(dtype=torch.float32), partial, stream)
+    if dtype != torch.float16:
+        adam = [canaries.empty(rows, width, dtype=d) for d in (dtype, torch.float32, torch.bfloat16, torch.float32)]
+        for t in adam:
+            t.copy_(x.abs())
+        p, m, v, top = adam
+        step = canaries.empty(dtype=torch.float32)
+        step.fill_(1)
+        workspace = canaries.empty(module.adam_workspace, dtype=torch.float64)
+        given = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, None, False, None, True, 0, workspace, stream)
+        module.adam_step([p], [dy], [m], [m.clone()], [top], [step], *given)
+        module.adam_step([p], [dy], [v], [v.clone()], [v.clone()], [step], *given)
     q, k, v = (draw(1, 2, rows, width, dtype=dtype, seed=i).to(kernels.device) for i in range(3))
     o, dq, dk, dv = (canaries.empty(1, 2, rows, width, dtype=dtype) for _ in range(4))
     lse = canaries.empty(1, 2, rows, dtype=torch.float32)
@@ -1418,9 +1433,84 @@ def test_what_the_sanitizer_watches_runs_emulated(monkeypatch):
     run_hoppers_kernels(kernels)
 
 
+# --- far elements -----------------------------------------------------------------------------------------------------
+def far_calls(kernels, cols: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Of kernels that do each row by itself: x, y and positions (rows, cols / 2) -> (rows, ...)."""
+    draw_bias = draw(cols, dtype=torch.bfloat16).to(kernels.device)
+    weight, seen = draw(cols).to(kernels.device), (None, -100, 0.1, 0.0)
+
+    def targets(x: Tensor) -> Tensor:
+        return torch.full((len(x),), cols - 1, device=x.device)
+
+    def adam(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+        lists = [x.clone()], [y], [y.clone()], [x.square()], [], [torch.tensor(1.0, device=x.device)]
+        kernels["adam_"](*lists, 0.1, 0.9, 0.99, 1e-6, 0.1, True, False, False, *NOTHING_MORE)
+        return lists[0][0]
+
+    def entropy_backward(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+        lse = kernels["cross_entropy"](x, targets(x), *seen)[1]
+        return kernels["cross_entropy_backward"](torch.ones_like(lse), None, x, targets(x), None, lse, *seen[1:])
+
+    return {
+        "silu": lambda x, y, at: kernels["silu"](x),
+        "silu_backward": lambda x, y, at: kernels["silu_backward"](y, x),
+        "glu": lambda x, y, at: kernels["glu"](x, y, "silu"),
+        "glu_backward": lambda x, y, at: kernels["glu_backward"](x, y, x, "gelu")[1],
+        "bias_act": lambda x, y, at: kernels["bias_act"](x, draw_bias, "gelu", 0.0, None),
+        "layer_norm": lambda x, y, at: kernels["layer_norm"](x, weight, weight, 1e-5),
+        "add_rms_norm": lambda x, y, at: kernels["add_rms_norm"](x, y, weight, 1e-5)[1],
+        "norm_backward": lambda x, y, at: kernels["norm_backward"](y, None, x, weight, 1e-5, True, [False] * 2)[0],
+        "rope": lambda x, y, at: kernels["rope"](x[None, :, None], at.cos()[None], at.sin()[None], False)[0],
+        "cross_entropy": lambda x, y, at: kernels["cross_entropy"](x, targets(x), *seen)[0],
+        "cross_entropy_backward": entropy_backward,
+        "adam_": adam,
+        "mse_loss_backward": lambda x, y, at: kernels["mse_loss_backward"](weight[0], x, y),
+    }
+
+
+FAR = (
+    "silu", "silu_backward", "glu", "glu_backward", "bias_act", "layer_norm", "add_rms_norm", "norm_backward", "rope",
+    "cross_entropy", "cross_entropy_backward", "adam_", "mse_loss_backward",
+)  # fmt: skip
+
+
+def check_last_rows(kernels, name: str, rows: int, cols: int) -> None:
+    """The last rows of many are as those rows alone."""
+    generator = torch.Generator(kernels.device).manual_seed(0)
+    x, y = (torch.randn(rows, cols, dtype=torch.bfloat16, device=kernels.device, generator=generator) for _ in range(2))
+    at = torch.arange(rows, device=kernels.device)[:, None] + torch.linspace(0, 1, cols // 2, device=kernels.device)
+    call = far_calls(kernels, cols)[name]
+    want = call(*(t[-5:].clone() for t in (x, y, at)))
+    assert torch.equal(call(x, y, at)[-5:], want)
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_last_rows_are_as_alone(kernels, name):
+    check_last_rows(kernels, name, 300, 72)
+
+
+def check_far_sums(kernels, rows: int, cols: int) -> None:
+    """What is not row by row: sums of ones, dropout's share, the rows of a table."""
+    ones = torch.ones(rows, cols, dtype=torch.bfloat16, device=kernels.device)
+    numel = ones.numel()
+    assert kernels["grad_norm"]([ones]).item() == pytest.approx(numel**0.5, rel=1e-6)
+    assert kernels["mse_loss"](ones, torch.zeros_like(ones)).item() == pytest.approx(numel, rel=1e-6)
+    last = kernels["dropout"](ones, 0.5, torch.tensor(3, device=kernels.device))[-16:]
+    assert set(last.unique().tolist()) == {0.0, 2.0} and 0.3 < (last == 0).float().mean() < 0.7
+    del last
+    index = torch.tensor([rows - 1, 0, rows - 1], device=kernels.device)
+    ones[-1] = 7
+    assert kernels["embedding"](ones, index, -1)[:, -1].tolist() == [7, 1, 7]
+    dweight = kernels["embedding_backward"](ones[-3:], index, rows, -1)
+    assert dweight[[0, 1, -2, -1], -1].tolist() == [1, 0, 0, 8]
+
+
+def test_far_sums(kernels):
+    check_far_sums(kernels, 300, 72)
+
+
 # --- the check at first use -------------------------------------------------------------------------------------------
-# Without those of these families that CUDA has no kernel for.
-OPS = [n for n, op in _library._ops.items() if op.family in FAMILIES and n != "grad_norm"]
+OPS = [n for n, op in _library._ops.items() if op.family in FAMILIES]
 
 
 @pytest.mark.parametrize("name", OPS)

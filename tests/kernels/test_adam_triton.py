@@ -120,7 +120,7 @@ def test_scale_lr_and_steps_that_are_tensors(on_device):
     device = DEVICE if on_device else "cpu"
     lists[5] = [step.to(device) for step in lists[5]]
     lr = torch.tensor([0.05], device=DEVICE) if on_device else None
-    scale = torch.tensor(0.25, dtype=torch.bfloat16, device=DEVICE)
+    scale = torch.tensor(0.25, dtype=torch.float64 if on_device else torch.bfloat16, device=DEVICE)
     check(lists, 0.1, 0.9, 0.99, 1e-8, 0.1, True, False, False, more=(scale, False, lr, False, 0))
     assert [step.item() for step in lists[5]] == [1, 42, 4]
 

@@ -222,6 +222,21 @@ def test_autocast(backend):
         torch.testing.assert_close(a, b, atol=1e-2, rtol=3e-2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_with_a_loss_scale(backend):
+    """A row's share of many rows is below float16's normal numbers, the scale above its largest."""
+    x, weight = (numbers(size, torch.float16, i) / 8 for i, size in enumerate(((4096, 8), (512, 8))))
+    target = torch.arange(4096, device=x.device) % 512
+    made = []
+    for dtype, loss_of in ((torch.float16, fastlm.linear_cross_entropy), (torch.float64, None)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, weight)]
+        loss = F.cross_entropy(F.linear(*leaves), target) if loss_of is None else loss_of(*leaves, target)
+        made.append(torch.autograd.grad(loss.double() * 2.0**17, leaves))
+    for got, want in zip(*made, strict=True):
+        assert got.dtype == torch.float16
+        assert (got.double() - want).norm() < 2e-3 * want.norm()
+
+
 @pytest.mark.skipif(not ISAS, reason="no compiled CPU module")
 def test_threads_change_no_more_than_the_rounding():
     results, before = [], torch.get_num_threads()

@@ -491,6 +491,23 @@ def test_what_cannot_be_captured(monkeypatch):
     with pytest.raises(RuntimeError, match="has no state yet, which a CUDA graph would set to 0 at every replay"):
         first.step()
     ready.step()
+    for state in ready.state.values():  # as if the group had been made capturable since
+        state["step"] = state["step"].to("meta")
+    with pytest.raises(RuntimeError, match="made capturable after the last step, whose count is still on the host"):
+        ready.step()
+
+
+def test_a_group_made_capturable_later_counts_on_the_device():
+    p = torch.nn.Parameter(torch.empty(3, device="meta"))
+    p.grad = torch.empty(3, device="meta")
+    optimizer = fastlm.optim.AdamW([p])
+    optimizer.state[p] = {
+        "step": torch.tensor(5.0),
+        **{k: torch.empty(3, device="meta") for k in ("exp_avg", "exp_avg_sq")},
+    }
+    optimizer.param_groups[0]["capturable"] = True
+    optimizer.step()
+    assert optimizer.state[p]["step"].is_meta
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -634,11 +651,25 @@ def test_parameters_in_bfloat16_move_by_less_than_their_last_digit():
         assert moved == pytest.approx(200 * 2**-12, abs=5 * 2**-8 * (200 / 20_000) ** 0.5)
 
 
+def test_groups_are_rounded_by_numbers_of_their_own():
+    """Two equal parameters with equal gradients part, in one group and in two."""
+    for groups in (1, 2):
+        p, q = (torch.ones(1000, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+        given = [p, q] if groups == 1 else [{"params": [p]}, {"params": [q]}]
+        optimizer = fastlm.optim.AdamW(given, 2**-12, weight_decay=0.0, stochastic_rounding=True)
+        for _ in range(20):
+            for x in (p, q):
+                x.grad = torch.full_like(x, -1.0)
+            optimizer.step()
+        assert 0.1 < (p != q).float().mean() < 0.9
+
+
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_random_rounding_of_parameters_is_the_same_on_every_backend(backend):
+@pytest.mark.parametrize("size", [(70_001,), ()])
+def test_random_rounding_of_parameters_is_the_same_on_every_backend(backend, size):
     results = []
     for name in ("reference", backend):
-        p = torch.linspace(-1, 1, 70_001).bfloat16().requires_grad_()
+        p = torch.linspace(-1, 1, 70_001)[: max(1, sum(size))].reshape(size).bfloat16().requires_grad_()
         optimizer = fastlm.optim.AdamW([p], 0.001, state_dtype=torch.float32, stochastic_rounding=True, seed=-5)
         with fastlm.use_backend(name):
             for seed in range(3):

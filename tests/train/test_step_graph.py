@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fastlm
+from fastlm._library import BackendStatus
 from fastlm.models import GPT, GPTConfig
 from fastlm.train import Progress, train
 from fastlm.train import step as steps
@@ -21,7 +22,9 @@ class Recorder:
     def __call__(self, work):
         self.captures += 1
         if self.fails:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            with pytest.MonkeyPatch.context() as patch:  # after the backward, whose gradients a graph would only record
+                patch.setattr(fastlm.optim.AdamW, "step", self.fail)
+                work()
         outcome = torch.empty(2, dtype=torch.float64)
 
         def replay():
@@ -29,6 +32,10 @@ class Recorder:
             outcome.copy_(work())
 
         return replay, outcome
+
+    @staticmethod
+    def fail(_):
+        raise RuntimeError("operation not permitted when stream is capturing")
 
 
 @pytest.fixture
@@ -115,10 +122,17 @@ def test_a_run_says_what_was_chosen(small, monkeypatch):
     assert len([text for text in said if "as a CUDA graph" in text]) == 1
 
 
-def test_where_there_is_a_graph(small):
+def test_where_there_is_a_graph(small, monkeypatch):
+    usable = True
+    monkeypatch.setattr(
+        steps, "backends", lambda op: [BackendStatus("native", usable, ""), BackendStatus("triton", True, "")]
+    )
     assert build_graph(small.replace(device="cpu", cuda_graph="on")) is None
     assert build_graph(small.replace(device="cuda", cuda_graph="off")) is None
     assert build_graph(small.replace(device="cuda", cuda_graph="auto"))._always is False
+    assert build_graph(small.replace(device="cuda", cuda_graph="on"))._always is True
+    usable = False  # bits would differ from steps that are not captured
+    assert build_graph(small.replace(device="cuda", cuda_graph="auto")) is None
     assert build_graph(small.replace(device="cuda", cuda_graph="on"))._always is True
 
 
@@ -142,8 +156,9 @@ def test_a_step_waits_for_no_gpu(small, precision, vocab_size):
 
 @pytest.mark.filterwarnings("ignore:Profiler record function")
 @pytest.mark.parametrize("lr", [1e-3, torch.tensor(1e-3)], ids=["number", "tensor"])
-def test_a_step_compiles_whole(lr):
-    """Forward and backward as one graph, the optimizer as another."""
+def test_a_step_compiles_whole(lr, monkeypatch):
+    """Forward and backward as one graph, the optimizer as another; also where CUDA is in use."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     found = []
     x, y = torch.arange(2 * 4 * 16).view(2, 4, 16) * 37 % 320
     for compiled in (False, True):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels._common import FLOATS, flat
+from fastlm.kernels._common import FLOATS, capturing, flat
 from fastlm.kernels.native._common import current_stream, on_gpu
 
 
@@ -67,6 +67,8 @@ if _native.cuda is not None:
         if on_gpu(steps[0]):
             size = _cuda.adam_workspace * len(params)
             workspace = torch.empty(size, dtype=torch.float64, device=params[0].device)
+        elif capturing(params[0]):
+            raise RuntimeError("fastlm.adam_ counts steps on the host here, which a CUDA graph would not do again")
         _cuda.adam_step(
             params, grads, exp_avgs, exp_avg_sqs, tops, steps, *args, _readable(scale), stochastic,
             _readable(device_lr), stochastic_params, seed & 0xFFFFFFFF, workspace, current_stream(params[0]),

@@ -76,8 +76,10 @@ def _register_linear(
         losses, lse = (torch.empty(len(x), dtype=wide, device=x.device) for _ in range(2))
         counted = (target != ignore_index).sum(dtype=torch.float64) if mean else x.new_ones((), dtype=torch.float64)
         share = 1 / counted  # infinite where nothing counts, and 0 times that NaN: the mean of nothing, as in torch
-        g = share.to(wide).expand(len(x)).contiguous()
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wanted[0] else None
+        # In float16 the share would take digits of the logits' gradients: it waits for the end, which is in float32.
+        kept, late = (torch.float32, share) if dtype == torch.float16 else (dtype, None)
+        g = (share if late is None else torch.ones_like(share)).to(wide).expand(len(x)).contiguous()
+        dx = torch.empty_like(x, dtype=kept, memory_format=torch.contiguous_format) if wanted[0] else None
         make = torch.empty_like if len(x) > 0 else torch.zeros_like  # the first product overwrites what is there
         dweight = make(weight, dtype=wide, memory_format=torch.contiguous_format) if wanted[1] else None
         dbias = x.new_zeros(weight.shape[0], dtype=wide) if wanted[2] else None
@@ -100,7 +102,11 @@ def _register_linear(
         total = losses.sum(dtype=torch.float64)
         if z_loss:
             total += z_loss * lse.double().square().sum()
-        made = (x.new_empty(0, dtype=dtype) if t is None else t.to(dtype) for t in (dx, dweight, dbias))
+        if late is not None:
+            for t in (dx, dweight, dbias):
+                if t is not None:
+                    t *= late
+        made = (x.new_empty(0, dtype=kept) if t is None else t.to(kept) for t in (dx, dweight, dbias))
         return (total * share).to(wide), *made
 
 

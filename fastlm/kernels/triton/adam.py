@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm._rounding import noise_of, noise_of_param
-from fastlm.kernels._common import as_laid_out
+from fastlm.kernels._common import as_laid_out, capturing
 from fastlm.kernels.triton._common import INTERPRETED, launch, triton_kernel, widen
 
 _BLOCK = 1024
@@ -78,7 +78,7 @@ def adam_kernel(
         b_exp_avg = widen(tl.load(p_exp_avg + o_n, mask=m_n))
         b_exp_avg_sq = widen(tl.load(p_exp_avg_sq + o_n, mask=m_n))
         if SCALED:
-            b_grad *= widen(tl.load(p_scale))
+            b_grad *= tl.load(p_scale).to(tl.float32)
         if MAXIMIZE:
             b_grad = -b_grad
         if HAS_L2:
@@ -118,8 +118,6 @@ def _places(places: tuple[int, ...], device: torch.device) -> Tensor:
 def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
     if INTERPRETED and params and params[0].is_cuda:
         return "is interpreted on the host, which cannot follow addresses of CUDA memory"
-    if params and params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return "copies addresses from the host, which a CUDA graph would not do again"
     return next((f"does not take {p.dtype}" for p in params if p.dtype not in _TYPES), None)
 
 
@@ -134,6 +132,10 @@ def adam_(
     if not params:
         return
     device = params[0].device
+    if capturing(params[0]):
+        raise RuntimeError(
+            "fastlm.adam_ in Triton sends addresses from the host at every step, which a CUDA graph would not do again"
+        )
     groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[int, list[Tensor]]]] = {}
     copies = []  # kept until the kernels are launched: freed memory would go to the next copy
     for place, tensors in enumerate(zip(*lists, strict=True)):

@@ -167,7 +167,7 @@ def _launch(kernel: Any, direction: str, flags: dict[str, bool], x: Tensor, *arg
         launch(kernel, R, x, *args, **flags, **c)
 
     sizes = (C % 16 == 0, bucket(C, 1 << 18), bucket(R, 4096))
-    key = (f"cross_entropy_{direction}", str(x.dtype), *flags.values(), *sizes)
+    key = (f"cross_entropy_{direction}", str(x.dtype), *flags.values(), *(a is None for a in args), *sizes)
     run(pick(key, candidates, run, x.device))
 
 

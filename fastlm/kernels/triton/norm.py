@@ -256,7 +256,7 @@ def _forward(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Te
 
         candidates = configurations(D)
         given = tuple(t is not None for t in (residual, weight, bias))
-        key = ("norm_fwd", str(x.dtype), candidates[0]["BD"], centred, *given, bucket(T, 65536))
+        key = ("norm_fwd", str(x.dtype), candidates[0]["BD"], D % 16 == 0, centred, *given, bucket(T, 65536))
         run(pick(key, candidates, run, x.device))
     return y, s
 
@@ -316,7 +316,7 @@ def norm_backward(
 
         candidates = configurations(D)
         given = tuple(t is not None for t in (dsum, weight))
-        key = ("norm_bwd", str(s.dtype), candidates[0]["BD"], centred, *given, *wanted, bucket(T, 65536))
+        key = ("norm_bwd", str(s.dtype), candidates[0]["BD"], D % 16 == 0, centred, *given, *wanted, bucket(T, 65536))
         partial = run(pick(key, candidates, run, s.device))
     none = s.new_empty(0, dtype=torch.float32)
     return dx, *(none.clone() if p is None else p.sum(0, dtype=torch.float64).float() for p in partial)
