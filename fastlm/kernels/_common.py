@@ -23,7 +23,7 @@ def check_rope_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def capturing(x: Tensor) -> bool:
-    """Whether what runs on x's device is recorded in a CUDA graph: what the host does now, a replay does not do again."""
+    """Whether a CUDA graph is recorded on x's device: what the host does now, a replay will not do again."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
