@@ -323,7 +323,8 @@ def linear_cross_entropy_reference(
         dweight = dlogits.mT @ x.to(kept) if wanted[1] else dweight
         dbias = dlogits.sum(0) if wanted[2] else dbias
         if kept != x.dtype:
-            dx, dweight, dbias = dx * share, dweight * share, dbias * share
+            late = share.nan_to_num(posinf=0.0)  # of nothing; its gradients are 0 already
+            dx, dweight, dbias = dx * late, dweight * late, dbias * late
     return losses.sum() * share, dx.contiguous(), dweight.contiguous(), dbias
 
 

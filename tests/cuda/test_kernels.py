@@ -1402,7 +1402,7 @@ def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
         p, m, v, top = adam
         step = canaries.empty(dtype=torch.float32)
         step.fill_(1)
-        workspace = canaries.empty(module.adam_workspace, dtype=torch.float64)
+        workspace = canaries.empty(module.adam_workspace, dtype=torch.float64).zero_()  # written in part
         given = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, None, False, None, True, 0, workspace, stream)
         module.adam_step([p], [dy], [m], [m.clone()], [top], [step], *given)
         module.adam_step([p], [dy], [v], [v.clone()], [v.clone()], [step], *given)

@@ -77,7 +77,7 @@ def _register_linear(
         counted = (target != ignore_index).sum(dtype=torch.float64) if mean else x.new_ones((), dtype=torch.float64)
         share = 1 / counted  # infinite where nothing counts, and 0 times that NaN: the mean of nothing, as in torch
         # In float16 the share would take digits of the logits' gradients: it waits for the end, which is in float32.
-        kept, late = (torch.float32, share) if dtype == torch.float16 else (dtype, None)
+        kept, late = (torch.float32, share.nan_to_num(posinf=0.0)) if dtype == torch.float16 else (dtype, None)
         g = (share if late is None else torch.ones_like(share)).to(wide).expand(len(x)).contiguous()
         dx = torch.empty_like(x, dtype=kept, memory_format=torch.contiguous_format) if wanted[0] else None
         make = torch.empty_like if len(x) > 0 else torch.zeros_like  # the first product overwrites what is there
