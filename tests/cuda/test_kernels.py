@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlm import _library
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT
 from fastlm._dropout import keep_mask
-from fastlm.kernels.native import products_cuda
+from fastlm.kernels import linear_cross_entropy, products_gpu
 from fastlm.ops.adam import adam_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
 from fastlm.ops.cross_entropy import (
@@ -646,7 +646,7 @@ def check_linear_cross_entropy(kernels, dtype, sizes, bias=True, options=(-100, 
     run = kernels["linear_cross_entropy"]
     wanted = [True, True, bias]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(run.__globals__, "_MOST_BYTES", part)
+        patch.setattr(linear_cross_entropy, "_MOST_BYTES", part)
         patch.setattr(torch, "empty_like", lambda t, **options: torch.full_like(t, math.nan, **options))
         got = run(*operands, target, *options, wanted)
         again = run(*operands, target, *options, wanted)
@@ -713,7 +713,7 @@ def test_rows_of_logits_that_are_held(kernels):
 def test_sums_that_an_older_torch_cannot_do(kernels, monkeypatch):
     """Are refused where they are needed: of 16-bit factors, for the gradient of the weight."""
     aten = SimpleNamespace(baddbmm=SimpleNamespace())
-    monkeypatch.setattr(products_cuda, "torch", SimpleNamespace(ops=SimpleNamespace(aten=aten)))
+    monkeypatch.setattr(products_gpu, "torch", SimpleNamespace(ops=SimpleNamespace(aten=aten)))
     options = (-100, 0.0, 0.0, 0.0, True)
     for dtype in FLOATS:
         operands = linear_operands(kernels, dtype, 5, 4, 3)

@@ -140,6 +140,28 @@ def test_rounds_at_random_as_the_reference(dtype, state_dtype):
     assert 0.1 < (lists[at_random][1] != nearest[at_random][1]).float().mean() < 0.8
 
 
+def test_grad_norm():
+    grads = [randn(*size, dtype=dtype) for size in SIZES for dtype in (torch.float32, torch.float16)]
+    grads += [randn(40, 30).t()[::2], randn(1001)[1:]]
+    norm = kernels.grad_norm(grads)
+    assert norm.dtype == torch.float32 and norm.shape == ()
+    want = torch.cat([g.double().flatten() for g in grads]).norm()
+    assert norm.item() == pytest.approx(want.item(), rel=1e-6)
+    assert torch.equal(norm, kernels.grad_norm(grads))
+    grads[-1][17] = math.nan
+    assert kernels.grad_norm(grads).isnan()
+    assert kernels.grad_norm([torch.zeros(3, device=DEVICE), torch.ones(0, device=DEVICE)]) == 0
+
+
+@pytest.mark.parametrize("run", ["adam_", "grad_norm"])
+def test_nothing_is_captured(monkeypatch, run):
+    monkeypatch.setattr(kernels, "capturing", lambda x: True)
+    lists = state([(3,)], torch.float32, False)
+    args = (lists[1],) if run == "grad_norm" else (*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, True, False, False, *NOTHING_MORE)
+    with pytest.raises(RuntimeError, match=f"fastlm.{run} in Triton sends addresses from the host"):
+        getattr(kernels, run)(*args)
+
+
 def test_what_it_refuses():
     x = [randn(3)]
     assert kernels._unsupported(x, x, x) is None
@@ -161,8 +183,9 @@ for dtype in (torch.float32, torch.bfloat16):
             state = torch.empty(n, dtype=torch.float32 if dtype == torch.bfloat16 else torch.bfloat16)
             tops, more = [state] if on else [], (torch.ones(()), True, None, True, 1)
             kernels.adam_([x], [x], [state], [state], tops, steps, 0.1, 0.9, 0.99, 1e-8, 0.1, not on, on, on, *more)
+        kernels.grad_norm([x])
 """)
-    assert len(compiled) == 2 * 2 * 2 * 2 * 2
+    assert len(compiled) == 2 * 2 * 2 * (2 * 2 + 1)
     for c in compiled:
         assert c["spilled"] == 0, (c["constants"], c["architecture"])
         assert ("ld.global.v" in c["ptx"]) == c["constants"]["ALIGNED"]  # 128-bit loads

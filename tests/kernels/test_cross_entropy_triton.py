@@ -17,6 +17,7 @@ from triton_testing import (
 )
 
 import fastlm
+from fastlm.kernels import linear_cross_entropy
 from fastlm.kernels.triton import cross_entropy as kernels
 
 DTYPES = [torch.float32, *HALVES]
@@ -149,6 +150,24 @@ def test_the_op_runs_on_these_kernels(options):
         results.append((loss.detach(), leaf.grad))
     for got, want in zip(*results, strict=True):
         assert_close(got, want, ulps=8)
+
+
+@pytest.mark.parametrize("options", [(IGNORED, 0.0, 0.0, 0.0, True), (IGNORED, 0.1, 0.01, 2.0, False)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_cross_entropy(monkeypatch, bias, options):
+    """Its logits 128 rows at a time: the gradients overwrite them, so no tile is tried twice."""
+    monkeypatch.setattr(linear_cross_entropy, "_MOST_BYTES", 1)
+    monkeypatch.setattr(
+        kernels, "pick", lambda key, candidates, *_: candidates[0] if "fwd" in key[0] else pytest.fail()
+    )
+    x, weight, offset = randn(300, 24), randn(70, 24), randn(70) if bias else None
+    target = torch.randint(0, 70, (300,), device=DEVICE)
+    target[::7] = IGNORED
+    args = (x, weight, offset, target, *options, [True, True, bias])
+    assert kernels._unsupported_linear(*args) is None
+    assert_exact(kernels.linear_cross_entropy, "linear_cross_entropy", *args)
+    none = kernels.linear_cross_entropy(*args[:-1], [False] * 3)
+    assert torch.equal(none[0], kernels.linear_cross_entropy(*args)[0]) and all(g.numel() == 0 for g in none[1:])
 
 
 def test_what_it_refuses():

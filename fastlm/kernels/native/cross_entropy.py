@@ -1,18 +1,18 @@
-"""cross_entropy in C++: csrc/cpu/cross_entropy.cpp, csrc/cuda/cross_entropy.cu; linear_cross_entropy from it and the
-products of products.py and products_cuda.py.
-"""
+"""cross_entropy in C++: csrc/cpu/cross_entropy.cpp, csrc/cuda/cross_entropy.cu; linear_cross_entropy from it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
+from fastlm.kernels import products_gpu
 from fastlm.kernels._common import unsupported_dtype
+from fastlm.kernels.linear_cross_entropy import by_parts, rows_on_gpu, unsupported_on_gpu
 from fastlm.kernels.native._common import current_stream
 
 
@@ -53,61 +53,10 @@ def _register(device: str, forward: Callable[..., None], backward: Callable[...,
         return dx
 
 
-def _register_linear(
-    device: str,
-    products: ModuleType,
-    rows_at_a_time: Callable[[Tensor, Tensor], int],
-    forward: Callable[..., None],
-    backward: Callable[..., None],
-    supports: Callable[..., str | None],
-) -> None:
-    """Over the logits of some rows at a time, whose gradient takes their place. Nothing waits for a GPU."""
-
+def _register_linear(device: str, *how: Any, supports: Callable[..., str | None]) -> None:
     @kernel("linear_cross_entropy", backend="native", device=device, supports=supports)
-    def linear_cross_entropy(
-        x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore_index: int, label_smoothing: float,
-        z_loss: float, softcap: float, mean: bool, wanted: Sequence[bool],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-        converts = products.by_conversion(x)
-        if converts:  # once, and not once for each part
-            weight, bias = weight.float(), None if bias is None else bias.float()
-        target = target.contiguous()
-        losses, lse = (torch.empty(len(x), dtype=wide, device=x.device) for _ in range(2))
-        counted = (target != ignore_index).sum(dtype=torch.float64) if mean else x.new_ones((), dtype=torch.float64)
-        share = 1 / counted  # infinite where nothing counts, and 0 times that NaN: the mean of nothing, as in torch
-        # In float16 the share would take digits of the logits' gradients: it waits for the end, which is in float32.
-        kept, late = (torch.float32, share.nan_to_num(posinf=0.0)) if dtype == torch.float16 else (dtype, None)
-        g = (share if late is None else torch.ones_like(share)).to(wide).expand(len(x)).contiguous()
-        dx = torch.empty_like(x, dtype=kept, memory_format=torch.contiguous_format) if wanted[0] else None
-        make = torch.empty_like if len(x) > 0 else torch.zeros_like  # the first product overwrites what is there
-        dweight = make(weight, dtype=wide, memory_format=torch.contiguous_format) if wanted[1] else None
-        dbias = x.new_zeros(weight.shape[0], dtype=wide) if wanted[2] else None
-        step = rows_at_a_time(x, weight)
-        for begin in range(0, len(x), step):
-            at = slice(begin, begin + step)
-            part = x[at].float() if converts else x[at]
-            logits = products.linear(part, weight, bias)
-            forward(logits, target[at], losses[at], lse[at], ignore_index, label_smoothing, softcap)
-            if any(wanted):
-                dlse = 2 * z_loss * g[at] * lse[at] if z_loss else None
-                backward(g[at], dlse, logits, target[at], lse[at], logits, ignore_index, label_smoothing, softcap)
-            if wanted[0]:
-                dx[at] = products.input_gradient(logits, weight)
-            if wanted[1]:
-                products.add_product(logits.t(), part, dweight, add=begin > 0)
-            if wanted[2]:
-                dbias += logits.sum(0, dtype=wide)
-            del logits  # before the next ones are made
-        total = losses.sum(dtype=torch.float64)
-        if z_loss:
-            total += z_loss * lse.double().square().sum()
-        if late is not None:
-            for t in (dx, dweight, dbias):
-                if t is not None:
-                    t *= late
-        made = (x.new_empty(0, dtype=kept) if t is None else t.to(kept) for t in (dx, dweight, dbias))
-        return (total * share).to(wide), *made
+    def linear_cross_entropy(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return by_parts(*how, *args)
 
 
 def _unsupported_linear(x: Tensor, *_: object) -> str | None:
@@ -130,31 +79,17 @@ if _native.cpu is not None:
         lambda *args: _native.cpu.cross_entropy_backward(*args, torch.get_num_threads()),
     )
     _register("cpu", *_on_cpu)
-    _register_linear("cpu", products, _rows, *_on_cpu, _unsupported_linear)
+    _register_linear("cpu", products, _rows, *_on_cpu, supports=_unsupported_linear)
 
 if _native.cuda is not None:
-    from fastlm.kernels.native import products_cuda
-
     _cuda = _native.cuda
-    # Of the logits that are held at a time. Each time the gradient of the weight is read and written, in float32: on an
-    # H200 (700 TFLOP/s in bf16, 4.3 TB/s) that is 220 / rows of what the three products take if nothing hides it, for
-    # 2048 rows of 128k classes 11 %. (Twice the logits would cost 5 % and another 0.5 GiB.) The logits themselves are
-    # read twice and written once besides the products, 160 / columns of x: for 4096 another 4 %.
-    _MOST_BYTES = 512 << 20
-    _TILE = 128  # rows: a part of a tile takes as long as all of it
 
-    def _rows_cuda(x: Tensor, weight: Tensor) -> int:
-        most = max(_TILE, _MOST_BYTES // max(1, weight.shape[0] * x.element_size()) // _TILE * _TILE)
-        parts = max(1, -(-len(x) // most))
-        return max(1, -(-len(x) // (parts * _TILE))) * _TILE  # of one size, as far as tiles allow
-
-    def _unsupported_linear_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *others) -> str | None:
-        *_, wanted = others
-        return unsupported_dtype(x) or (products_cuda.unsupported_sum(x) if wanted[1] else None)
+    def _unsupported_linear_on_gpu(x: Tensor, *others: Any) -> str | None:
+        return unsupported_dtype(x) or unsupported_on_gpu(x, *others)
 
     _on_gpu = (
         lambda x, *args: _cuda.cross_entropy_forward(x, *args, current_stream(x)),
         lambda g, *args: _cuda.cross_entropy_backward(g, *args, current_stream(g)),
     )
     _register("cuda", *_on_gpu)
-    _register_linear("cuda", products_cuda, _rows_cuda, *_on_gpu, _unsupported_linear_cuda)
+    _register_linear("cuda", products_gpu, rows_on_gpu, *_on_gpu, supports=_unsupported_linear_on_gpu)

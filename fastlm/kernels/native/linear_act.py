@@ -1,4 +1,4 @@
-"""act(x weight' + bias): products of products.py, activations of csrc/cpu/activation.cpp; on a GPU products_cuda.py and
+"""act(x weight' + bias): products of products.py, activations of csrc/cpu/activation.cpp; on a GPU products_gpu.py and
 csrc/cuda/activation.cu.
 """
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlm import _native
 from fastlm._activations import SAVE_OUTPUT
 from fastlm._library import kernel
+from fastlm.kernels import products_gpu
 from fastlm.kernels._common import unsupported_dtype
 from fastlm.kernels.native._common import act_backward_on_gpu, bias_act_backward_on_gpu, current_stream
 
@@ -71,13 +72,11 @@ if _native.cpu is not None:
     _register("cpu", products, _forward, lambda dy, at, act: gradient(dy, at, ACTS[act]), _gradient_and_sums)
 
 if _native.cuda is not None:
-    from fastlm.kernels.native import products_cuda
-
     _cuda = _native.cuda
     _CUDA_ACTS = {name: i for i, name in enumerate(_cuda.acts)}
     _register(
         "cuda",
-        products_cuda,
+        products_gpu,
         lambda u, y, act: _cuda.act_forward(u, y, _CUDA_ACTS[act], current_stream(u)),
         lambda dy, saved, act: act_backward_on_gpu(_cuda, current_stream(dy), dy, saved, _CUDA_ACTS[act]),
         lambda dy, saved, act: bias_act_backward_on_gpu(_cuda, current_stream(dy), dy, saved, None, _CUDA_ACTS[act]),

@@ -1,4 +1,4 @@
-"""Adam in Triton: one launch for all parameters that share their dtypes.
+"""Adam in Triton, and the norm of gradients: one launch for all tensors that share their dtypes.
 
 Programs find their work in small tables: chunks (which tensor, from which element), which depends on the sizes only and
 is kept, and addresses and what follows from the count of steps, which are made anew at each step, as gradients move.
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm._rounding import noise_of, noise_of_param
-from fastlm.kernels._common import as_laid_out, capturing
+from fastlm.kernels._common import as_laid_out, capturing, flat
 from fastlm.kernels.triton._common import INTERPRETED, launch, triton_kernel, widen
 
 _BLOCK = 1024
@@ -103,6 +103,26 @@ def adam_kernel(
         tl.store(p_exp_avg_sq + o_n, b_exp_avg_sq.to(STATE), mask=m_n)
 
 
+@triton.jit
+def grad_norm_kernel(
+    p_chunks, p_addresses, p_sums, TYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The sum of squares of each chunk: in float32 by thread, in float64 across them."""
+    i_chunk = tl.program_id(0).to(tl.int64)
+    i_first = tl.load(p_chunks + i_chunk * 3 + 1)
+    n = tl.load(p_chunks + i_chunk * 3 + 2)
+    if ALIGNED:
+        n = tl.multiple_of(n, 16)
+    p_x = at_address(p_addresses, tl.load(p_chunks + i_chunk * 3), i_first, TYPE, ALIGNED)
+    b_sums = tl.zeros([BLOCK], dtype=tl.float32)
+    for i_n in range(0, CHUNK, BLOCK):
+        o_n = i_n + tl.arange(0, BLOCK)
+        # [BLOCK]
+        b_x = widen(tl.load(p_x + o_n, mask=o_n < n, other=0.0))
+        b_sums += b_x * b_x
+    tl.store(p_sums + i_chunk, tl.sum(b_sums.to(tl.float64), axis=0))
+
+
 @functools.lru_cache(maxsize=64)
 def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """(chunks, 3) int64: tensor, first element, number of elements."""
@@ -115,10 +135,18 @@ def _places(places: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(places, device=device)
 
 
-def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
-    if INTERPRETED and params and params[0].is_cuda:
+def _unsupported(tensors: Sequence[Tensor], *rest: object) -> str | None:
+    """Of parameters or gradients."""
+    if INTERPRETED and tensors and tensors[0].is_cuda:
         return "is interpreted on the host, which cannot follow addresses of CUDA memory"
-    return next((f"does not take {p.dtype}" for p in params if p.dtype not in _TYPES), None)
+    return next((f"does not take {t.dtype}" for t in tensors if t.dtype not in _TYPES), None)
+
+
+def _refuse_capture(op: str, x: Tensor) -> None:
+    if capturing(x):
+        raise RuntimeError(
+            f"fastlm.{op} in Triton sends addresses from the host, which a CUDA graph would not do again"
+        )
 
 
 @triton_kernel("adam_", _unsupported)
@@ -132,10 +160,7 @@ def adam_(
     if not params:
         return
     device = params[0].device
-    if capturing(params[0]):
-        raise RuntimeError(
-            "fastlm.adam_ in Triton sends addresses from the host at every step, which a CUDA graph would not do again"
-        )
+    _refuse_capture("adam_", params[0])
     groups: dict[tuple[torch.dtype, torch.dtype, bool], list[tuple[int, list[Tensor]]]] = {}
     copies = []  # kept until the kernels are launched: freed memory would go to the next copy
     for place, tensors in enumerate(zip(*lists, strict=True)):
@@ -166,6 +191,26 @@ def adam_(
         if written:
             x.copy_(y)
     torch._foreach_add_(list(steps), 1)  # after the launches, any of which may fail
+
+
+@triton_kernel("grad_norm", _unsupported)
+def grad_norm(grads: Sequence[Tensor]) -> Tensor:
+    device = grads[0].device
+    _refuse_capture("grad_norm", grads[0])
+    groups: dict[tuple[torch.dtype, bool], list[Tensor]] = {}
+    for g in grads:
+        dense = flat(g if torch.ops.aten.is_non_overlapping_and_dense(g) else g.contiguous())
+        groups.setdefault((g.dtype, g.numel() % 16 == 0 and dense.data_ptr() % 16 == 0), []).append(dense)
+    found = []
+    for (dtype, aligned), members in groups.items():
+        addresses = torch.tensor([x.data_ptr() for x in members], dtype=torch.int64)
+        chunks = _chunks(tuple(x.numel() for x in members), device)
+        found.append(torch.empty(len(chunks), dtype=torch.float64, device=device))
+        launch(
+            grad_norm_kernel, len(chunks), chunks, _on(device, addresses), found[-1],
+            TYPE=_TYPES[dtype], ALIGNED=aligned, CHUNK=_CHUNK, BLOCK=_BLOCK,
+        )  # fmt: skip
+    return torch.cat(found).sum().sqrt().float()
 
 
 def _on(device: torch.device, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Cross-entropy over rows of logits in Triton: forward reads them once, with an online softmax (Milakov and Gimelshein
-2018, arXiv:1805.02867), backward reads them again and writes their gradient. A program has a row.
+2018, arXiv:1805.02867), backward reads them again and writes their gradient. A program has a row. linear_cross_entropy
+is torch's products and these kernels.
 
 Rows of an odd number of classes begin anywhere. Tiles begin at multiples of 16 elements all the same, so that all but
 the two that hold a row's ends are accessed by whole vectors, without masks.
@@ -14,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastlm.kernels import products_gpu
+from fastlm.kernels.linear_cross_entropy import by_parts, rows_on_gpu, unsupported_on_gpu
 from fastlm.kernels.triton._common import (
     launch,
     loop_bound,
@@ -159,7 +162,8 @@ def configurations(direction: str, C: int) -> list[Configuration]:
     return [{"BC": BC, "num_warps": max(1, BC // 256)}]
 
 
-def _launch(kernel: Any, direction: str, flags: dict[str, bool], x: Tensor, *args: object) -> None:
+def _launch(kernel: Any, direction: str, flags: dict[str, bool], tuned: bool, x: Tensor, *args: object) -> None:
+    """What is not tuned takes the default: it may overwrite what it reads, which it could not do twice."""
     R, C = x.shape
     candidates = configurations(direction, C)
 
@@ -167,8 +171,26 @@ def _launch(kernel: Any, direction: str, flags: dict[str, bool], x: Tensor, *arg
         launch(kernel, R, x, *args, **flags, **c)
 
     sizes = (C % 16 == 0, bucket(C, 1 << 18), bucket(R, 4096))
+    if not tuned:
+        run(candidates[0])
+        return
     key = (f"cross_entropy_{direction}", str(x.dtype), *flags.values(), *(a is None for a in args), *sizes)
     run(pick(key, candidates, run, x.device))
+
+
+def _forward(x: Tensor, target: Tensor, loss: Tensor, lse: Tensor, ignore_index: int, smoothing: float, cap: float):
+    flags = {"SMOOTH": smoothing > 0, "CAPPED": cap > 0}
+    _launch(
+        cross_entropy_fwd_kernel, "fwd", flags, True, x, target, loss, lse, x.shape[1], ignore_index, smoothing, cap
+    )  # fmt: skip
+
+
+def _backward(g, dlse, x: Tensor, target, lse, dx: Tensor, ignore_index: int, smoothing: float, cap: float) -> None:
+    """dx may be x."""
+    _launch(
+        cross_entropy_bwd_kernel, "bwd", {"CAPPED": cap > 0}, dx is not x, x, target, lse, g, dlse, dx, x.shape[1],
+        ignore_index, smoothing, cap,
+    )  # fmt: skip
 
 
 def _unsupported(x: Tensor, target: Tensor, weight: Tensor | None, *_: object) -> str | None:
@@ -190,10 +212,7 @@ def cross_entropy(
     x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     loss, lse = (torch.empty(len(x), dtype=torch.float32, device=x.device) for _ in range(2))
-    _launch(
-        cross_entropy_fwd_kernel, "fwd", {"SMOOTH": label_smoothing > 0, "CAPPED": softcap > 0},
-        x.contiguous(), target.contiguous(), loss, lse, x.shape[1], ignore_index, label_smoothing, softcap,
-    )  # fmt: skip
+    _forward(x.contiguous(), target.contiguous(), loss, lse, ignore_index, label_smoothing, softcap)
     return loss, lse
 
 
@@ -203,9 +222,19 @@ def cross_entropy_backward(
     label_smoothing: float, softcap: float,
 ) -> Tensor:  # fmt: skip
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(
-        cross_entropy_bwd_kernel, "bwd", {"CAPPED": softcap > 0}, x.contiguous(), target.contiguous(),
-        lse.contiguous(), g.contiguous(), dlse if dlse is None else dlse.contiguous(), dx, x.shape[1], ignore_index,
-        label_smoothing, softcap,
+    _backward(
+        g.contiguous(), dlse if dlse is None else dlse.contiguous(), x.contiguous(), target.contiguous(),
+        lse.contiguous(), dx, ignore_index, label_smoothing, softcap,
     )  # fmt: skip
     return dx
+
+
+def _unsupported_linear(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *others: Any) -> str | None:
+    if x.is_cpu and x.element_size() == 2 and others[-1][1]:
+        return "sums products of 16 bits in float32 on a GPU alone"
+    return _unsupported(weight.t(), target, None) or unsupported_on_gpu(x, weight, bias, target, *others)
+
+
+@triton_kernel("linear_cross_entropy", _unsupported_linear)
+def linear_cross_entropy(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return by_parts(products_gpu, rows_on_gpu, _forward, _backward, *args)
