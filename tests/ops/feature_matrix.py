@@ -21,10 +21,10 @@ HEAD = """\
 What each backend does itself, forward and backward, found by running it: `tests/ops/feature_matrix.py` writes this
 file and the tests compare it ("forward": the gradient is the reference's). What a backend does not do falls to the
 reference, which does all of it, on every device and in every dtype; `fastlm.backends(op, **arguments)` tells for a
-call. Triton ran in its interpreter here, and CUDA is not in the table: its kernels are those of the activations, `glu`,
-`bias_act`, `dropout`, the norms, `rope` without interleaved pairs, `embedding`, `linear_act`, `cross_entropy` and
-`linear_cross_entropy` with classes as targets, `mse_loss`, `attention` and `attention_decode` (both with all options,
-without float64) and Adam.
+call. Triton ran in its interpreter here (its `linear_cross_entropy` takes 16 bits on a GPU), and CUDA is not in the
+table: its kernels are those of the activations, `glu`, `bias_act`, `dropout`, the norms, `rope` without interleaved
+pairs, `embedding`, `linear_act`, `cross_entropy` and `linear_cross_entropy` with classes as targets, `mse_loss`,
+`attention` and `attention_decode` (both with all options, without float64) and Adam.
 
 """
 PROOFS = """
