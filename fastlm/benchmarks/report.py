@@ -14,7 +14,7 @@ _COLOURS = {"fastlm": "#c8102e", "torch": "#8a8d91", "torch.compile": "#4a6fa5",
 
 
 # Variants that targets name, besides the baseline.
-_BESIDE = ("torch flash", "torch cuDNN", "torch.compile", "three products", "four products")
+_BESIDE = ("torch flash", "torch cuDNN", "torch.compile", "three products", "four products", "Liger")
 
 
 def seconds(value: float) -> str:

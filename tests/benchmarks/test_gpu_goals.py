@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -44,6 +46,7 @@ def test_goals_are_right_and_measured(module):
         ours = rows["fastlm"]
         assert ours.target == case.target != "" and ours.share > 0 and math.isnan(ours.memory)
         assert "torch.compile" not in rows or rows["torch.compile"].missing == "left out of quick runs"
+        assert "Liger" not in rows or rows["Liger"].missing == "liger-kernel is not installed"
         for name in ("three products", "four products"):
             assert (name in case.target) == (name in rows)
             assert name not in rows or f"{ours.ratios[name]:.2f}x {name}" in report._cells(ours)[-1]
@@ -67,7 +70,8 @@ def test_goals_are_as_large_as_they_say():
     assert embedding.goals("cuda", True)[0].bytes >= 2 * 131072 * 4096
     assert [case.bytes for case in adam.goals("cuda", True)] == [28 * 300 * 5120 * 1024, 32 * 300 * 5120 * 1024]
     steps = [case for case in train.cases("cuda", False) if case.target]
-    assert [case.name for case in steps] == ["12 layers of 768, vocabulary 50304, (16, 1024) tokens, bf16"]
+    names = [f"12 layers of 768, vocabulary 50304, ({rows}, 1024) tokens, bf16" for rows in (16, 32)]
+    assert [case.name for case in steps] == names  # the better one counts
 
 
 def test_a_captured_run_is_recorded_once_and_replayed(monkeypatch):
@@ -96,6 +100,22 @@ def test_a_wrong_gradient_of_the_linear_loss_is_refused(monkeypatch):
     monkeypatch.setattr(fastlm, "linear_cross_entropy", wrong)
     with pytest.raises(BenchmarkError, match="fastlm is not timed, since its gradient 1 is off by"):
         Local(goals(cross_entropy)[1])
+
+
+def test_liger_where_it_is_installed(monkeypatch):
+    class Loss:
+        def __call__(self, weight, x, target):
+            return torch.nn.functional.cross_entropy(x @ weight.t(), target)
+
+    monkeypatch.setitem(sys.modules, "liger_kernel", ModuleType("liger_kernel"))
+    there = SimpleNamespace(LigerFusedLinearCrossEntropyLoss=Loss)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", there)
+    case = goals(cross_entropy)[1]
+    rows = {row.variant: row for row in measure(case, {"system": Local(case)}, LIMITS, rounds=1, seconds=1e-5)}
+    assert (
+        rows["Liger"].seconds > 0
+        and f"{rows['fastlm'].ratios['Liger']:.2f}x Liger" in report._cells(rows["fastlm"])[-1]
+    )
 
 
 def test_bare_products():

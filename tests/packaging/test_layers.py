@@ -51,7 +51,7 @@ MAY_IMPORT = {
         "integrations",
     },
 }
-OPTIONAL = {"numpy", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "triton"}
+OPTIONAL = {"numpy", "tokenizers", "safetensors", "tyro", "rich", "matplotlib", "triton", "liger_kernel"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

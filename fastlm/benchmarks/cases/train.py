@@ -31,7 +31,7 @@ def config(n_layer: int, n_head: int, n_embd: int, block_size: int, vocab_size: 
 # (model, rows in a batch)
 SIZES = {
     "cpu": [(config(6, 6, 384, 256, 65), 16), (config(6, 8, 512, 512, 8192), 8)],
-    "cuda": [(config(6, 8, 512, 512, 8192), 32), (config(12, 12, 768, 1024, 50304), 16)],
+    "cuda": [(config(6, 8, 512, 512, 8192), 32), *((config(12, 12, 768, 1024, 50304), rows) for rows in (16, 32))],
 }
 QUICK = [(config(2, 2, 128, 128, 256), 4)]
 
