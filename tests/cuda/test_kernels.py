@@ -697,9 +697,8 @@ def test_linear_cross_entropy_of_strange_rows(kernels):
     assert run(x, weight, bias, target, *options, [True, False, False])[0].isnan()
 
 
-def test_rows_of_logits_that_are_held(kernels):
+def test_rows_of_logits_that_are_held():
     """As many as fit, of one size; the whole tiles of the products decide."""
-    rows = kernels["linear_cross_entropy"].__globals__["_rows_cuda"]
     shapes = {
         (16384, 131072, torch.bfloat16): 2048, (16384, 131072, torch.float32): 1024,
         (2100, 131072, torch.bfloat16): 1152, (16384, 32000, torch.bfloat16): 8192, (5, 131072, torch.bfloat16): 128,
@@ -707,7 +706,7 @@ def test_rows_of_logits_that_are_held(kernels):
     }  # fmt: skip
     for (count, classes, dtype), want in shapes.items():
         x, weight = (torch.empty(n, 4, dtype=dtype, device="meta") for n in (count, classes))
-        assert rows(x, weight) == want, (count, classes)
+        assert linear_cross_entropy.rows_on_gpu(x, weight) == want, (count, classes)
 
 
 def test_sums_that_an_older_torch_cannot_do(kernels, monkeypatch):
