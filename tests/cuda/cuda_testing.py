@@ -178,6 +178,18 @@ class Kernels:
         return 0 if self.emulated else torch.cuda.current_stream(self.device).cuda_stream
 
 
+class TritonKernels:
+    """Triton's kernels by the name of their op: on a GPU, else in Triton's interpreter."""
+
+    def __init__(self):
+        pytest.importorskip("triton", reason="Triton is not installed")
+        self.device = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+    def __getitem__(self, op: str):
+        _library.load_kernels("triton", _library._ops[op].family, self.device.type)
+        return _library._kernels[op, "triton", self.device.type].run
+
+
 # --- the kernels, compiled for GPUs -----------------------------------------------------------------------------------
 def find_nvcc() -> str:
     for candidate in (os.environ.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):

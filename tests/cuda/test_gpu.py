@@ -8,7 +8,7 @@ import pytest
 import test_kernels
 import torch
 from attention_cases import draw, options
-from cuda_testing import Kernels
+from cuda_testing import Kernels, TritonKernels
 from test_kernels import TOLERANCE, assert_near, check_attention, families
 
 import fastlm
@@ -302,17 +302,22 @@ def test_more_elements_than_32_bits_count(kernels):
 ROWS = 2**19 + 64  # of 4096 columns
 
 
+@pytest.fixture(params=["native", "triton"])
+def either(request, kernels) -> Kernels | TritonKernels:
+    return kernels if request.param == "native" else TritonKernels()
+
+
 @pytest.mark.parametrize("name", test_kernels.FAR)
-def test_last_rows_of_more_elements_than_32_bits_count(kernels, name):
+def test_last_rows_of_more_elements_than_32_bits_count(either, name):
     if torch.cuda.mem_get_info()[0] < 8 * 2**32:
         pytest.skip("needs 32 GiB of free GPU memory")
-    test_kernels.check_last_rows(kernels, name, ROWS, 4096)
+    test_kernels.check_last_rows(either, name, ROWS, 4096)
 
 
-def test_sums_of_more_elements_than_32_bits_count(kernels):
+def test_sums_of_more_elements_than_32_bits_count(either):
     if torch.cuda.mem_get_info()[0] < 4 * 2**32:
         pytest.skip("needs 16 GiB of free GPU memory")
-    test_kernels.check_far_sums(kernels, ROWS, 4096)
+    test_kernels.check_far_sums(either, ROWS, 4096)
 
 
 def assert_head_is_right(kernels, read: list[torch.Tensor], found: list[torch.Tensor], at: tuple[slice, slice]):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention_cases import DECODE, OPTIONS, decode_case, draw, option_case, options
-from cuda_testing import FAMILIES, Kernels
+from cuda_testing import FAMILIES, Kernels, TritonKernels
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -1494,6 +1494,11 @@ def test_last_rows_are_as_alone(kernels, name):
     check_last_rows(kernels, name, 300, 72)
 
 
+@pytest.mark.parametrize("name", FAR)
+def test_last_rows_are_as_alone_in_triton(name):
+    check_last_rows(TritonKernels(), name, 300, 72)
+
+
 def check_far_sums(kernels, rows: int, cols: int) -> None:
     """What is not row by row: sums of ones, dropout's share, the rows of a table."""
     ones = torch.ones(rows, cols, dtype=torch.bfloat16, device=kernels.device)
@@ -1503,6 +1508,8 @@ def check_far_sums(kernels, rows: int, cols: int) -> None:
     last = kernels["dropout"](ones, 0.5, torch.tensor(3, device=kernels.device))[-16:]
     assert set(last.unique().tolist()) == {0.0, 2.0} and 0.3 < (last == 0).float().mean() < 0.7
     del last
+    if isinstance(kernels, TritonKernels):  # which have no embedding
+        return
     index = torch.tensor([rows - 1, 0, rows - 1], device=kernels.device)
     ones[-1] = 7
     assert kernels["embedding"](ones, index, -1)[:, -1].tolist() == [7, 1, 7]
@@ -1512,6 +1519,10 @@ def check_far_sums(kernels, rows: int, cols: int) -> None:
 
 def test_far_sums(kernels):
     check_far_sums(kernels, 300, 72)
+
+
+def test_far_sums_in_triton():
+    check_far_sums(TritonKernels(), 300, 72)
 
 
 # --- the check at first use -------------------------------------------------------------------------------------------
