@@ -1,7 +1,7 @@
 # fastlm._cuda: built where a CUDA compiler works. Where none does, the reason goes into the build report.
 
 set(cuda_sources csrc/cuda_module.cpp csrc/cuda/runtime.cpp csrc/cuda/activation.cu csrc/cuda/norm.cu csrc/cuda/rope.cu
-                 csrc/cuda/cross_entropy.cu csrc/cuda/embedding.cu csrc/cuda/mse_loss.cu csrc/cuda/dropout.cu csrc/cuda/adam.cu
+                 csrc/cuda/cross_entropy.cu csrc/cuda/embedding.cu csrc/cuda/mse_loss.cu csrc/cuda/dropout.cu csrc/cuda/optimizer.cu
                  csrc/cuda/attention.cu csrc/cuda/attention_mma_forward.cu csrc/cuda/attention_mma_backward.cu
                  csrc/cuda/attention_sm90_forward.cu csrc/cuda/attention_sm90_backward.cu
                  csrc/cuda/attention_decode.cu csrc/cuda/attention_f32.cu)

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "act.h"
-#include "adam_item.h"
+#include "optimizer_item.h"
 #include "tensor_view.h"
 
 namespace fastlm {
@@ -27,7 +27,7 @@ inline Act act_of(const char* op, int act) {
 // Where a module's tensors have to be: on the CPU, or on one GPU, which the first tensor of a call decides.
 struct Border {
   bool on_gpu;
-  static_assert(AdamItem::kMaxDims == TensorView::kMaxDims);
+  static_assert(StepItem::kMaxDims == TensorView::kMaxDims);
 
   void check_device(const char* op, const TensorView& first, const TensorView& t) const {
     FASTLM_CHECK(t.cuda == on_gpu && t.device == first.device, op, ": tensors must be on ",
@@ -175,67 +175,99 @@ struct Border {
     return sizes;
   }
 
-  // What one Adam step works on. Nothing is written; `steps` lie on the CPU, or with steps_on_gpu where the others are.
-  std::vector<AdamItem> check_adam(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
-                                   const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
-                                   const TensorList& steps, bool amsgrad, bool steps_on_gpu = false) const {
-    const TensorList* lists[kAdamTensors] = {&params, &grads, &exp_avgs, &exp_avg_sqs, &max_exp_avg_sqs};
-    const char* names[kAdamTensors] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"};
-    int count = amsgrad ? kAdamTensors : kAdamTensors - 1;
-    for (int t = 0; t < count; ++t) {
-      FASTLM_CHECK(lists[t]->size() == params.size(), "adam_: ", names[t], " must hold ", params.size(),
-                   " tensors, got ", lists[t]->size());
-    }
-    FASTLM_CHECK(steps.size() == params.size(), "adam_: steps must hold ", params.size(), " tensors, got ", steps.size());
+  // What a step works on. Nothing is written; `steps` lie on the CPU, or with steps_on_gpu where the others are.
+  struct StepLists {
+    const TensorList &params, &grads, &first, &second, &top;  // empty where the step has none
+    const TensorList &steps, &masters, &emas, &first_scales, &second_scales;
+  };
+  std::vector<StepItem> check_step(const char* op, const StepLists& given, const char* const (&names)[kStepTensors],
+                                   bool steps_on_gpu = false) const {
+    const TensorList* lists[kStepTensors] = {&given.params, &given.grads, &given.first, &given.second,
+                                             &given.top, &given.masters, &given.emas};
+    const TensorList& params = given.params;
+    auto check_count = [&](const char* name, const TensorList& list) {
+      FASTLM_CHECK(list.empty() || list.size() == params.size(), op, ": ", name, " must hold ", params.size(),
+                   " tensors, got ", list.size());
+    };
+    for (int t = 0; t < kStepTensors; ++t) check_count(names[t], *lists[t]);
+    check_count("steps", given.steps);
+    FASTLM_CHECK(given.grads.size() == params.size(), op, ": grads must hold ", params.size(), " tensors, got 0");
 
-    std::vector<AdamItem> items(params.size());
+    std::vector<StepItem> items(params.size());
     std::unordered_set<void*> written;
     auto check_written = [&](const char* name, size_t i, const TensorView& tensor) {
-      FASTLM_CHECK(!tensor.overlaps_itself(), "adam_: ", name, "[", i,
+      FASTLM_CHECK(!tensor.overlaps_itself(), op, ": ", name, "[", i,
                    "] is written, so no two of its elements may share memory, got ", tensor.describe());
-      FASTLM_CHECK(tensor.numel() == 0 || written.insert(tensor.data).second, "adam_: ", name, "[", i,
+      FASTLM_CHECK(tensor.numel() == 0 || written.insert(tensor.data).second, op, ": ", name, "[", i,
                    "] shares its memory with another tensor that this call writes");
     };
     for (size_t i = 0; i < params.size(); ++i) {
       const TensorView& param = params[i];
-      check_float("adam_", "params", param);
-      AdamItem& item = items[i];
+      check_float(op, "params", param);
+      StepItem& item = items[i];
       item.dtype = item.state_dtype = param.dtype;
-      if (exp_avgs[i].dtype != param.dtype) {
-        item.state_dtype = exp_avgs[i].dtype;
-        auto wide_or_narrow = [](DType d) { return d == DType::kF32 || d == DType::kBF16; };
-        FASTLM_CHECK(wide_or_narrow(param.dtype) && wide_or_narrow(item.state_dtype), "adam_: exp_avgs[", i,
-                     "] must have the dtype of params[", i, "], ", param.describe(),
-                     ", or one be float32 and the other bfloat16, got ", exp_avgs[i].describe());
+      if (!given.first.empty() && given.first[i].dtype != param.dtype) {
+        item.state_dtype = given.first[i].dtype;
+        bool fits = item.state_dtype == DType::kF32 || item.state_dtype == DType::kU8 ||
+                    (item.state_dtype == DType::kBF16 && param.dtype == DType::kF32);
+        FASTLM_CHECK(fits && param.dtype != DType::kF64, op, ": ", names[kFirst], "[", i,
+                     "] must be of the dtype of params[", i, "], ", param.describe(),
+                     ", or float32, bfloat16 or uint8 where that is float32 or less, got ", given.first[i].describe());
       }
       item.n = param.numel();
       item.ndim = param.ndim;
       std::copy_n(param.shape, param.ndim, item.shape);
       item.flat = param.dense();
-      for (int t = 0; t < count; ++t) {
+      for (int t = 0; t < kStepTensors; ++t) {
+        if (lists[t]->empty()) continue;
         const TensorView& tensor = (*lists[t])[i];
-        check_device("adam_", params[0], tensor);
+        check_device(op, params[0], tensor);
         FASTLM_CHECK(tensor.dtype == item.dtype_of(t) && tensor.ndim == param.ndim &&
                          std::equal(param.shape, param.shape + param.ndim, tensor.shape),
-                     "adam_: ", names[t], "[", i, "] must have dtype ", dtype_name(item.dtype_of(t)), " and the sizes of params[",
+                     op, ": ", names[t], "[", i, "] must have dtype ", dtype_name(item.dtype_of(t)), " and the sizes of params[",
                      i, "], ", param.describe(), ", got ", tensor.describe());
         if (t != kGrad) check_written(names[t], i, tensor);
         item.data[t] = tensor.data;
         std::copy_n(tensor.strides, param.ndim, item.strides[t]);
         item.flat = item.flat && same_layout(tensor, param);
       }
-      const TensorView& step = steps[i];
-      FASTLM_CHECK((steps_on_gpu || !step.cuda) && is_scalar(step), "adam_: steps[", i,
+      FASTLM_CHECK(given.masters.empty() || size_of(param.dtype) == 2, op,
+                   ": masters are for 16-bit parameters, got params[", i, "] ", param.describe());
+      if (item.state_dtype == DType::kU8) check_scales(op, given, names, i, item);
+      if (given.steps.empty()) {
+        item.step = 0;
+        continue;
+      }
+      const TensorView& step = given.steps[i];
+      FASTLM_CHECK((steps_on_gpu || !step.cuda) && is_scalar(step), op, ": steps[", i,
                    "] must be one float32 or float64 on ", steps_on_gpu ? "the device of params" : "cpu", ", got ",
                    step.describe());
       check_written("steps", i, step);
       if (steps_on_gpu) {
-        check_device("adam_", params[0], step);
+        check_device(op, params[0], step);
         continue;
       }
       item.step = (step.dtype == DType::kF64 ? *static_cast<double*>(step.data) : *static_cast<float*>(step.data)) + 1;
     }
     return items;
+  }
+  // Where a gradient is laid out unlike its parameter, memory order does not pair them: it would have to be copied first.
+  void check_scales(const char* op, const StepLists& given, const char* const (&names)[kStepTensors], size_t i,
+                    StepItem& item) const {
+    FASTLM_CHECK(given.top.empty() && item.flat, op, ": states of 8 bits go with tensors of one dense layout and without ",
+                 names[kTop], ", got params[", i, "] ", given.params[i].describe());
+    const TensorList* scales[2] = {&given.first_scales, &given.second_scales};
+    for (int s = 0; s < 2; ++s) {
+      const char* name = names[kFirst + s];
+      FASTLM_CHECK(scales[s]->size() == given.params.size(), op, ": scales of ", name, " must hold ", given.params.size(),
+                   " tensors, got ", scales[s]->size());
+      const TensorView& t = (*scales[s])[i];
+      check_device(op, given.params[0], t);
+      FASTLM_CHECK(t.dtype == DType::kF32 && t.contiguous() && t.numel() == (item.n + kStateBlock - 1) / kStateBlock, op,
+                   ": scales of ", name, "[", i, "] must be contiguous float32, one for each ", kStateBlock,
+                   " elements, got ", t.describe());
+      item.scales[s] = static_cast<float*>(t.data);
+    }
   }
 
   static bool is_scalar(const TensorView& t) {
@@ -248,9 +280,42 @@ struct Border {
   }
 };
 
+constexpr const char* kAdamNames[kStepTensors] = {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "masters", "emas"};
+constexpr const char* kSgdNames[kStepTensors] = {"params", "grads", "momentum_buffers", "", "", "masters", "emas"};
+
+// What every step of Adam has, and what some steps of SGD must have.
+inline void check_adam_lists(const TensorList& params, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+                             const TensorList& max_exp_avg_sqs, const TensorList& steps, bool amsgrad) {
+  size_t n = params.size();
+  for (const auto& [name, list, want] : {std::tuple{"exp_avgs", &exp_avgs, n}, {"exp_avg_sqs", &exp_avg_sqs, n},
+                                         {"max_exp_avg_sqs", &max_exp_avg_sqs, amsgrad ? n : 0}, {"steps", &steps, n}}) {
+    FASTLM_CHECK(list->size() == want, "adam_: ", name, " must hold ", want, " tensors, got ", list->size());
+  }
+}
+inline void check_sgd_lists(const TensorList& params, const TensorList& momentum_buffers, const TensorList& steps,
+                            double momentum, bool stochastic_params) {
+  size_t n = params.size(), buffers = momentum != 0 ? n : 0;
+  FASTLM_CHECK(momentum_buffers.size() == buffers, "sgd_: momentum_buffers must hold ", buffers, " tensors, got ",
+               momentum_buffers.size());
+  FASTLM_CHECK(steps.size() == n || (steps.empty() && buffers == 0 && !stochastic_params), "sgd_: steps must hold ", n,
+               " tensors, got ", steps.size());
+}
+
+inline StepOptions adam_options(double lr, double beta1, double beta2, double eps, double weight_decay, bool decoupled,
+                                bool maximize, double scale, bool stochastic, bool stochastic_params, uint32_t seed,
+                                double l1, double ema_decay) {
+  return {StepRule::kAdam, lr, beta1, beta2, eps, 0, 0, weight_decay, l1, ema_decay, decoupled, false, maximize, scale,
+          stochastic, stochastic_params, seed};
+}
+inline StepOptions sgd_options(double lr, double momentum, double dampening, double weight_decay, double l1, bool nesterov,
+                               bool maximize, double scale, double ema_decay, bool stochastic_params, uint32_t seed) {
+  return {StepRule::kSgd, lr, 0, 0, 0, momentum, dampening, weight_decay, l1, ema_decay, false, nesterov, maximize, scale,
+          false, stochastic_params, seed};
+}
+
 // After the step: `steps` as `items` have them.
-inline void store_steps(const std::vector<AdamItem>& items, const TensorList& steps) {
-  for (size_t i = 0; i < items.size(); ++i) {
+inline void store_steps(const std::vector<StepItem>& items, const TensorList& steps) {
+  for (size_t i = 0; i < steps.size(); ++i) {
     if (steps[i].dtype == DType::kF64) {
       *static_cast<double*>(steps[i].data) = items[i].step;
     } else {

@@ -6,7 +6,7 @@
 
 #include "arguments.h"
 #include "cpu/activation.h"
-#include "cpu/adam.h"
+#include "cpu/optimizer.h"
 #include "cpu/attention.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/embedding.h"
@@ -168,20 +168,36 @@ void mse_loss_backward(const TensorView& x, const TensorView& target, double sca
   });
 }
 
+void optimizer_step(const std::vector<StepItem>& items, const StepOptions& options, const TensorList& steps, int threads) {
+  int64_t work = 0;
+  for (const StepItem& item : items) work += item.n;
+  run_kernel(work, [&] { cpu::optimizer_step(items, options, threads); });
+  store_steps(items, steps);
+}
+
 void adam_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const TensorList& steps, double lr,
                double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
-               double scale, bool stochastic, bool stochastic_params, uint32_t seed, int threads) {
-  std::vector<AdamItem> items =
-      border.check_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad);
-  int64_t work = 0;
-  for (const AdamItem& item : items) work += item.n;
-  run_kernel(work, [&] {
-    cpu::adam_step(items,
-                   {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, scale, stochastic, stochastic_params, seed},
-                   threads);
-  });
-  store_steps(items, steps);
+               double scale, bool stochastic, bool stochastic_params, uint32_t seed, double l1, const TensorList& masters,
+               const TensorList& emas, double ema_decay, const TensorList& exp_avg_scales,
+               const TensorList& exp_avg_sq_scales, int threads) {
+  check_adam_lists(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad);
+  std::vector<StepItem> items =
+      border.check_step("adam_", {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters, emas,
+                                  exp_avg_scales, exp_avg_sq_scales}, kAdamNames);
+  optimizer_step(items, adam_options(lr, beta1, beta2, eps, weight_decay, decoupled, maximize, scale, stochastic,
+                                     stochastic_params, seed, l1, ema_decay), steps, threads);
+}
+
+void sgd_step(const TensorList& params, const TensorList& grads, const TensorList& momentum_buffers,
+              const TensorList& steps, double lr, double momentum, double dampening, double weight_decay, double l1,
+              bool nesterov, bool maximize, double scale, const TensorList& masters, const TensorList& emas,
+              double ema_decay, bool stochastic_params, uint32_t seed, int threads) {
+  check_sgd_lists(params, momentum_buffers, steps, momentum, stochastic_params);
+  std::vector<StepItem> items =
+      border.check_step("sgd_", {params, grads, momentum_buffers, {}, {}, steps, masters, emas, {}, {}}, kSgdNames);
+  optimizer_step(items, sgd_options(lr, momentum, dampening, weight_decay, l1, nesterov, maximize, scale, ema_decay,
+                                    stochastic_params, seed), steps, threads);
 }
 
 double sum_of_squares(const TensorList& tensors, int threads) {
@@ -473,6 +489,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("act_forward", &fastlm::act_forward);
   m.def("act_backward", &fastlm::act_backward);
   m.def("adam_step", &fastlm::adam_step);
+  m.def("sgd_step", &fastlm::sgd_step);
   m.def("bias_act_forward", &fastlm::bias_act_forward);
   m.def("bias_act_backward", &fastlm::bias_act_backward);
   m.def("cross_entropy_forward", &fastlm::cross_entropy_forward);

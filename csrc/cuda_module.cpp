@@ -7,7 +7,7 @@
 
 #include "arguments.h"
 #include "cuda/activation.h"
-#include "cuda/adam.h"
+#include "cuda/optimizer.h"
 #include "cuda/attention.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/dropout.h"
@@ -359,10 +359,11 @@ void adam_step(const TensorList& params, const TensorList& grads, const TensorLi
                const OptionalTensor& scale, bool stochastic, const OptionalTensor& device_lr, bool stochastic_params,
                uint32_t seed, const OptionalTensor& workspace, uintptr_t stream) {
   const char* op = "adam_";
-  std::vector<AdamItem> items =
-      border.check_adam(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, workspace.has_value());
+  check_adam_lists(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad);
+  std::vector<StepItem> items = border.check_step(
+      op, {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, {}, {}, {}, {}}, kAdamNames, workspace.has_value());
   if (items.empty()) return;
-  cuda::AdamOnDevice on_device;
+  cuda::StepOnDevice on_device;
   for (const auto& [name, given, to] : {std::tuple{"scale", &scale, &on_device.scale}, {"lr", &device_lr, &on_device.lr}}) {
     border.check_scalar(op, name, params[0], *given);
     if (*given) *to = {(*given)->data, (*given)->dtype == DType::kF64};
@@ -371,13 +372,14 @@ void adam_step(const TensorList& params, const TensorList& grads, const TensorLi
   if (workspace) {
     border.check_device(op, params[0], *workspace);
     FASTLM_CHECK(workspace->dtype == DType::kF64 && workspace->contiguous() &&
-                     workspace->numel() == cuda::kAdamWorkspace * static_cast<int64_t>(items.size()),
-                 op, ": workspace must be ", cuda::kAdamWorkspace, " float64 per parameter, got ", workspace->describe());
+                     workspace->numel() == cuda::kStepWorkspace * static_cast<int64_t>(items.size()),
+                 op, ": workspace must be ", cuda::kStepWorkspace, " float64 per parameter, got ", workspace->describe());
     on_device.workspace = workspace->data;
     for (const TensorView& step : steps) on_device.steps.push_back({step.data, step.dtype == DType::kF64});
   }
   cuda::adam_step({params[0].device, stream}, items,
-                  {lr, beta1, beta2, eps, weight_decay, decoupled, maximize, 1, stochastic, stochastic_params, seed}, on_device);
+                  adam_options(lr, beta1, beta2, eps, weight_decay, decoupled, maximize, 1, stochastic, stochastic_params,
+                               seed, 0, 0), on_device);
   if (!workspace) store_steps(items, steps);
 }
 
@@ -449,7 +451,7 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   m.def("mse_loss_chunks", &cuda::mse_loss_chunks, "Elements of `partial` that mse_loss_forward works in.");
   kernel("adam_step", &fastlm::adam_step,
          "All on one device but the steps, which are on the CPU without a workspace of adam_workspace float64 a parameter.");
-  m.attr("adam_workspace") = cuda::kAdamWorkspace;
+  m.attr("adam_workspace") = cuda::kStepWorkspace;
   kernel("grad_norm", &fastlm::grad_norm, "norm = the 2-norm of all elements of dense tensors.");
   m.def("grad_norm_chunks", [](const fastlm::TensorList& grads) { return cuda::norm_chunks(fastlm::norm_arrays(grads)); },
         "Elements of `partial` that grad_norm works in.");

@@ -1,5 +1,5 @@
 """Rounding to bfloat16 up or down at random, so that on average it is not rounded at all: how adam_ stores what would
-otherwise not move. The numbers are those of csrc/adam_item.h."""
+otherwise not move. The numbers are those of csrc/optimizer_item.h."""
 
 from __future__ import annotations
 
@@ -32,12 +32,22 @@ def noise_of_param(noise: Tensor) -> Tensor:
     return _mixed(noise ^ 0x5BD1E995)
 
 
+def noise_of_mean(noise: Tensor) -> Tensor:
+    """The same for the average of gradients, where that has 8 bits."""
+    return _mixed(noise ^ 0x27D4EB2F)
+
+
+def random_bits(x: Tensor, noise: Tensor) -> Tensor:
+    """16 bits for each element of x, in int64."""
+    at = torch.arange(x.numel(), device=x.device).view(x.shape)
+    random = (_times(at & _WORD, _GOLDEN) + noise + (at >> 32)) & _WORD
+    return _times(random ^ (random >> 15), 0x846CA68B) >> 16
+
+
 def rounded_at_random(x: Tensor, noise: Tensor) -> Tensor:
     """To bfloat16, up with the probability of what is cut off of the float32; inf and NaN as they are."""
     x = x.float()
-    at = torch.arange(x.numel(), device=x.device).view(x.shape)
-    random = (_times(at & _WORD, _GOLDEN) + noise + (at >> 32)) & _WORD
-    random = _times(random ^ (random >> 15), 0x846CA68B) >> 16
+    random = random_bits(x, noise)
     bits = x.contiguous().view(torch.int32).to(torch.int64) & _WORD
     cut = (bits + random) & 0xFFFF0000
     rounded = torch.where(cut >= 1 << 31, cut - (1 << 32), cut).to(torch.int32).view(torch.float32)

@@ -240,6 +240,7 @@ def test_in_place_ops_refuse_to_be_differentiated():
     p = torch.ones(3, requires_grad=True)
     states = [[torch.zeros(3)] for _ in range(2)]
     args = ([p], [torch.ones(3)], *states, [], [torch.tensor(0.0)], 0.1, 0.9, 0.99, 1e-8, 0.0, False, False, False)
+    args += (None, False, None, False, 0, 0.0, None, [], [], 0.0, [], [])
     with pytest.raises(RuntimeError, match="changes its arguments in place"):
         torch.ops.fastlm.adam_(*args)
 

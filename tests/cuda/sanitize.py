@@ -11,6 +11,7 @@ from attention_cases import DECODE, OPTIONS, draw, options
 from cuda_testing import Kernels
 from test_kernels import (
     ELEMENTWISE,
+    NO_EXTRAS,
     NOTHING_MORE,
     ROPE,
     adam_lists,
@@ -68,7 +69,9 @@ def run_every_kernel(kernels: Kernels) -> None:
         if dtype in (torch.float32, torch.bfloat16):  # states of the other dtype, rounded at random
             other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
             moved[2:5] = [[t.to(other) for t in tensors] for tensors in moved[2:5]]
-            kernels["adam_"](*moved, lists[5], *ADAM[:8], torch.ones((), device=device), True, None, True, 1)
+            kernels["adam_"](
+                *moved, lists[5], *ADAM[:8], torch.ones((), device=device), True, None, True, 1, *NO_EXTRAS
+            )
     for dtype in DTYPES:
         for width in (64, 96, 111, 192, 256):
             q, do = (draw(1, 2, 70, width, dtype=dtype, seed=i).to(device) for i in range(2))

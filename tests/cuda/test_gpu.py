@@ -153,7 +153,8 @@ def test_adam_is_captured_with_its_count(kernels):
 
     def step(lists: list) -> None:
         norm = kernels["grad_norm"](lists[1])
-        kernels["adam_"](*lists, 0.0, 0.9, 0.99, 1e-6, 0.1, True, False, False, norm, False, lr, False, 0)
+        more = (norm, False, lr, False, 0, *test_kernels.NO_EXTRAS)
+        kernels["adam_"](*lists, 0.0, 0.9, 0.99, 1e-6, 0.1, True, False, False, *more)
 
     eager, captured = made(), made()
     for lists in (eager, captured):

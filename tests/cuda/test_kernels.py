@@ -746,7 +746,8 @@ def on_host(value: float) -> Tensor:
     return number
 
 
-NOTHING_MORE = (None, False, None, False, 0)  # no scale, nothing at random, lr a number
+NO_EXTRAS = (0.0, None, [], [], 0.0, [], [])  # l1, found_inf, masters, averages of weights and their decay, scales
+NOTHING_MORE = (None, False, None, False, 0, *NO_EXTRAS)  # no scale, nothing at random, lr a number
 
 
 def check_adam(kernels, lists: list[list[Tensor]], options: tuple, more: tuple = NOTHING_MORE, eps=None) -> None:
@@ -812,7 +813,7 @@ def test_adam_states_of_their_own_dtype(kernels, dtype, state_dtype):
     strided = [[torch.stack([t, t], 1)[:, 0].to(kernels.device) for t in tensors] for tensors in lists[:5]]
     dense = [[t.to(kernels.device, copy=True) for t in tensors] for tensors in lists[:5]]
     for tensors in (strided, dense):
-        kernels["adam_"](*tensors, [on_host(1.0) for _ in range(3)], *options, None, True, None, True, 7)
+        kernels["adam_"](*tensors, [on_host(1.0) for _ in range(3)], *options, None, True, None, True, 7, *NO_EXTRAS)
     for got, want in zip(strided, dense, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -834,7 +835,7 @@ def test_adam_reads_steps_lr_and_scale_on_the_device(kernels, dtype):
     exact.append([step.cpu() for step in lists[5]])
     exact[5] = [step.clone() for step in exact[5]]
     ours = [[t.to(kernels.device) for t in tensors] for tensors in lists[:5]]
-    kernels["adam_"](*ours, lists[5], *options, scale, False, lr, False, 0)
+    kernels["adam_"](*ours, lists[5], *options, scale, False, lr, False, 0, *NO_EXTRAS)
     adam_reference(*exact, *options, scale.cpu(), False, lr.cpu())
     assert [step.item() for step in lists[5]] == [t + 1 for t in before]
     for got, want in zip(ours, exact, strict=False):
@@ -848,7 +849,7 @@ def test_adam_reads_steps_lr_and_scale_on_the_device(kernels, dtype):
 def test_adam_rounds_at_random_as_the_reference(kernels, dtype, state_dtype, counted):
     lists = adam_lists(dtype, [3, 40_000], False)
     lists[2:4] = [[t.to(state_dtype) for t in tensors] for tensors in lists[2:4]]
-    options, more = (0.01, 0.9, 0.999, 1e-8, 0.1, True, False, False), (None, True, None, True, 12345)
+    options, more = (0.01, 0.9, 0.999, 1e-8, 0.1, True, False, False), (None, True, None, True, 12345, *NO_EXTRAS)
     ours = [[t.to(kernels.device, copy=True) for t in tensors] for tensors in lists[:5]]
     steps = [on_host(4.0) if counted == "host" else torch.tensor(4.0, device=kernels.device) for _ in range(2)]
     kernels["adam_"](*ours, steps, *options, *more)

@@ -12,7 +12,8 @@ from fastlm.ops.adam import adam_reference
 
 # Nothing, one element, around a block and a chunk, and multiples of 16, which take the vectorised path.
 SIZES = [(0,), (1,), (1023,), (1025,), (64, 16), (7, 5, 3), (8192,), (8193,)]
-NOTHING_MORE = (None, False, None, False, 0)  # no scale, nothing at random, lr a number
+NO_EXTRAS = (0.0, None, [], [], 0.0, [], [])  # l1, found_inf, masters, averages of weights and their decay, scales
+NOTHING_MORE = (None, False, None, False, 0, *NO_EXTRAS)  # no scale, nothing at random, lr a number
 NAMES = ["params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps"]
 
 
@@ -121,7 +122,7 @@ def test_scale_lr_and_steps_that_are_tensors(on_device):
     lists[5] = [step.to(device) for step in lists[5]]
     lr = torch.tensor([0.05], device=DEVICE) if on_device else None
     scale = torch.tensor(0.25, dtype=torch.float64 if on_device else torch.bfloat16, device=DEVICE)
-    check(lists, 0.1, 0.9, 0.99, 1e-8, 0.1, True, False, False, more=(scale, False, lr, False, 0))
+    check(lists, 0.1, 0.9, 0.99, 1e-8, 0.1, True, False, False, more=(scale, False, lr, False, 0, *NO_EXTRAS))
     assert [step.item() for step in lists[5]] == [1, 42, 4]
 
 
@@ -131,7 +132,7 @@ def test_rounds_at_random_as_the_reference(dtype, state_dtype):
     lists[2:5] = [[x.to(state_dtype) for x in part] for part in lists[2:5]]
     want, options = copy(lists), (0.01, 0.9, 0.999, 1e-8, 0.1, True, True, False)
     nearest = copy(lists)
-    kernels.adam_(*lists, *options, None, True, None, True, 12345)
+    kernels.adam_(*lists, *options, None, True, None, True, 12345, *NO_EXTRAS)
     adam_reference(*want, *options, None, True, None, True, 12345)
     kernels.adam_(*nearest, *options, *NOTHING_MORE)
     at_random = 0 if dtype == torch.bfloat16 else 3
@@ -181,7 +182,7 @@ for dtype in (torch.float32, torch.bfloat16):
                 [x], [x], [x], [x], tops, steps, 0.1, 0.9, 0.99, 1e-8, 0.1, not on, on, on, None, False, None, False, 0
             )
             state = torch.empty(n, dtype=torch.float32 if dtype == torch.bfloat16 else torch.bfloat16)
-            tops, more = [state] if on else [], (torch.ones(()), True, None, True, 1)
+            tops, more = [state] if on else [], (torch.ones(()), True, None, True, 1, *(0.0, None, [], [], 0.0, [], []))
             kernels.adam_([x], [x], [state], [state], tops, steps, 0.1, 0.9, 0.99, 1e-8, 0.1, not on, on, on, *more)
         kernels.grad_norm([x])
 """)

@@ -475,7 +475,7 @@ def test_state_that_no_longer_fits(kind):
     optimizer.param_groups[0]["amsgrad"] = False
     w.data = w.data.double()
     w.grad = torch.ones(3, dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"exp_avgs\[0\] must be floating point and of the dtype of params\[0\]"):
+    with pytest.raises(TypeError, match=r"exp_avgs\[0\] must be of torch.float64 for params\[0\]"):
         optimizer.step()
 
 

@@ -2,7 +2,7 @@
 #include "kernels.h"
 
 #include "activation-inl.h"
-#include "adam-inl.h"
+#include "optimizer-inl.h"
 #include "attention-inl.h"
 #include "cross_entropy-inl.h"
 #include "dropout-inl.h"
@@ -19,7 +19,7 @@
 namespace fastlm::cpu::FASTLM_ISA {
 
 extern const Kernels kTable;
-const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kAdamKernels,   kAttentionKernels,
+const Kernels kTable = {FASTLM_STRING(FASTLM_ISA), kActivationKernels, kOptimizerKernels,   kAttentionKernels,
                         kCrossEntropyKernels,      kDropoutKernels,    kEmbeddingKernels, kLimitsKernels,
                         kMatmulKernels,            kMseLossKernels,    kNormKernels,   kRopeKernels};
 

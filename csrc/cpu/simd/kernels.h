@@ -5,7 +5,7 @@
 
 #include "../../dtype.h"
 #include "activation.h"
-#include "adam.h"
+#include "optimizer.h"
 #include "attention.h"
 #include "cross_entropy.h"
 #include "dropout.h"
@@ -21,7 +21,7 @@ namespace fastlm::cpu {
 struct Kernels {
   const char* isa;
   ActivationKernels activation;
-  AdamKernels adam;
+  OptimizerKernels optimizer;
   AttentionKernels attention;
   CrossEntropyKernels cross_entropy;
   DropoutKernels dropout;

@@ -1,4 +1,4 @@
-"""Adam in C++: csrc/cpu/adam.cpp, csrc/cuda/adam.cu."""
+"""Adam in C++: csrc/cpu/optimizer.cpp, csrc/cuda/optimizer.cu."""
 
 from __future__ import annotations
 
@@ -22,6 +22,15 @@ def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
     return None
 
 
+def _unsupported_extras(params: Sequence[Tensor], *rest: object) -> str | None:
+    exp_avgs, (l1, found_inf, masters, emas, _, scales, _) = rest[1], rest[-7:]
+    if any(x.dtype == torch.float32 and p.dtype == torch.float16 for p, x in zip(params, exp_avgs, strict=True)):
+        return "does not take states in float32 of parameters in float16"
+    if l1 or found_inf is not None or masters or emas or scales:
+        return "does not take l1, found_inf, masters, emas and states of 8 bits"
+    return _unsupported(params)
+
+
 def _unsupported_norm(grads: Sequence[Tensor]) -> str | None:
     return next((f"does not take {g.dtype}" for g in grads if g.dtype not in FLOATS), None)
 
@@ -37,13 +46,13 @@ def _dense(grads: Sequence[Tensor]) -> list[Tensor]:
 if _native.cpu is not None:
     _step = _native.cpu.adam_step
 
-    @kernel("adam_", backend="native", device="cpu", supports=_unsupported)
+    @kernel("adam_", backend="native", device="cpu", supports=_unsupported_extras)
     def adam_(params, grads, exp_avgs, exp_avg_sqs, tops, steps, lr, *args) -> None:
-        *args, scale, stochastic, device_lr, stochastic_params, seed = args
+        *args, scale, stochastic, device_lr, stochastic_params, seed, l1, _, masters, emas, ema_decay, of_m, of_v = args
         _step(
             params, grads, exp_avgs, exp_avg_sqs, tops, steps, lr if device_lr is None else device_lr.item(), *args,
-            1.0 if scale is None else scale.item(), stochastic, stochastic_params, seed & 0xFFFFFFFF,
-            torch.get_num_threads(),
+            1.0 if scale is None else scale.item(), stochastic, stochastic_params, seed & 0xFFFFFFFF, l1, masters, emas,
+            ema_decay, of_m, of_v, torch.get_num_threads(),
         )  # fmt: skip
 
     @kernel("grad_norm", backend="native", device="cpu", supports=_unsupported_norm)
@@ -58,9 +67,9 @@ if _native.cuda is not None:
     def _readable(x: Tensor | None) -> Tensor | None:
         return x if x is None or x.dtype == torch.float64 else x.float()
 
-    @kernel("adam_", backend="native", device="cuda", supports=_unsupported)
+    @kernel("adam_", backend="native", device="cuda", supports=_unsupported_extras)
     def adam_cuda(params, grads, exp_avgs, exp_avg_sqs, tops, steps, *args) -> None:
-        *args, scale, stochastic, device_lr, stochastic_params, seed = args
+        *args, scale, stochastic, device_lr, stochastic_params, seed = args[:-7]
         if not params:
             return
         workspace = None

@@ -142,6 +142,15 @@ def _unsupported(tensors: Sequence[Tensor], *rest: object) -> str | None:
     return next((f"does not take {t.dtype}" for t in tensors if t.dtype not in _TYPES), None)
 
 
+def _unsupported_extras(params: Sequence[Tensor], *rest: object) -> str | None:
+    exp_avgs, (l1, found_inf, masters, emas, _, scales, _) = rest[1], rest[-7:]
+    if any(x.dtype == torch.float32 and p.dtype == torch.float16 for p, x in zip(params, exp_avgs, strict=True)):
+        return "does not take states in float32 of parameters in float16"
+    if l1 or found_inf is not None or masters or emas or scales:
+        return "does not take l1, found_inf, masters, emas and states of 8 bits"
+    return _unsupported(params)
+
+
 def _refuse_capture(op: str, x: Tensor) -> None:
     if capturing(x):
         raise RuntimeError(
@@ -149,12 +158,12 @@ def _refuse_capture(op: str, x: Tensor) -> None:
         )
 
 
-@triton_kernel("adam_", _unsupported)
+@triton_kernel("adam_", _unsupported_extras)
 def adam_(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor], steps: Sequence[Tensor], lr: float, beta1: float, beta2: float, eps: float,
     weight_decay: float, decoupled: bool, amsgrad: bool, maximize: bool, scale: Tensor | None, stochastic: bool,
-    device_lr: Tensor | None, stochastic_params: bool, seed: int,
+    device_lr: Tensor | None, stochastic_params: bool, seed: int, *extras: object,
 ) -> None:  # fmt: skip
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if amsgrad else [])]
     if not params:

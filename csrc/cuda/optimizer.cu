@@ -1,6 +1,6 @@
 // One step of Adam or AdamW: one pass over memory, 7 words a parameter (reads p, g, m, v; writes p, m, v), in place on
 // any strides. 16-bit tensors are computed in float and rounded when stored. And the norm of gradients, one pass more.
-#include "adam.h"
+#include "optimizer.h"
 
 #include <cmath>
 #include <type_traits>
@@ -37,9 +37,9 @@ template <class C> struct Step {
   C decay;       // 1 - lr * weight decay, which scales the parameter
   uint32_t noise;
 };
-static_assert(sizeof(Step<double>) == kAdamWorkspace * sizeof(double));
+static_assert(sizeof(Step<double>) == kStepWorkspace * sizeof(double));
 
-FASTLM_HOST_DEVICE inline Step<double> step_at(double t, double lr, uint32_t place, const AdamOptions& o) {
+FASTLM_HOST_DEVICE inline Step<double> step_at(double t, double lr, uint32_t place, const StepOptions& o) {
   return {lr / (1 - pow(o.beta1, t)), sqrt(1 - pow(o.beta2, t)), o.decoupled ? 1 - lr * o.weight_decay : 1.0,
           adam_noise(t, place, o.seed)};
 }
@@ -48,7 +48,7 @@ template <class C> FASTLM_HOST_DEVICE inline Step<C> rounded(const Step<double>&
 }
 
 template <class C> struct Entry {
-  void* data[kAdamTensors];
+  void* data[kStepTensors];
   int64_t n;
   Step<C> step;
   int place;  // in the list of all parameters
@@ -70,8 +70,8 @@ template <class C> struct StridedItem {
   const Step<double>* steps;
   Entry<C> entry;
   int ndim;
-  int64_t shape[AdamItem::kMaxDims];
-  int64_t strides[kAdamTensors][AdamItem::kMaxDims];
+  int64_t shape[StepItem::kMaxDims];
+  int64_t strides[kStepTensors][StepItem::kMaxDims];
 };
 
 // The last that starts at or before this block.
@@ -94,8 +94,8 @@ __device__ inline double value_of(const DeviceScalar& s) {
 
 // --- steps that lie on the device -------------------------------------------------------------------------------------
 struct StepTable {
-  static constexpr int kEntries = (kArgumentBytes - sizeof(AdamOptions) - 64) / sizeof(DeviceScalar);
-  AdamOptions options;
+  static constexpr int kEntries = (kArgumentBytes - sizeof(StepOptions) - 64) / sizeof(DeviceScalar);
+  StepOptions options;
   DeviceScalar lr;
   Step<double>* steps;
   int count, first_place;
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) adam_kernel(const __grid_constant__ 
   const Step<C> step = table.steps != nullptr ? rounded<C>(table.steps[entry.place]) : entry.step;
   const C scale = scalars.scale.data != nullptr ? scalars.sign * C(value_of(scalars.scale)) : scalars.sign;
   const uint32_t noise_of_param = adam_noise_of_param(step.noise);
-  bool amsgrad = entry.data[kMaxExpAvgSq] != nullptr, aligned = entry.aligned;
+  bool amsgrad = entry.data[kTop] != nullptr, aligned = entry.aligned;
   int64_t first = (int64_t(blockIdx.x - entry.first_block) * kVectorsPerThread * kThreads + threadIdx.x) * kWidth;
 #pragma unroll 1
   for (int u = 0; u < kVectorsPerThread; ++u) {
@@ -192,10 +192,10 @@ __global__ void __launch_bounds__(kThreads) adam_kernel(const __grid_constant__ 
     Elements<S, kWidth> m, v, top;
     p.load(entry.data[kParam], i, count, aligned);
     g.load(entry.data[kGrad], i, count, aligned);
-    m.load(entry.data[kExpAvg], i, count, aligned);
-    v.load(entry.data[kExpAvgSq], i, count, aligned);
+    m.load(entry.data[kFirst], i, count, aligned);
+    v.load(entry.data[kSecond], i, count, aligned);
     if (amsgrad) {
-      top.load(entry.data[kMaxExpAvgSq], i, count, aligned);
+      top.load(entry.data[kTop], i, count, aligned);
     } else {
       top = v;
     }
@@ -209,9 +209,9 @@ __global__ void __launch_bounds__(kThreads) adam_kernel(const __grid_constant__ 
       top[e] = narrow<S>(te);
     }
     p.store(entry.data[kParam], i, count, aligned);
-    m.store(entry.data[kExpAvg], i, count, aligned);
-    v.store(entry.data[kExpAvgSq], i, count, aligned);
-    if (amsgrad) top.store(entry.data[kMaxExpAvgSq], i, count, aligned);
+    m.store(entry.data[kFirst], i, count, aligned);
+    v.store(entry.data[kSecond], i, count, aligned);
+    if (amsgrad) top.store(entry.data[kTop], i, count, aligned);
   }
 }
 
@@ -221,23 +221,23 @@ __global__ void __launch_bounds__(kThreads) adam_strided_kernel(const __grid_con
   using C = compute_t<T>;
   const int64_t number = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (number >= item.entry.n) return;
-  int64_t rest = number, offset[kAdamTensors] = {};
+  int64_t rest = number, offset[kStepTensors] = {};
 #pragma unroll
-  for (int d = AdamItem::kMaxDims - 1; d >= 0; --d) {
+  for (int d = StepItem::kMaxDims - 1; d >= 0; --d) {
     if (d >= item.ndim) continue;
     int64_t at = rest % item.shape[d];
     rest /= item.shape[d];
 #pragma unroll
-    for (int t = 0; t < kAdamTensors; ++t) offset[t] += at * item.strides[t][d];
+    for (int t = 0; t < kStepTensors; ++t) offset[t] += at * item.strides[t][d];
   }
   const Scalars<C>& scalars = item.scalars;
   const Step<C> step = item.steps != nullptr ? rounded<C>(item.steps[item.entry.place]) : item.entry.step;
   const C scale = scalars.scale.data != nullptr ? scalars.sign * C(value_of(scalars.scale)) : scalars.sign;
-  bool amsgrad = item.entry.data[kMaxExpAvgSq] != nullptr;
+  bool amsgrad = item.entry.data[kTop] != nullptr;
   T* p_at = static_cast<T*>(item.entry.data[kParam]) + offset[kParam];
-  S* m_at = static_cast<S*>(item.entry.data[kExpAvg]) + offset[kExpAvg];
-  S* v_at = static_cast<S*>(item.entry.data[kExpAvgSq]) + offset[kExpAvgSq];
-  S* top_at = static_cast<S*>(item.entry.data[kMaxExpAvgSq]) + offset[kMaxExpAvgSq];
+  S* m_at = static_cast<S*>(item.entry.data[kFirst]) + offset[kFirst];
+  S* v_at = static_cast<S*>(item.entry.data[kSecond]) + offset[kSecond];
+  S* top_at = static_cast<S*>(item.entry.data[kTop]) + offset[kTop];
   C p = widen(*p_at), g = widen(static_cast<const T*>(item.entry.data[kGrad])[offset[kGrad]]);
   C m = widen(*m_at), v = widen(*v_at), top = amsgrad ? C(widen(*top_at)) : v;
   update<C>(p, g, m, v, top, amsgrad, scale, step, scalars);
@@ -248,8 +248,8 @@ __global__ void __launch_bounds__(kThreads) adam_strided_kernel(const __grid_con
 }
 
 template <class T, class S>
-void step_dtypes(const Target& target, const std::vector<AdamItem>& items, const std::vector<int>& places, const AdamOptions& o,
-                 const AdamOnDevice& on_device) {
+void step_dtypes(const Target& target, const std::vector<StepItem>& items, const std::vector<int>& places, const StepOptions& o,
+                 const StepOnDevice& on_device) {
   using C = compute_t<T>;
   constexpr int kPerBlock = kThreads * kVectorsPerThread * kStepWidth<T, S>;
   Table<C> table;
@@ -265,10 +265,10 @@ void step_dtypes(const Target& target, const std::vector<AdamItem>& items, const
     blocks = 0;
   };
   for (int place : places) {
-    const AdamItem& item = items[place];
+    const StepItem& item = items[place];
     Entry<C> entry{{}, item.n, {}, place, 0, true};
     if (on_device.workspace == nullptr) entry.step = rounded<C>(step_at(item.step, o.lr, place, o));
-    for (int t = 0; t < kAdamTensors; ++t) {
+    for (int t = 0; t < kStepTensors; ++t) {
       entry.data[t] = item.data[t];
       entry.aligned = entry.aligned && aligned16(item.data[t]);
     }
@@ -282,7 +282,7 @@ void step_dtypes(const Target& target, const std::vector<AdamItem>& items, const
       StridedItem<C> strided{table.scalars, table.steps, entry, item.ndim, {}, {}};
       for (int d = 0; d < item.ndim; ++d) {
         strided.shape[d] = item.shape[d];
-        for (int t = 0; t < kAdamTensors; ++t) strided.strides[t][d] = item.strides[t][d];
+        for (int t = 0; t < kStepTensors; ++t) strided.strides[t][d] = item.strides[t][d];
       }
       launch(target, "adam_", adam_strided_kernel<T, S>, grid_of(ceil_div(item.n, kThreads)), kThreads, 0, strided);
     }
@@ -290,7 +290,7 @@ void step_dtypes(const Target& target, const std::vector<AdamItem>& items, const
   flush();
 }
 
-void count_steps(const Target& target, const AdamOptions& options, const AdamOnDevice& on_device) {
+void count_steps(const Target& target, const StepOptions& options, const StepOnDevice& on_device) {
   StepTable table{options, on_device.lr, static_cast<Step<double>*>(on_device.workspace), 0, 0, {}};
   int count = static_cast<int>(on_device.steps.size());
   for (int first = 0; first < count; first += StepTable::kEntries) {
@@ -303,8 +303,8 @@ void count_steps(const Target& target, const AdamOptions& options, const AdamOnD
 
 }  // namespace
 
-void adam_step(const Target& target, const std::vector<AdamItem>& items, const AdamOptions& options,
-               const AdamOnDevice& on_device) {
+void adam_step(const Target& target, const std::vector<StepItem>& items, const StepOptions& options,
+               const StepOnDevice& on_device) {
   count_steps(target, options, on_device);
   auto run = [&](DType dtype, DType state_dtype, auto step) {
     std::vector<int> places;

@@ -7,7 +7,7 @@
 namespace fastlm::cpu {
 
 // The scalars of one step on one parameter. Double: they are rounded once, where they meet the elements.
-struct AdamScalars {
+struct StepScalars {
   double sign;          // -1 to maximize, else 1, times what the gradients are scaled by
   double l2;            // weight decay that is added to the gradient
   double decay;         // 1 - lr * weight decay, which scales the parameter
@@ -22,11 +22,11 @@ struct AdamScalars {
 // Arrays are dense, of n elements each, the first of which is number `first` of its parameter. Indexed by the DType of
 // param and grad and that of m, v and top: both the same, or one float and one bfloat16. The 16-bit types are computed in
 // float and rounded when stored.
-struct AdamKernels {
+struct OptimizerKernels {
   // g = sign * grad + l2 * param;  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2;  top = max(top, v);
   // param = decay * param - step_size * m / (sqrt(v) / correction + eps), with top for v where top is not null
   void (*step[kNumFloatDTypes][kNumFloatDTypes])(void* param, const void* grad, void* m, void* v, void* top,
-                                                 int64_t first, int64_t n, const AdamScalars& scalars);
+                                                 int64_t first, int64_t n, const StepScalars& scalars);
   double (*sum_of_squares[kNumFloatDTypes])(const void* x, int64_t n);
 };
 

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "../adam_item.h"
+#include "../optimizer_item.h"
 #include "target.h"
 
 namespace fastlm::cuda {
@@ -14,18 +14,18 @@ struct DeviceScalar {
 };
 
 // What a step reads from device memory, so that a CUDA graph finds it anew; all may be missing.
-struct AdamOnDevice {
+struct StepOnDevice {
   DeviceScalar scale;               // of the gradients
   std::vector<DeviceScalar> steps;  // of all parameters or of none: steps taken before this one, which is counted there
   DeviceScalar lr;                  // with steps alone, instead of the options'
-  void* workspace = nullptr;        // with steps: kAdamWorkspace doubles a parameter
+  void* workspace = nullptr;        // with steps: kStepWorkspace doubles a parameter
 };
-constexpr int kAdamWorkspace = 4;
+constexpr int kStepWorkspace = 4;
 
-// As in cpu/adam.h. With a driver for CUDA 13 some 400 parameters of one dtype share a launch; one that is not flat takes a
+// As in cpu/optimizer.h. With a driver for CUDA 13 some 400 parameters of one dtype share a launch; one that is not flat takes a
 // launch of its own.
-void adam_step(const Target& target, const std::vector<AdamItem>& items, const AdamOptions& options,
-               const AdamOnDevice& on_device);
+void adam_step(const Target& target, const std::vector<StepItem>& items, const StepOptions& options,
+               const StepOnDevice& on_device);
 
 struct NormArray {
   const void* data;

@@ -1,4 +1,4 @@
-#include "adam.h"
+#include "optimizer.h"
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,7 @@ constexpr int64_t kGrain = 1 << 14;
 constexpr int64_t kChunk = 512;
 
 // For the parameter of that place in the list.
-AdamScalars scalars_at(double step, size_t place, const AdamOptions& o) {
+StepScalars scalars_at(double step, size_t place, const StepOptions& o) {
   uint32_t noise = adam_noise(step, static_cast<uint32_t>(place), o.seed);
   return {o.maximize ? -o.scale : o.scale,
           o.decoupled ? 0.0 : o.weight_decay,
@@ -37,7 +37,7 @@ AdamScalars scalars_at(double step, size_t place, const AdamOptions& o) {
 // copy(offset, stride, i, count) for each run along the last dimension within [begin, begin + n) of the row-major order;
 // i counts from 0.
 template <class Copy>
-void for_each_run(const AdamItem& item, const int64_t* strides, int64_t begin, int64_t n, const Copy& copy) {
+void for_each_run(const StepItem& item, const int64_t* strides, int64_t begin, int64_t n, const Copy& copy) {
   int last = item.ndim - 1;
   for (int64_t i = 0; i < n;) {
     int64_t rest = begin + i, offset = 0, column = last >= 0 ? rest % item.shape[last] : 0;
@@ -51,48 +51,48 @@ void for_each_run(const AdamItem& item, const int64_t* strides, int64_t begin, i
   }
 }
 
-template <class Word> void gather_of(const AdamItem& item, int tensor, int64_t begin, int64_t n, void* buffer) {
+template <class Word> void gather_of(const StepItem& item, int tensor, int64_t begin, int64_t n, void* buffer) {
   auto from = static_cast<const Word*>(item.data[tensor]);
   auto to = static_cast<Word*>(buffer);
   for_each_run(item, item.strides[tensor], begin, n, [&](int64_t offset, int64_t stride, int64_t i, int64_t count) {
     for (int64_t k = 0; k < count; ++k) to[i + k] = from[offset + k * stride];
   });
 }
-template <class Word> void scatter_of(const AdamItem& item, int tensor, int64_t begin, int64_t n, const void* buffer) {
+template <class Word> void scatter_of(const StepItem& item, int tensor, int64_t begin, int64_t n, const void* buffer) {
   auto from = static_cast<const Word*>(buffer);
   auto to = static_cast<Word*>(item.data[tensor]);
   for_each_run(item, item.strides[tensor], begin, n, [&](int64_t offset, int64_t stride, int64_t i, int64_t count) {
     for (int64_t k = 0; k < count; ++k) to[offset + k * stride] = from[i + k];
   });
 }
-void gather(const AdamItem& item, int tensor, int64_t begin, int64_t n, void* buffer) {
+void gather(const StepItem& item, int tensor, int64_t begin, int64_t n, void* buffer) {
   int64_t size = size_of(item.dtype_of(tensor));
   (size == 8 ? gather_of<uint64_t> : size == 4 ? gather_of<uint32_t> : gather_of<uint16_t>)(item, tensor, begin, n, buffer);
 }
-void scatter(const AdamItem& item, int tensor, int64_t begin, int64_t n, const void* buffer) {
+void scatter(const StepItem& item, int tensor, int64_t begin, int64_t n, const void* buffer) {
   int64_t size = size_of(item.dtype_of(tensor));
   (size == 8 ? scatter_of<uint64_t> : size == 4 ? scatter_of<uint32_t> : scatter_of<uint16_t>)(item, tensor, begin, n, buffer);
 }
 
-void step_range(const AdamItem& item, int64_t begin, int64_t end, const AdamScalars& scalars) {
-  auto kernel = kernels_for(item.dtype).adam.step[static_cast<int>(item.dtype)][static_cast<int>(item.state_dtype)];
+void step_range(const StepItem& item, int64_t begin, int64_t end, const StepScalars& scalars) {
+  auto kernel = kernels_for(item.dtype).optimizer.step[static_cast<int>(item.dtype)][static_cast<int>(item.state_dtype)];
   if (item.flat) {
-    void* at[kAdamTensors] = {};
-    for (int t = 0; t < kAdamTensors; ++t) {
+    void* at[kStepTensors] = {};
+    for (int t = 0; t < kStepTensors; ++t) {
       if (item.data[t] != nullptr) at[t] = static_cast<char*>(item.data[t]) + begin * size_of(item.dtype_of(t));
     }
-    kernel(at[kParam], at[kGrad], at[kExpAvg], at[kExpAvgSq], at[kMaxExpAvgSq], begin, end - begin, scalars);
+    kernel(at[kParam], at[kGrad], at[kFirst], at[kSecond], at[kTop], begin, end - begin, scalars);
     return;
   }
-  alignas(64) uint64_t buffers[kAdamTensors][kChunk];
-  void* top = item.data[kMaxExpAvgSq] != nullptr ? buffers[kMaxExpAvgSq] : nullptr;
+  alignas(64) uint64_t buffers[kStepTensors][kChunk];
+  void* top = item.data[kTop] != nullptr ? buffers[kTop] : nullptr;
   for (; begin < end; begin += kChunk) {
     int64_t n = std::min(kChunk, end - begin);
-    for (int t = 0; t < kAdamTensors; ++t) {
+    for (int t = 0; t < kStepTensors; ++t) {
       if (item.data[t] != nullptr) gather(item, t, begin, n, buffers[t]);
     }
-    kernel(buffers[kParam], buffers[kGrad], buffers[kExpAvg], buffers[kExpAvgSq], top, begin, n, scalars);
-    for (int t : {kParam, kExpAvg, kExpAvgSq, kMaxExpAvgSq}) {
+    kernel(buffers[kParam], buffers[kGrad], buffers[kFirst], buffers[kSecond], top, begin, n, scalars);
+    for (int t : {kParam, kFirst, kSecond, kTop}) {
       if (item.data[t] != nullptr) scatter(item, t, begin, n, buffers[t]);
     }
   }
@@ -100,12 +100,12 @@ void step_range(const AdamItem& item, int64_t begin, int64_t end, const AdamScal
 
 }  // namespace
 
-void adam_step(const std::vector<AdamItem>& items, const AdamOptions& options, int threads) {
+void optimizer_step(const std::vector<StepItem>& items, const StepOptions& options, int threads) {
   kernels();  // may throw, which it must not do in a parallel region
   std::vector<int64_t> starts;  // of each item in the row of all elements
-  std::vector<AdamScalars> scalars;
+  std::vector<StepScalars> scalars;
   int64_t total = 0;
-  for (const AdamItem& item : items) {
+  for (const StepItem& item : items) {
     starts.push_back(total);
     scalars.push_back(scalars_at(item.step, scalars.size(), options));
     total += item.n;
@@ -133,7 +133,7 @@ double sum_of_squares(const std::vector<DenseArray>& arrays, int threads) {
       const DenseArray& array = arrays[pieces[k].first];
       int64_t from = pieces[k].second, n = std::min(kPiece, array.n - from);
       const char* data = static_cast<const char*>(array.data) + from * size_of(array.dtype);
-      sums[k] = kernels_for(array.dtype).adam.sum_of_squares[static_cast<int>(array.dtype)](data, n);
+      sums[k] = kernels_for(array.dtype).optimizer.sum_of_squares[static_cast<int>(array.dtype)](data, n);
     }
   });
   double total = 0;

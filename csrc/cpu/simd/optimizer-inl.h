@@ -1,7 +1,7 @@
 // One step of Adam or AdamW: one pass over memory, 7 words a parameter (reads p, g, m, v; writes p, m, v).
 #include <cstdint>
 
-#include "adam.h"
+#include "optimizer.h"
 #include "sums-inl.h"
 #include "vec.h"
 
@@ -36,7 +36,7 @@ inline void store_rounded(T* p, V x, bool stochastic, int64_t i, uint32_t noise,
 }
 
 template <class T, class S, bool kAmsgrad>
-void adam_step_of(T* param, const T* grad, S* m, S* v, S* top, int64_t first, int64_t n, const AdamScalars& s) {
+void adam_step_of(T* param, const T* grad, S* m, S* v, S* top, int64_t first, int64_t n, const StepScalars& s) {
   using V = vec_t<T>;
   // Outside the loop, since the compiler must think that a store may change what s refers to.
   const bool has_l2 = s.l2 != 0;
@@ -67,7 +67,7 @@ void adam_step_of(T* param, const T* grad, S* m, S* v, S* top, int64_t first, in
 }
 template <class T, class S>
 void adam_step(void* param, const void* grad, void* m, void* v, void* top, int64_t first, int64_t n,
-               const AdamScalars& scalars) {
+               const StepScalars& scalars) {
   auto run = top != nullptr ? adam_step_of<T, S, true> : adam_step_of<T, S, false>;
   run(static_cast<T*>(param), static_cast<const T*>(grad), static_cast<S*>(m), static_cast<S*>(v), static_cast<S*>(top),
       first, n, scalars);
@@ -81,7 +81,7 @@ template <class T> double sum_of_squares(const void* x_, int64_t n) {
          }).of[0];
 }
 
-constexpr AdamKernels kAdamKernels = {
+constexpr OptimizerKernels kOptimizerKernels = {
     {{adam_step<float, float>, adam_step<float, bf16>, nullptr, nullptr},
      {adam_step<bf16, float>, adam_step<bf16, bf16>, nullptr, nullptr},
      {nullptr, nullptr, adam_step<f16, f16>, nullptr},

@@ -2,12 +2,12 @@
 
 #include <vector>
 
-#include "../adam_item.h"
+#include "../optimizer_item.h"
 
 namespace fastlm::cpu {
 
 // All parameters in one parallel region, shared out by elements. The result does not depend on the number of threads.
-void adam_step(const std::vector<AdamItem>& items, const AdamOptions& options, int threads);
+void optimizer_step(const std::vector<StepItem>& items, const StepOptions& options, int threads);
 
 struct DenseArray {
   const void* data;
