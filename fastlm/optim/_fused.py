@@ -1,0 +1,479 @@
+"""What fastlm's optimizers have in common: everything but the rule of the step."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from fastlm.ops.adam import grad_norm
+
+_SEED = 0x9E3779B1  # between the random numbers of one call and those of the next
+
+
+class Call:
+    """Some parameters of a group, which one call of an op steps: on one device, and with the same kinds of state."""
+
+    def __init__(self, group: dict[str, Any], number: int, device: torch.device):
+        self.group, self.number, self.device = group, number, device
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.states: list[dict[str, Any]] = []
+        self.plain = True  # all of them are tensors as kernels take them
+
+    def add(self, p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        self.params.append(p)
+        self.grads.append(grad)
+        self.states.append(state)
+        self.plain = self.plain and not (p.is_complex() or is_distributed(p))
+
+    def local(self, tensors: list[Tensor]) -> list[Tensor]:
+        return tensors if self.plain else [local(x) for x in tensors]
+
+    def state(self, key: str) -> list[Tensor]:
+        """Of each parameter, or none where there is none."""
+        return self.local([s[key] for s in self.states]) if key in self.states[0] else []
+
+
+class Fused(Optimizer):
+    """Groups, states, clipping, scaling and skipping, and calls of a fused op; the subclasses know its rule.
+
+    A subclass names in GROUP_DEFAULTS what groups of other versions may lack, and defines what the rule says.
+    """
+
+    # torch.amp.GradScaler then leaves unscaling and skipping to the step.
+    _step_supports_amp_scaling = True
+    GROUP_DEFAULTS: ClassVar[dict[str, Any]] = {}
+    _OPTIONS = ("max_norm", "skip_nonfinite", "master_weights", "ema_decay", "stochastic_rounding")
+    _OWN = (*_OPTIONS, "seed", "grad_norm", "skipped_steps")
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        max_norm: float | None,
+        skip_nonfinite: bool,
+        master_weights: bool,
+        ema_decay: float | None,
+        stochastic_rounding: bool,
+        seed: int,
+    ):
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"{self._name}: max_norm must be above 0, got {max_norm}")
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(f"{self._name}: ema_decay must be in [0, 1), got {ema_decay}")
+        if master_weights and stochastic_rounding:
+            raise ValueError(
+                f"{self._name}: master_weights and stochastic_rounding exclude each other: a parameter that has a "
+                "float32 master is what that rounds to"
+            )
+        self.max_norm, self.skip_nonfinite = max_norm, skip_nonfinite
+        self.master_weights, self.ema_decay = master_weights, ema_decay
+        self.stochastic_rounding, self.seed = stochastic_rounding, seed
+        self.grad_norm: Tensor | None = None
+        self.skipped_steps = torch.zeros((), dtype=torch.int64)
+        self._in_backward = False
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+
+    @property
+    def _name(self) -> str:
+        return f"fastlm.optim.{type(self).__name__}"
+
+    # --- what the rule says -------------------------------------------------------------------------------------------
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raises where an option of a group is not as it must be."""
+        raise NotImplementedError
+
+    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _loaded_state(self, p: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+        """A state of torch's optimizer, or of one of these with other options, as this one keeps it."""
+        raise NotImplementedError
+
+    def _counts(self, group: dict[str, Any]) -> bool:
+        """Whether a step needs its number."""
+        raise NotImplementedError
+
+    def _counts_on_device(self, p: Tensor, group: dict[str, Any], skips: bool) -> bool:
+        raise NotImplementedError
+
+    def _run(self, call: Call, scale: Tensor | None, found_inf: Tensor | None, seed: int) -> None:
+        raise NotImplementedError
+
+    # --- groups -------------------------------------------------------------------------------------------------------
+    def _check_common(self, group: dict[str, Any], not_negative: Iterable[str]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError(f"{self._name}: lr must be a number or a tensor of one element, got {lr.numel()} elements")
+        for key in not_negative:
+            if not group[key] >= 0:
+                raise ValueError(f"{self._name}: {key} must be at least 0, got {group[key]}")
+        if group["foreach"] and group["fused"]:
+            raise RuntimeError(f"{self._name}: foreach and fused cannot both be True")
+        self._refuse_unsupported(group)
+
+    def _refuse_unsupported(self, group: dict[str, Any]) -> None:
+        if group["differentiable"]:
+            raise NotImplementedError(f"{self._name}: differentiable=True is not supported: the step is done in place")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            self._check_group(group)
+            for i, p in enumerate(group["params"]):
+                if not (p.is_floating_point() or p.dtype in (torch.complex64, torch.complex128)):
+                    raise TypeError(
+                        f"{self._name}: parameters must be floating point, complex64 or complex128, got {p.dtype} "
+                        f"at {i}"
+                    )
+                if getattr(p, "_is_flat_param", False):
+                    raise NotImplementedError(
+                        f"{self._name}: parameters of FullyShardedDataParallel, which do not say how they are sharded, "
+                        "are not supported; torch.distributed.fsdp.fully_shard makes some that do"
+                    )
+            if self._in_backward:
+                raise RuntimeError(f"{self._name}: add parameters before step_in_backward, not after")
+        except Exception:
+            del self.param_groups[-1]
+            raise
+
+    # --- state --------------------------------------------------------------------------------------------------------
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Reached by load_state_dict and by unpickling. Groups and states of older torch versions lack the newer keys.
+        for group in state["param_groups"]:
+            for key, value in self.GROUP_DEFAULTS.items():
+                group.setdefault(key, value)
+            self._check_group(group)
+        saved = state.get("state", {})
+        if (given := self.__dict__.get("_given")) is not None:  # before torch gave every state its parameter's dtype
+            numbers = itertools.chain.from_iterable(g["params"] for g in given["param_groups"])
+            params = itertools.chain.from_iterable(g["params"] for g in state["param_groups"])
+            saved = {p: given["state"][n] for n, p in zip(numbers, params, strict=True) if n in given["state"]}
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if saved.get(p):
+                    self.state[p] = self._restored(p, saved[p], group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. Takes states of torch's optimizer of that name, and of this one with other options."""
+
+        def keep(_: Optimizer, given: dict[str, Any]) -> None:  # the last hook sees what the others made of it
+            self._given = given
+
+        handle = self.register_load_state_dict_pre_hook(keep)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self.__dict__.pop("_given", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._in_backward:
+            raise RuntimeError(f"{self._name}: remove step_in_backward's handle before copying or pickling")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in self._OWN}, "_in_backward": False}
+
+    def _restored(self, p: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+        state = self._loaded_state(p, saved, group)
+        for key, dtype in self._copies(p).items():
+            if saved.get(key) is not None:
+                state[key] = saved[key].to(device=p.device, dtype=dtype)
+        step = saved.get("step")
+        if step is None and state:  # torch's SGD does not count, but there was a step where there is a sum
+            step = 1.0
+        if step is None or not self._counts(group):
+            return state
+        device = p.device if self._counts_on_device(p, group, False) else "cpu"
+        dtype = torch.float64 if isinstance(step, Tensor) and step.dtype == torch.float64 else step_dtype()
+        return {"step": torch.as_tensor(step, dtype=dtype, device=device), **state}
+
+    def _copies(self, p: Tensor) -> dict[str, torch.dtype]:
+        """What the state holds that began as the parameter."""
+        copies = {"master_param": torch.float32} if self._has_master(p) else {}
+        return copies if self.ema_decay is None else {**copies, "ema": wide_dtype(p)}
+
+    def _has_master(self, p: Tensor) -> bool:
+        return self.master_weights and p.dtype in (torch.bfloat16, torch.float16)
+
+    def _state_of(self, p: Tensor, group: dict[str, Any], skips: bool, made: list[Tensor]) -> dict[str, Any]:
+        counts, copies = self._counts(group), self._copies(p)
+        if not counts and not copies:
+            return {}
+        state = self.state[p]
+        new, on_device = not state, self._counts_on_device(p, group, skips)
+        if counts and not on_device:
+            self._refuse_while_capturing(
+                "it counts steps on the host, which a CUDA graph would not do again; capturable=True counts them on "
+                "the GPU"
+            )
+        if new:
+            self._refuse_while_capturing(
+                f"a parameter of sizes {tuple(p.shape)} has no state yet, which a CUDA graph would set to 0 at every "
+                "replay; take the first step before the capture"
+            )
+            made.append(p)
+        if counts and "step" not in state:
+            state["step"] = torch.zeros((), dtype=step_dtype(), device=p.device if on_device else "cpu")
+        elif counts and on_device and state["step"].device != p.device:
+            self._refuse_while_capturing(
+                "a group was made capturable after the last step, whose count is still on the host; take a step before "
+                "the capture"
+            )
+            state["step"] = state["step"].to(p.device)
+        if new:
+            state.update(self._new_state(p, group))
+        for key, dtype in copies.items():
+            if key not in state:
+                state[key] = p.detach().to(dtype, copy=True)
+        return state
+
+    def _refuse_while_capturing(self, why: str) -> None:
+        if capturing():
+            raise RuntimeError(f"{self._name}: {why}")
+
+    # --- the step -----------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step on every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model anew, calls backward and returns the loss, which step returns.
+
+        Raises:
+            RuntimeError: a sparse gradient, amsgrad switched on late, or a CUDA graph being captured without
+                capturable or before the first step. A step that fails on the way, after parameters on other devices or
+                of other groups have been stepped, says which have been; else all is as before.
+            ValueError, TypeError: a state whose sizes, dtypes or devices do not fit the parameter's.
+            NotImplementedError: a group that was made differentiable.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._in_backward and hasattr(self, "grad_scale"):
+            raise RuntimeError(
+                f"{self._name}: step_in_backward does not go with torch.amp.GradScaler: the parameters were stepped by "
+                "gradients that were still scaled"
+            )
+        self._step([(group, group["params"]) for group in self.param_groups])
+        return loss
+
+    def _step(self, chosen: list[tuple[dict[str, Any], list[Tensor]]], seed: int = 0) -> None:
+        made: list[Tensor] = []  # whose states are as new as this step
+        done = 0
+        calls: list[Call] = []
+        try:
+            grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            calls = self._calls(chosen, found_inf is not None or self.skip_nonfinite, made)
+            scale, found_inf = self._scale(calls, grad_scale, found_inf)
+            for call in calls:
+                here = [None if x is None else x.to(call.device) for x in (scale, found_inf)]
+                self._run(call, *here, self.seed + (seed + done) * _SEED)
+                if not call.plain:  # of DTensors only the local tensors have been told
+                    torch.autograd.graph.increment_version([p for p in call.params if is_distributed(p)])
+                done += 1
+        except Exception as error:
+            if done == 0:
+                for p in made:
+                    del self.state[p]
+                raise
+            parts = [f"those of group {c.number} on {c.device}" for c in calls]
+            raise RuntimeError(
+                f"{self._name}: the step failed on the way. Parameters that were stepped: {', '.join(parts[:done])}. "
+                f"Not: {', '.join(parts[done:])}"
+            ) from error
+
+    def _calls(self, chosen: list[tuple[dict[str, Any], list[Tensor]]], skips: bool, made: list[Tensor]) -> list[Call]:
+        calls = []
+        for number, (group, params) in enumerate(chosen):
+            self._refuse_unsupported(group)  # a group may have been changed since
+            by_kind: dict[tuple, Call] = {}
+            for p in params:
+                if p.grad is None:
+                    continue
+                grad = self._gradient(p, group)
+                state = self._state_of(p, group, skips, made)
+                kind = (p.device, grad.layout, "master_param" in state, "exp_avg_codes" in state)
+                if kind not in by_kind:
+                    by_kind[kind] = Call(group, number, p.device)
+                by_kind[kind].add(p, grad, state)
+            calls += by_kind.values()
+        return calls
+
+    def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """A parameter's gradient, placed as the parameter is."""
+        grad = p.grad
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"{self._name} does not support sparse gradients, got {grad.layout}; see torch.optim.SparseAdam"
+            )
+        if is_distributed(p) and grad.placements != p.placements:
+            grad = grad.redistribute(placements=p.placements)
+        return grad
+
+    def _scale(
+        self, calls: list[Call], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What to multiply all gradients by, and whether to skip the step (0 or 1), after setting grad_norm."""
+        groups = {name: group for c in calls for g in c.grads for name, group in sharded_over(g).items()}
+        if found_inf is not None:
+            found_inf = local(found_inf)
+            for group in groups.values():  # GradScaler looked at what this rank has
+                found_inf = found_inf.clone()
+                torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group)
+        scale = None if grad_scale is None else local(grad_scale).double().reciprocal().float()
+        if self.max_norm is not None or self.skip_nonfinite:
+            norm = self._norm(calls)
+            self.grad_norm = norm if scale is None else norm * scale.to(norm.device)
+            if self.skip_nonfinite:
+                found = ~self.grad_norm.isfinite()
+                found_inf = found.float() if found_inf is None else torch.maximum(found_inf, found.to(found_inf))
+            if self.max_norm is not None:
+                # A norm that is not finite makes the parameters so too, as after clip_grad_norm_.
+                clip = (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+                scale = clip if scale is None else clip * scale.to(clip.device)
+        if found_inf is not None:
+            self.skipped_steps = self.skipped_steps.to(found_inf.device) + (found_inf != 0).reshape(())
+        return scale, found_inf
+
+    def _norm(self, calls: list[Call]) -> Tensor:
+        """Of the whole gradients, where ranks hold parts of them."""
+        parts: dict[tuple, tuple[list[Tensor], dict[str, Any]]] = {}
+        for call in calls:
+            for grad in call.grads:
+                groups = sharded_over(grad)
+                parts.setdefault((call.device, *groups), ([], groups))[0].append(local(grad))
+        if not parts:
+            return torch.zeros(())
+        norms = []
+        for grads, groups in parts.values():
+            norm = grad_norm(grads)
+            if groups:
+                square = norm.double().square()
+                for group in groups.values():
+                    torch.distributed.all_reduce(square, group=group)
+                norm = square.sqrt().to(norm.dtype)
+            norms.append(norm)
+        if len(norms) == 1:
+            return norms[0]
+        return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+    # --- more than steps ----------------------------------------------------------------------------------------------
+    def step_in_backward(self) -> RemovableHandle:
+        """From now on backward itself steps each parameter as soon as its gradient is complete, and frees the gradient.
+
+        So at no time more than a few gradients are in memory. ``step`` then finds nothing left to do, and every
+        backward is a step: accumulation over several of them, ``max_norm``, ``skip_nonfinite`` and
+        ``torch.amp.GradScaler``, which all need the gradients together, do not go with it.
+
+        Returns:
+            a handle, whose ``remove()`` ends it.
+
+        Raises:
+            RuntimeError: with max_norm or skip_nonfinite, or where it is so already.
+        """
+        for name in ("max_norm", "skip_nonfinite"):
+            if getattr(self, name):
+                raise RuntimeError(
+                    f"{self._name}: step_in_backward does not go with {name}, which needs all gradients before the "
+                    "first parameter is stepped"
+                )
+        if self._in_backward:
+            raise RuntimeError(f"{self._name}: step_in_backward is on already")
+        hooks = []
+        number = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+
+                def hook(p: Tensor, group: dict[str, Any] = group, number: int = number) -> None:
+                    with torch.no_grad():
+                        self._step([(group, [p])], seed=number)
+                    p.grad = None
+
+                number += 1
+                if p.requires_grad:
+                    hooks.append(p.register_post_accumulate_grad_hook(hook))
+        self._in_backward = True
+        return _Handle(self, hooks)
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within, the parameters hold their averages (those that have been stepped); afterwards what they held before.
+
+        Raises:
+            RuntimeError: without ema_decay.
+        """
+        if self.ema_decay is None:
+            raise RuntimeError(f"{self._name}: there are no averages of weights without ema_decay")
+        averaged = [p for group in self.param_groups for p in group["params"] if "ema" in self.state.get(p, {})]
+        before = [p.detach().clone() for p in averaged]
+        with torch.no_grad():
+            for p in averaged:
+                p.copy_(self.state[p]["ema"])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, x in zip(averaged, before, strict=True):
+                    p.copy_(x)
+
+
+class _Handle:
+    """Ends step_in_backward."""
+
+    def __init__(self, optimizer: Fused, hooks: list[RemovableHandle]):
+        self._optimizer, self._hooks = optimizer, hooks
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
+            self._optimizer._in_backward = False
+        self._hooks = []
+
+
+# --- tensors of other kinds -------------------------------------------------------------------------------------------
+def is_distributed(x: Tensor) -> bool:
+    """Whether it is a DTensor, which a program that has none need not import."""
+    return hasattr(x, "device_mesh")
+
+
+def local(x: Tensor) -> Tensor:
+    """What a kernel can take: of a DTensor the part that is here, and complex numbers as pairs of real ones."""
+    if is_distributed(x):
+        x = x.to_local()
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def sharded_over(x: Tensor) -> dict[str, Any]:
+    """The process groups, by name, over which a DTensor is cut into parts that are no copies of each other."""
+    if not is_distributed(x):
+        return {}
+    over = [i for i, placement in enumerate(x.placements) if placement.is_shard()]
+    return {(group := x.device_mesh.get_group(i)).group_name: group for i in over}
+
+
+def wide_dtype(p: Tensor) -> torch.dtype:
+    return torch.float32 if p.element_size() == 2 else p.dtype
+
+
+def capturing() -> bool:
+    # torch.compile cannot trace the last of these, which would initialise CUDA if it stood first.
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()
+
+
+def step_dtype() -> torch.dtype:
+    """As torch's: float32 counts exactly up to 2^24 steps."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
