@@ -50,8 +50,8 @@ class Adam(Fused):
         skip_nonfinite: skip steps whose gradients' norm is not finite: nothing changes but
             ``optimizer.skipped_steps``, a 0-d tensor, which counts them. ``grad_norm`` is set too.
         state_dtype: of the running averages, float32, bfloat16 or uint8; their parameter's where not given, as in
-            torch, and float32 with master_weights. The average of squares in a bfloat16 that was asked for is rounded up
-            or down at random, without which it could not decay. uint8 is for parameters of at least 4096 elements
+            torch, and float32 with master_weights. The average of squares in a bfloat16 that was asked for is rounded
+            up or down at random, without which it could not decay. uint8 is for parameters of at least 4096 elements
             (smaller ones have float32): 8 bits and a float32 for each block of 256, 2.03 bytes a parameter for both
             averages (https://arxiv.org/abs/2110.02861; here logarithmic codes, rounded at random). float64 and complex
             parameters keep states of their own dtype, and for float16 ones bfloat16 is as if not given.

@@ -15,6 +15,7 @@ from fastlm._library import backends
 from fastlm.data import Dataset, get_batch
 from fastlm.models import GPT
 from fastlm.optim import AdamW
+from fastlm.optim.schedule import schedule_factor
 from fastlm.train.config import TrainConfig
 from fastlm.train.evaluation import autocast
 
@@ -173,11 +174,7 @@ def build_graph(config: TrainConfig) -> StepGraph | None:
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Of step `step` from 0: linear warm-up to the highest, then half a cosine to the final one."""
     warmup = round(config.warmup * config.steps)
-    if step < warmup:
-        return config.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, config.steps - 1 - warmup)  # 0 .. 1
-    low = config.final_learning_rate
-    return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return config.learning_rate * schedule_factor(step, config.steps, warmup=warmup, final=config.final_learning_rate)
 
 
 def build_model(config: TrainConfig, dataset: Dataset) -> GPT:
