@@ -103,7 +103,7 @@ class Fused(Optimizer):
         """Whether a step needs its number."""
         raise NotImplementedError
 
-    def _counts_on_device(self, p: Tensor, group: dict[str, Any], skips: bool) -> bool:
+    def _counts_on_device(self, device: torch.device, group: dict[str, Any], skips: bool) -> bool:
         raise NotImplementedError
 
     def _run(self, call: Call, scale: Tensor | None, found_inf: Tensor | None, seed: int) -> None:
@@ -193,7 +193,7 @@ class Fused(Optimizer):
             step = 1.0
         if step is None or not self._counts(group):
             return state
-        device = p.device if self._counts_on_device(p, group, False) else "cpu"
+        device = p.device if self._counts_on_device(p.device, group, False) else "cpu"
         dtype = torch.float64 if isinstance(step, Tensor) and step.dtype == torch.float64 else step_dtype()
         return {"step": torch.as_tensor(step, dtype=dtype, device=device), **state}
 
@@ -205,29 +205,29 @@ class Fused(Optimizer):
     def _has_master(self, p: Tensor) -> bool:
         return self.master_weights and p.dtype in (torch.bfloat16, torch.float16)
 
-    def _state_of(self, p: Tensor, group: dict[str, Any], skips: bool, made: list[Tensor]) -> dict[str, Any]:
+    def _state_of(
+        self, p: Tensor, group: dict[str, Any], on_device: bool, captures: bool, made: list[Tensor]
+    ) -> dict[str, Any]:
+        """Made or completed, where it is not as this step needs it."""
         counts, copies = self._counts(group), self._copies(p)
         if not counts and not copies:
             return {}
         state = self.state[p]
-        new, on_device = not state, self._counts_on_device(p, group, skips)
-        if counts and not on_device:
-            self._refuse_while_capturing(
-                "it counts steps on the host, which a CUDA graph would not do again; capturable=True counts them on "
-                "the GPU"
-            )
+        new = not state
         if new:
-            self._refuse_while_capturing(
+            self._refuse_capture(
+                captures,
                 f"a parameter of sizes {tuple(p.shape)} has no state yet, which a CUDA graph would set to 0 at every "
-                "replay; take the first step before the capture"
+                "replay; take the first step before the capture",
             )
             made.append(p)
         if counts and "step" not in state:
             state["step"] = torch.zeros((), dtype=step_dtype(), device=p.device if on_device else "cpu")
         elif counts and on_device and state["step"].device != p.device:
-            self._refuse_while_capturing(
+            self._refuse_capture(
+                captures,
                 "a group was made capturable after the last step, whose count is still on the host; take a step before "
-                "the capture"
+                "the capture",
             )
             state["step"] = state["step"].to(p.device)
         if new:
@@ -237,8 +237,8 @@ class Fused(Optimizer):
                 state[key] = p.detach().to(dtype, copy=True)
         return state
 
-    def _refuse_while_capturing(self, why: str) -> None:
-        if capturing():
+    def _refuse_capture(self, captures: bool, why: str) -> None:
+        if captures:
             raise RuntimeError(f"{self._name}: {why}")
 
     # --- the step -----------------------------------------------------------------------------------------------------
@@ -295,25 +295,39 @@ class Fused(Optimizer):
 
     def _calls(self, chosen: list[tuple[dict[str, Any], list[Tensor]]], skips: bool, made: list[Tensor]) -> list[Call]:
         calls = []
+        captures, copies = capturing(), self.master_weights or self.ema_decay is not None
         for number, (group, params) in enumerate(chosen):
             self._refuse_unsupported(group)  # a group may have been changed since
+            counts = self._counts(group)
             by_kind: dict[tuple, Call] = {}
             for p in params:
                 if p.grad is None:
                     continue
+                device = p.device
                 grad = self._gradient(p, group)
-                state = self._state_of(p, group, skips, made)
-                kind = (p.device, grad.layout, "master_param" in state, "exp_avg_codes" in state)
-                if kind not in by_kind:
-                    by_kind[kind] = Call(group, number, p.device)
-                by_kind[kind].add(p, grad, state)
+                on_device = self._counts_on_device(device, group, skips)
+                if counts and not on_device:
+                    self._refuse_capture(
+                        captures,
+                        "it counts steps on the host, which a CUDA graph would not do again; capturable=True counts "
+                        "them on the GPU",
+                    )
+                state = self.state.get(p, {}) if counts else {}
+                # Nearly always it is complete; what follows is for thousands of small parameters.
+                if copies or (counts and ("step" not in state or (on_device and state["step"].device != device))):
+                    state = self._state_of(p, group, on_device, captures, made)
+                kind = (device, grad.layout, "master_param" in state, "exp_avg_codes" in state)
+                call = by_kind.get(kind)
+                if call is None:
+                    call = by_kind[kind] = Call(group, number, device)
+                call.add(p, grad, state)
             calls += by_kind.values()
         return calls
 
     def _gradient(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """A parameter's gradient, placed as the parameter is."""
         grad = p.grad
-        if grad.layout != torch.strided:
+        if grad.layout is not torch.strided:
             raise RuntimeError(
                 f"{self._name} does not support sparse gradients, got {grad.layout}; see torch.optim.SparseAdam"
             )

@@ -227,8 +227,8 @@ class Adam(Fused):
     def _counts(self, group: dict[str, Any]) -> bool:
         return True
 
-    def _counts_on_device(self, p: Tensor, group: dict[str, Any], skips: bool) -> bool:
-        return bool(group["capturable"] or (p.device.type != "cpu" and (group["fused"] or skips)))
+    def _counts_on_device(self, device: torch.device, group: dict[str, Any], skips: bool) -> bool:
+        return bool(group["capturable"] or (device.type != "cpu" and (group["fused"] or skips)))
 
     # --- the step -----------------------------------------------------------------------------------------------------
     def _run(self, call: Call, scale: Tensor | None, found_inf: Tensor | None, seed: int) -> None:

@@ -36,16 +36,16 @@ def warmup_schedule(
 ) -> LambdaLR:
     """A torch scheduler for the whole of training: call its ``step`` after each of the optimizer's.
 
-    The learning rate rises linearly over `warmup` steps to that which each group has, and then falls to a share of
-    it, which the last step has and all that come after it.
+    The learning rate rises linearly over `warmup` steps to that which each group has, then falls to a share of it,
+    which the last step has and all that come after it.
 
     Args:
         steps: of the whole training.
         warmup: steps below the highest learning rate.
-        shape: "cosine", half a wave (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983); "linear", a straight
-            line; "wsd", warmup, stable, decay: nothing until the last `decay` steps, then by the square root of their
-            share that is done (Hu et al. 2024, https://arxiv.org/abs/2404.06395; the curve of Hägele et al. 2024,
-            https://arxiv.org/abs/2405.18392).
+        shape: "cosine", half a wave (Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983); "linear", a
+            straight line; "wsd", warmup, stable, decay: nothing until the last `decay` steps, then by the square root
+            of their share that is done (Hu et al. 2024, https://arxiv.org/abs/2404.06395; the curve of Hägele et al.
+            2024, https://arxiv.org/abs/2405.18392).
         final: last learning rate as a share of the highest.
         decay: steps in which it falls, for "wsd" alone; a fifth of all where not given.
         last_epoch: as torch's schedulers, the number of the last step where training resumes.

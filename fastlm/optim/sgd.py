@@ -117,16 +117,10 @@ class SGD(Fused):
             return {}
         return {"momentum_buffer": buffer.to(device=p.device, dtype=self._dtype_of_state(p))}
 
-    def _state_of(self, p: Tensor, group: dict[str, Any], skips: bool, made: list[Tensor]) -> dict[str, Any]:
-        state = super()._state_of(p, group, skips, made)
-        if group["momentum"] != 0 and "momentum_buffer" not in state:  # switched on since
-            state |= {**self._new_state(p, group), "step": torch.zeros_like(state["step"])}
-        return state
-
     def _counts(self, group: dict[str, Any]) -> bool:
         return group["momentum"] != 0 or self.stochastic_rounding
 
-    def _counts_on_device(self, p: Tensor, group: dict[str, Any], skips: bool) -> bool:
+    def _counts_on_device(self, device: torch.device, group: dict[str, Any], skips: bool) -> bool:
         return True
 
     # --- the step -----------------------------------------------------------------------------------------------------
@@ -148,6 +142,10 @@ class SGD(Fused):
                 p.add_(grad, alpha=float(lr) * (1 if group["maximize"] else -1))
             return
         momentum, counts = group["momentum"], self._counts(group)
+        if momentum != 0:
+            for p, state in zip(call.params, call.states, strict=True):
+                if "momentum_buffer" not in state:  # momentum was switched on since
+                    state |= {**self._new_state(p, group), "step": torch.zeros_like(state["step"])}
         stays = isinstance(lr, Tensor) and lr.device == call.device and lr.device.type != "cpu"
         sgd_(
             call.local(call.params),
