@@ -357,7 +357,8 @@ class Fused(Optimizer):
                 clip = (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
                 scale = clip if scale is None else clip * scale.to(clip.device)
         if found_inf is not None:
-            self.skipped_steps = self.skipped_steps.to(found_inf.device) + (found_inf != 0).reshape(())
+            self.skipped_steps = self.skipped_steps.to(found_inf.device)
+            self.skipped_steps += (found_inf != 0).reshape(())  # in place: a CUDA graph goes on counting
         return scale, found_inf
 
     def _norm(self, calls: list[Call]) -> Tensor:
