@@ -7,6 +7,9 @@ import pytest
 import torch
 from triton_testing import DEVICE, HALVES, assert_close, compile_for_gpu, randn
 
+from fastlm._eight_bit import quantized
+from fastlm.kernels._common import flat
+from fastlm.kernels.triton import _step
 from fastlm.kernels.triton import adam as kernels
 from fastlm.ops.adam import adam_reference
 
@@ -60,7 +63,7 @@ def test_many_steps_stay_with_torch():
         part[0].zero_()
     p = lists[0][0].double().requires_grad_()
     optimizer = torch.optim.AdamW([p], lr=0.01, weight_decay=0.1)
-    for _ in range(20):
+    for _ in range(10):
         lists[1][0].copy_(lists[0][0] * 2 + 1)
         p.grad = lists[1][0].double()
         optimizer.step()
@@ -156,37 +159,138 @@ def test_grad_norm():
 
 @pytest.mark.parametrize("run", ["adam_", "grad_norm"])
 def test_nothing_is_captured(monkeypatch, run):
-    monkeypatch.setattr(kernels, "capturing", lambda x: True)
+    monkeypatch.setattr(_step, "capturing", lambda x: True)
     lists = state([(3,)], torch.float32, False)
     args = (lists[1],) if run == "grad_norm" else (*lists, 0.1, 0.9, 0.99, 1e-8, 0.1, True, False, False, *NOTHING_MORE)
     with pytest.raises(RuntimeError, match=f"fastlm.{run} in Triton sends addresses from the host"):
         getattr(kernels, run)(*args)
 
 
+EXTRAS = [{"l1": 0.01}, {"masters": True}, {"emas": True}, {"found": 0.0}, {"wide_states": True}]
+TOGETHER = {"l1": 0.01, "masters": True, "emas": True, "found": 0.0}
+
+
+@pytest.mark.parametrize("extras", [*EXTRAS, TOGETHER, TOGETHER | {"wide_states": True, "amsgrad": True}], ids=str)
+def test_extras(extras):
+    """Each alone and together: in float16, where the reference in float64 has no masters but is one."""
+    amsgrad = extras.get("amsgrad", False)
+    lists = state([(7, 5), (64, 16), (8193,)], torch.float16, amsgrad)
+    lists[5] = [step.to(DEVICE) for step in lists[5]]
+    if "wide_states" in extras:
+        lists[2:5] = [[x.float() * 1.01 for x in part] for part in lists[2:5]]
+    l1, found = extras.get("l1", 0.0), extras.get("found")
+    found = None if found is None else torch.tensor(found, device=DEVICE)
+    masters = [p.float() * 1.0001 for p in lists[0]] if "masters" in extras else []
+    emas = [randn(*p.shape) for p in lists[0]] if "emas" in extras else []
+    emas[1:2] = [randn(*reversed(ema.shape)).t() for ema in emas[1:2]]  # laid out unlike its parameter
+    exact, plain = copy(lists, torch.float64), copy([*lists, masters, emas])
+    exact_emas = [x.double() for x in emas]
+    if masters:
+        exact[0] = [x.double() for x in masters]
+    options = (0.1, 0.9, 0.99, 1e-6, 0.1, False, amsgrad, False, None, False, None, False, 0, l1, found)
+    adam_reference(*exact, *options, [], exact_emas, 0.75)
+    adam_reference(*plain[:6], *options, *plain[6:], 0.75)
+    kernels.adam_(*lists, *options, masters, emas, 0.75, [], [])
+    for mine, right, stock in zip(
+        [*lists[:1], *lists[2:], masters, emas],
+        [*exact[:1], *exact[2:], exact[0] if masters else [], exact_emas],
+        [*plain[:1], *plain[2:]],
+        strict=True,
+    ):
+        for a, b, c in zip(mine, right, stock, strict=True):
+            assert_close(a, b.double(), stock=c)
+    if masters:
+        assert all(torch.equal(p, master.half()) for p, master in zip(lists[0], masters, strict=True))
+
+
+def eight_bit(sizes, dtype):
+    """As `state`, and scales for exp_avgs and exp_avg_sqs."""
+    lists = state(sizes, dtype, False, (3.0,))
+    scales = []
+    for i, signed in ((2, True), (3, False)):
+        packed = [quantized(x.float().flatten(), signed) for x in lists[i]]
+        lists[i] = [codes.view(x.shape) for (codes, _), x in zip(packed, lists[i], strict=True)]
+        scales.append([scale for _, scale in packed])
+    return lists, scales
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, about what is not finite
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_states_of_eight_bits(dtype):
+    """The reference's codes and scales, but for where a last bit of what is rounded differs."""
+    lists, scales = eight_bit([(1,), (255,), (4096,), (8193,), (40, 48)], dtype)
+    for part in (lists[0], *lists[2:4]):  # transposed all three
+        part[4] = part[4].t().contiguous().t()
+    lists[1][3][300:600] = 0  # with averages that are 0 as well
+    for i in (2, 3):
+        lists[i][3][256:512], scales[i - 2][3][1] = 0, 0
+    lists[1][2][7], lists[1][2][1000] = math.nan, -math.inf
+    want, want_scales = copy(lists), copy(scales + [[]] * 6)[:2]
+    want[0][4], want[2][4], want[3][4] = (x[4].clone() for x in (lists[0], lists[2], lists[3]))
+    options = (0.1, 0.9, 0.99, 1e-6, 0.1, True, False, False, None, False, None, False, 9, 0.0, None, [], [], 0.0)
+    adam_reference(*want, *options, *want_scales)
+    kernels.adam_(*lists, *options, *scales)
+    for got_scales, right in zip(scales, want_scales, strict=True):
+        for a, b in zip(got_scales, right, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0, equal_nan=True)
+    assert scales[0][2].isnan().nonzero().flatten().tolist() == [0, 3]  # what is not finite stays in its block
+    for i in (2, 3):
+        for a, b, scale in zip(lists[i], want[i], scales[i - 2], strict=True):
+            known = ~scale.isnan().repeat_interleave(256)[: a.numel()]
+            off = (flat(a).int() - flat(b).int())[known].abs()
+            assert off.max() <= 1 and (off > 0).float().mean() < 2e-3
+    for a, b in zip(lists[0], want[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_that_is_skipped_writes_nothing(packed):
+    sizes = [(1000,), (64, 32)]
+    lists, scales = eight_bit(sizes, torch.float16) if packed else (state(sizes, torch.float16, True), [[], []])
+    lists[5] = [step.to(DEVICE) for step in lists[5]]
+    lists[1][1] = randn(32, 64, dtype=torch.float16).t()
+    masters, emas = ([p.float() * factor for p in lists[0]] for factor in (1.0001, 0.5))
+    if not packed:  # of which the step runs on a copy
+        masters[1] = randn(32, 64).t()
+    everything = [*lists, masters, emas, *scales]
+    before = copy(everything)
+    options = (0.1, 0.9, 0.99, 1e-6, 0.1, True, not packed, False, None, False, None, False, 0, 0.1)
+    kernels.adam_(*lists, *options, torch.tensor(math.nan, device=DEVICE), masters, emas, 0.9, *scales)
+    for part, old in zip(everything, before, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(part, old, strict=True))
+    kernels.adam_(*lists, *options, torch.tensor(0.0, device=DEVICE), masters, emas, 0.9, *scales)
+    for i, (part, old) in enumerate(zip(everything, before, strict=True)):
+        assert i == 1 or not any(torch.equal(a, b) for a, b in zip(part, old, strict=True))
+
+
 def test_what_it_refuses():
     x = [randn(3)]
-    assert kernels._unsupported(x, x, x) is None
+    assert _step.unsupported(x, x, x) is None
     wide = [randn(3), randn(3).double()]
-    assert kernels._unsupported(wide, wide, wide) == "does not take torch.float64"
+    assert _step.unsupported(wide, wide, wide) == "does not take torch.float64"
 
 
 def test_compiles_for_gpus():
     compiled = compile_for_gpu("""
 from fastlm.kernels.triton import adam as kernels
+hyper, no_extras = (0.1, 0.9, 0.99, 1e-8, 0.1), (0.0, None, [], [], 0.0, [], [])
+off, on = (True, False, False, None, False, None, False, 0), (False, True, True, torch.ones(()), True, None)
 for dtype in (torch.float32, torch.bfloat16):
     for n in (4096, 4095):
-        for on in (False, True):
-            x = torch.empty(n, dtype=dtype)
-            tops, steps = [x] if on else [], [torch.tensor(0.0)]
-            kernels.adam_(
-                [x], [x], [x], [x], tops, steps, 0.1, 0.9, 0.99, 1e-8, 0.1, not on, on, on, None, False, None, False, 0
-            )
-            state = torch.empty(n, dtype=torch.float32 if dtype == torch.bfloat16 else torch.bfloat16)
-            tops, more = [state] if on else [], (torch.ones(()), True, None, True, 1, *(0.0, None, [], [], 0.0, [], []))
-            kernels.adam_([x], [x], [state], [state], tops, steps, 0.1, 0.9, 0.99, 1e-8, 0.1, not on, on, on, *more)
-        kernels.grad_norm([x])
+        x, steps = [torch.empty(n, dtype=dtype)], [torch.tensor(0.0)]
+        wide, codes, scales = [torch.empty(n)], [torch.empty(n, dtype=torch.uint8)], [torch.empty(16)]
+        states, masters = ([x[0].bfloat16()], []) if dtype == torch.float32 else (wide, wide)
+        extras = (0.1, torch.ones(()), masters, wide, 0.9)
+        kernels.adam_(x, x, x, x, [], steps, *hyper, *off, *no_extras)
+        kernels.adam_(x, x, states, states, states, steps, *hyper, *on, True, 1, *no_extras)
+        kernels.adam_(x, x, states, states, states, steps, *hyper, *on, False, 1, *extras, [], [])
+        kernels.adam_(x, x, codes, codes, [], steps, *hyper, *off, *no_extras[:5], scales, scales)
+        kernels.adam_(x, x, codes, codes, [], steps, *hyper, False, *off[1:], *extras, scales, scales)
+        kernels.grad_norm(x)
 """)
-    assert len(compiled) == 2 * 2 * 2 * (2 * 2 + 1)
+    assert len(compiled) == 2 * 2 * 2 * (5 + 1)
     for c in compiled:
-        assert c["spilled"] == 0, (c["constants"], c["architecture"])
-        assert ("ld.global.v" in c["ptx"]) == c["constants"]["ALIGNED"]  # 128-bit loads
+        what = c["kernel"], c["constants"], c["architecture"]
+        assert c["spilled"] == 0, what
+        assert ("ld.global.v" in c["ptx"]) == c["constants"]["ALIGNED"], what  # 128-bit loads
+        assert c["kernel"] == "grad_norm_kernel" or ".f64" not in c["ptx"], what

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "_flops": {"_library"},
     "_sharding": {"_library"},
     "_dropout": {"_library"},
-    "kernels": {"_library", "_native", "_activations", "_dropout", "_rounding", "_attention", "_version"},
+    "kernels": {"_library", "_native", "_activations", "_dropout", "_eight_bit", "_rounding", "_attention", "_version"},
     "ops": {"_library", "_activations", "_checks", "_dropout", "_rounding", "_eight_bit", "_step", "_attention"},
     "compat": OPS,
     "nn": OPS,
