@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from triton_testing import DEVICE, HALVES, assert_close, compile_for_gpu, randn
+from triton_testing import DEVICE, HALVES, assert_close, assert_self_checks, compile_for_gpu, randn
 
 from fastlm._eight_bit import quantized
 from fastlm.kernels._common import flat
@@ -268,6 +268,10 @@ def test_what_it_refuses():
     assert _step.unsupported(x, x, x) is None
     wide = [randn(3), randn(3).double()]
     assert _step.unsupported(wide, wide, wide) == "does not take torch.float64"
+
+
+def test_self_checks():
+    assert_self_checks("adam")
 
 
 def test_compiles_for_gpus():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from triton_testing import DEVICE, HALVES, assert_close, compile_for_gpu, randn
+from triton_testing import DEVICE, HALVES, assert_close, assert_self_checks, compile_for_gpu, randn
 
 from fastlm.kernels.triton import _step
 from fastlm.kernels.triton import sgd as kernels
@@ -142,6 +142,10 @@ def test_nothing_is_captured(monkeypatch):
     monkeypatch.setattr(_step, "capturing", lambda x: True)
     with pytest.raises(RuntimeError, match=r"fastlm\.sgd_ in Triton sends addresses from the host"):
         kernels.sgd_(*state([(3,)], torch.float32), 0.1, 0.9, 0.0, 0.0, 0.0, False, False, *NOTHING_MORE)
+
+
+def test_self_checks():
+    assert_self_checks("sgd")
 
 
 def test_compiles_for_gpus():
