@@ -352,35 +352,62 @@ int64_t attention_decode(const TensorView& q, const TensorView& k, const TensorV
   return numel;
 }
 
-// --- Adam -------------------------------------------------------------------------------------------------------------
+// --- optimizers -------------------------------------------------------------------------------------------------------
+struct StepNumbers {
+  const OptionalTensor &scale, &lr, &found_inf;
+};
+
+void optimizer_step(const char* op, std::vector<StepItem> items, const TensorList& params, const TensorList& steps,
+                    const StepOptions& options, const StepNumbers& numbers, const OptionalTensor& workspace, uintptr_t stream) {
+  if (items.empty()) return;
+  cuda::StepOnDevice on_device;
+  for (const auto& [name, given, to] : {std::tuple{"scale", &numbers.scale, &on_device.scale}, {"lr", &numbers.lr, &on_device.lr},
+                                        {"found_inf", &numbers.found_inf, &on_device.found_inf}}) {
+    border.check_scalar(op, name, params[0], *given);
+    if (*given) *to = {(*given)->data, (*given)->dtype == DType::kF64};
+  }
+  FASTLM_CHECK(workspace || steps.empty() || (!numbers.lr && !numbers.found_inf), op,
+               ": lr and found_inf can be on the device only where the steps are");
+  if (workspace) {
+    border.check_device(op, params[0], *workspace);
+    FASTLM_CHECK(workspace->dtype == DType::kF64 && workspace->contiguous() && !steps.empty() &&
+                     workspace->numel() == cuda::kStepWorkspace * static_cast<int64_t>(steps.size()),
+                 op, ": workspace must be ", cuda::kStepWorkspace, " float64 per parameter that counts its steps, got ",
+                 workspace->describe());
+    on_device.workspace = workspace->data;
+    for (const TensorView& step : steps) on_device.steps.push_back({step.data, step.dtype == DType::kF64});
+  }
+  cuda::optimizer_step({params[0].device, stream}, items, options, on_device);
+  if (!workspace) store_steps(items, steps);
+}
+
 void adam_step(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
                const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs, const TensorList& steps, double lr,
                double beta1, double beta2, double eps, double weight_decay, bool decoupled, bool amsgrad, bool maximize,
                const OptionalTensor& scale, bool stochastic, const OptionalTensor& device_lr, bool stochastic_params,
-               uint32_t seed, const OptionalTensor& workspace, uintptr_t stream) {
-  const char* op = "adam_";
+               uint32_t seed, double l1, const OptionalTensor& found_inf, const TensorList& masters, const TensorList& emas,
+               double ema_decay, const TensorList& exp_avg_scales, const TensorList& exp_avg_sq_scales,
+               const OptionalTensor& workspace, uintptr_t stream) {
   check_adam_lists(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad);
+  std::vector<StepItem> items =
+      border.check_step("adam_", {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters, emas,
+                                  exp_avg_scales, exp_avg_sq_scales}, kAdamNames, workspace.has_value());
+  optimizer_step("adam_", items, params, steps,
+                 adam_options(lr, beta1, beta2, eps, weight_decay, decoupled, maximize, 1, stochastic, stochastic_params,
+                              seed, l1, ema_decay), {scale, device_lr, found_inf}, workspace, stream);
+}
+
+void sgd_step(const TensorList& params, const TensorList& grads, const TensorList& momentum_buffers, const TensorList& steps,
+              double lr, double momentum, double dampening, double weight_decay, double l1, bool nesterov, bool maximize,
+              const OptionalTensor& scale, const OptionalTensor& device_lr, const OptionalTensor& found_inf,
+              const TensorList& masters, const TensorList& emas, double ema_decay, bool stochastic_params, uint32_t seed,
+              const OptionalTensor& workspace, uintptr_t stream) {
+  check_sgd_lists(params, momentum_buffers, steps, momentum, stochastic_params);
   std::vector<StepItem> items = border.check_step(
-      op, {params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, {}, {}, {}, {}}, kAdamNames, workspace.has_value());
-  if (items.empty()) return;
-  cuda::StepOnDevice on_device;
-  for (const auto& [name, given, to] : {std::tuple{"scale", &scale, &on_device.scale}, {"lr", &device_lr, &on_device.lr}}) {
-    border.check_scalar(op, name, params[0], *given);
-    if (*given) *to = {(*given)->data, (*given)->dtype == DType::kF64};
-  }
-  FASTLM_CHECK(workspace || !device_lr, op, ": lr can be on the device only where the steps are");
-  if (workspace) {
-    border.check_device(op, params[0], *workspace);
-    FASTLM_CHECK(workspace->dtype == DType::kF64 && workspace->contiguous() &&
-                     workspace->numel() == cuda::kStepWorkspace * static_cast<int64_t>(items.size()),
-                 op, ": workspace must be ", cuda::kStepWorkspace, " float64 per parameter, got ", workspace->describe());
-    on_device.workspace = workspace->data;
-    for (const TensorView& step : steps) on_device.steps.push_back({step.data, step.dtype == DType::kF64});
-  }
-  cuda::adam_step({params[0].device, stream}, items,
-                  adam_options(lr, beta1, beta2, eps, weight_decay, decoupled, maximize, 1, stochastic, stochastic_params,
-                               seed, 0, 0), on_device);
-  if (!workspace) store_steps(items, steps);
+      "sgd_", {params, grads, momentum_buffers, {}, {}, steps, masters, emas, {}, {}}, kSgdNames, workspace.has_value());
+  optimizer_step("sgd_", items, params, steps,
+                 sgd_options(lr, momentum, dampening, weight_decay, l1, nesterov, maximize, 1, ema_decay, stochastic_params, seed),
+                 {scale, device_lr, found_inf}, workspace, stream);
 }
 
 std::vector<cuda::NormArray> norm_arrays(const TensorList& tensors) {
@@ -450,8 +477,9 @@ PYBIND11_MODULE(FASTLM_MODULE, m) {
   kernel("mse_loss_backward", &fastlm::mse_loss_backward);
   m.def("mse_loss_chunks", &cuda::mse_loss_chunks, "Elements of `partial` that mse_loss_forward works in.");
   kernel("adam_step", &fastlm::adam_step,
-         "All on one device but the steps, which are on the CPU without a workspace of adam_workspace float64 a parameter.");
-  m.attr("adam_workspace") = cuda::kStepWorkspace;
+         "All on one device but the steps, which are on the CPU without a workspace of step_workspace float64 a parameter.");
+  kernel("sgd_step", &fastlm::sgd_step, "Likewise; there may be no steps.");
+  m.attr("step_workspace") = cuda::kStepWorkspace;
   kernel("grad_norm", &fastlm::grad_norm, "norm = the 2-norm of all elements of dense tensors.");
   m.def("grad_norm_chunks", [](const fastlm::TensorList& grads) { return cuda::norm_chunks(fastlm::norm_arrays(grads)); },
         "Elements of `partial` that grad_norm works in.");

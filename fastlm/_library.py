@@ -386,10 +386,10 @@ class Op:
                     continue
                 apart = torch.where(a == b, 0, a.double() - b.double())  # infinities may agree
                 difference, largest = (x.abs().max().item() for x in (apart, torch.where(b.isinf(), 0, b).double()))
-                # Sums in another order, and in 16 bits an operand of a product rounded once more. A code of 8 bits is
-                # one off where a last bit decides what it is rounded to.
-                ulps = (8 if a.element_size() == 2 else 64) * largest
-                allowed = ulps * torch.finfo(a.dtype).eps if a.is_floating_point() else 1
+                # Sums in another order, and in 16 bits an operand of a product rounded once more. Codes of 8 bits are
+                # rounded up or down at a border that the last bit of a float32 may cross.
+                rounding = 8 if a.element_size() == 2 else 64
+                allowed = rounding * torch.finfo(a.dtype).eps * largest if a.is_floating_point() else 1
                 if not difference <= allowed:
                     return f"off by {difference:.3g}, where {allowed:.3g} would be rounding"
         return None

@@ -90,6 +90,9 @@ template <> __device__ inline f16 narrow<f16>(float x) { return __float2half_rn(
 template <> __device__ inline bf16 narrow<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <class T> __device__ inline T narrow(double x) { return static_cast<T>(x); }
 
+__device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ inline float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
 // Two neighbours in one register, the first in the low half.
 template <class T> __device__ uint32_t pack(float low, float high);
 template <> __device__ inline uint32_t pack<f16>(float low, float high) {

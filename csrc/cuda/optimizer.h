@@ -16,16 +16,17 @@ struct DeviceScalar {
 // What a step reads from device memory, so that a CUDA graph finds it anew; all may be missing.
 struct StepOnDevice {
   DeviceScalar scale;               // of the gradients
+  DeviceScalar found_inf;           // other than 0, nothing is written and the step not counted
   std::vector<DeviceScalar> steps;  // of all parameters or of none: steps taken before this one, which is counted there
-  DeviceScalar lr;                  // with steps alone, instead of the options'
+  DeviceScalar lr;                  // instead of the options'; with steps here, or without any
   void* workspace = nullptr;        // with steps: kStepWorkspace doubles a parameter
 };
 constexpr int kStepWorkspace = 4;
 
-// As in cpu/optimizer.h. With a driver for CUDA 13 some 400 parameters of one dtype share a launch; one that is not flat takes a
-// launch of its own.
-void adam_step(const Target& target, const std::vector<StepItem>& items, const StepOptions& options,
-               const StepOnDevice& on_device);
+// As in cpu/optimizer.h. With a driver for CUDA 13 some 300 to 400 parameters of one dtype share a launch; one that is not flat
+// takes a launch of its own.
+void optimizer_step(const Target& target, const std::vector<StepItem>& items, const StepOptions& options,
+                    const StepOnDevice& on_device);
 
 struct NormArray {
   const void* data;

@@ -32,7 +32,7 @@ def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
 
     Called inside kernels, never in a traced formula, from which a compiler may drop it.
     """
-    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+    return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 def flat(x: Tensor) -> Tensor:

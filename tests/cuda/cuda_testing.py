@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FAMILIES = (
     "relu", "activation", "bias_act", "glu", "dropout", "norm", "rope", "embedding", "cross_entropy", "linear_act",
-    "mse_loss", "adam", "attention", "attention_decode",
+    "mse_loss", "adam", "sgd", "attention", "attention_decode",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastlm import _library
 from fastlm._activations import ACTIVATIONS, GRADIENTS, SAVE_OUTPUT
 from fastlm._dropout import keep_mask
+from fastlm._eight_bit import dequantized, quantized
+from fastlm._rounding import noise_of, noise_of_mean, random_bits
 from fastlm.kernels import linear_cross_entropy, products_gpu
 from fastlm.ops.adam import adam_reference
 from fastlm.ops.bias_act import bias_act_backward_reference, bias_act_reference
@@ -37,6 +40,7 @@ from fastlm.ops.norm import (
     rms_norm_reference,
 )
 from fastlm.ops.rope import rope_reference
+from fastlm.ops.sgd import sgd_reference
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 HALVES = [torch.float16, torch.bfloat16]
@@ -750,29 +754,52 @@ NO_EXTRAS = (0.0, None, [], [], 0.0, [], [])  # l1, found_inf, masters, averages
 NOTHING_MORE = (None, False, None, False, 0, *NO_EXTRAS)  # no scale, nothing at random, lr a number
 
 
-def check_adam(kernels, lists: list[list[Tensor]], options: tuple, more: tuple = NOTHING_MORE, eps=None) -> None:
-    exact = [[t.double().clone() for t in tensors] for tensors in lists[:5]]
-    exact.append([t.clone() for t in lists[5]])
-    ours = [[t.to(kernels.device) if t.is_contiguous() else t for t in tensors] for tensors in lists[:5]]
-    ours.append(lists[5])
-    again = [[t.clone() for t in tensors] for tensors in ours[:5]]
-    counts = [on_host(t.item()) if hasattr(t, "on_host") else t.clone() for t in ours[5]]
-    with torch.no_grad():
-        kernels["adam_"](*ours, *options, *more)
-        kernels["adam_"](*again, counts, *options, *more)
-    for first, second in zip(ours[:5], again, strict=True):
-        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(first, second, strict=True))
-    with torch.no_grad():
-        scale, _, device_lr, *_ = (x.cpu() if isinstance(x, Tensor) else x for x in more)
-        adam_reference(*exact, *options, scale, False, device_lr)
-    for given, got, want in zip(lists[:5], ours[:5], exact[:5], strict=True):
-        for before, a, b in zip(given, got, want, strict=True):
-            assert a.dtype == before.dtype
-            error = (a.cpu().double() - b).abs() / b.abs().clamp_min(1.0)
-            # An update is a difference of numbers around 1, each the result of a few roundings.
-            assert error.numel() == 0 or error.max() <= 4 * (eps or torch.finfo(a.dtype).eps)
-    for a, b in zip(ours[5], exact[5], strict=True):
-        assert a.item() == b.item()
+def on(device: torch.device, x):
+    """A copy there of an argument of a step, but of steps that are counted on the host."""
+    if isinstance(x, (list, tuple)):
+        return [on(device, t) for t in x]
+    if isinstance(x, Tensor):
+        return on_host(x.item()) if hasattr(x, "on_host") else x.to(device, copy=True)
+    return x
+
+
+def assert_stepped(got: Tensor, before: Tensor, want: Tensor) -> None:
+    """An update is a difference of numbers around 1, or as large as what it changes, each of a few roundings."""
+    got, before, want, eps = got.cpu().double(), before.cpu().double(), want.double(), torch.finfo(got.dtype).eps
+    error = (got - want).abs() / torch.maximum(want.abs(), before.nan_to_num(0).abs()).clamp_min(1.0)
+    assert error.numel() == 0 or error.max() <= 4 * eps, f"off by {error.max() / eps:.1f} ulp"
+
+
+def check_step(kernels, op: str, reference: Callable[..., None], args: tuple) -> None:
+    """One step, twice, against float64; nothing but the lists is written, and nothing at all where it is skipped."""
+    given = dict(zip(inspect.signature(reference).parameters, args, strict=True))
+    ours, again = (on(kernels.device, given) for given in 2 * [list(given.values())])
+    for call in (ours, again):
+        kernels[op](*call)
+    ours, again = (dict(zip(given, call, strict=True)) for call in (ours, again))
+    lists = {name: tensors for name, tensors in given.items() if isinstance(tensors, (list, tuple))}
+    exact = on(torch.device("cpu"), list(given.values()))
+    exact = {
+        name: [t.double() for t in x] if name in lists and name != "steps" else x
+        for name, x in zip(given, exact, strict=True)
+    }
+    if given["masters"]:  # the step is theirs
+        exact |= {"params": [t.cpu().double() for t in given["masters"]], "masters": []}
+    reference(**exact)
+    if given["masters"]:
+        exact["masters"] = exact["params"]
+    skipped = given["found_inf"] is not None and given["found_inf"].item() != 0
+    for name, tensors in lists.items():
+        for before, a, b, want in zip(tensors, ours[name], again[name], exact[name], strict=True):
+            assert a.dtype == before.dtype and torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+            if skipped or name == "grads":
+                assert torch.equal(a.cpu().nan_to_num(7), before.cpu().nan_to_num(7)), name
+                continue
+            assert_stepped(a, before, want)
+
+
+def check_adam(kernels, lists: list[list[Tensor]], options: tuple, more: tuple = NOTHING_MORE) -> None:
+    check_step(kernels, "adam_", adam_reference, (*lists, *options, *more))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -862,6 +889,302 @@ def test_adam_rounds_at_random_as_the_reference(kernels, dtype, state_dtype, cou
     adam_reference(*nearest[:5], [torch.tensor(4.0) for _ in range(2)], *options)
     at_random = 0 if dtype == torch.bfloat16 else 3
     assert 0.1 < (ours[at_random][1].cpu() != nearest[at_random][1]).float().mean() < 0.8
+
+
+# --- what a step may do besides ---------------------------------------------------------------------------------------
+STEP_DTYPES = [(dtype, dtype) for dtype in FLOATS]
+STEP_DTYPES += [(dtype, torch.float32) for dtype in HALVES] + [(torch.float32, torch.bfloat16)]
+EXTRAS = [{"l1"}, {"found_inf"}, {"skipped"}, {"masters"}, {"emas"}, {"l1", "found_inf", "masters", "emas"}]
+
+
+def extras_of(params: list[Tensor], wanted: set[str], device: torch.device) -> dict:
+    """The arguments of a step that do what is wanted; masters where parameters may have them."""
+    wide = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in params]
+    with_masters = "masters" in wanted and all(p.element_size() == 2 for p in params)
+    found_inf = {"found_inf": 0.0, "skipped": math.inf}
+    return {
+        "l1": 0.05 if "l1" in wanted else 0.0,
+        "found_inf": next((torch.tensor(x, device=device) for name, x in found_inf.items() if name in wanted), None),
+        "masters": [p * 1.001 for p in wide] if with_masters else [],
+        "emas": [p * 0.5 for p in wide] if "emas" in wanted else [],
+        "ema_decay": 0.75,
+    }
+
+
+def counted(lists: list[list[Tensor]], device: torch.device) -> list[Tensor]:
+    """The steps of some lists, which come last, counted on the device."""
+    return [step.clone().to(device) for step in lists[-1]]
+
+
+@pytest.mark.parametrize("extras", EXTRAS, ids="-".join)
+@pytest.mark.parametrize("dtype, state_dtype", STEP_DTYPES)
+def test_adam_extras(kernels, dtype, state_dtype, extras):
+    lists = adam_lists(dtype, [0, 1, 63, 8193, 257], False)
+    lists[2:4] = [[t.to(state_dtype) for t in tensors] for tensors in lists[2:4]]
+    more = extras_of(lists[0], extras, kernels.device)
+    if more["found_inf"] is not None:
+        lists[5] = counted(lists, kernels.device)
+    options = (0.1, 0.9, 0.99, 1e-6, 0.1, "emas" in extras, False, True)
+    check_adam(kernels, lists, options, (*NOTHING_MORE[:5], *more.values(), [], []))
+
+
+def sgd_args(
+    dtype: torch.dtype, sizes: list[int], device: torch.device, *, state_dtype: torch.dtype | None = None,
+    momentum: float = 0.9, dampening: float = 0.0, weight_decay: float = 0.1, nesterov: bool = False,
+    maximize: bool = False, scale: float | None = None, lr: float | Tensor = 0.1, steps: str = "host",
+    extras: set[str] = frozenset(), stochastic_params: bool = False,
+) -> tuple:  # fmt: skip
+    """Of tensors on the CPU, and of numbers on the device. steps: where they are counted, or that they are not."""
+    params, grads, buffers = ([draw(n, dtype=dtype, seed=s) for n in sizes] for s in range(3))
+    buffers = [t.to(state_dtype or dtype) for t in buffers] if momentum != 0 else []
+    counts = [on_host(float(i % 3)) for i in range(len(sizes))] if steps != "none" else []
+    for buffer, count in zip(buffers, counts, strict=False):
+        if count == 0:  # in the first step nothing is read of it
+            buffer.fill_(math.nan)
+    if steps == "device":
+        counts = counted([counts], device)
+    more = extras_of(params, extras, device)
+    rate, device_lr = (math.nan, lr) if isinstance(lr, Tensor) else (lr, None)
+    scale = None if scale is None else torch.tensor(scale, device=device)
+    numbers = (rate, momentum, dampening, weight_decay, more["l1"], nesterov, maximize, scale, device_lr)
+    last = (more["found_inf"], more["masters"], more["emas"], more["ema_decay"], stochastic_params, 12345)
+    return params, grads, buffers, counts, *numbers, *last
+
+
+def check_sgd(kernels, *args, **options) -> None:
+    check_step(kernels, "sgd_", sgd_reference, sgd_args(*args, kernels.device, **options))
+
+
+@pytest.mark.parametrize("dtype, state_dtype", STEP_DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.0, "steps": "none"}, {"momentum": 0.0, "scale": 0.5, "maximize": True}, {},
+        {"dampening": 0.5, "weight_decay": 0.0, "steps": "device"}, {"nesterov": True, "maximize": True},
+    ],
+    ids=["plain", "maximize", "momentum", "dampening", "nesterov"],
+)  # fmt: skip
+def test_sgd(kernels, dtype, state_dtype, options):
+    check_sgd(kernels, dtype, [0, 1, 63, 8193, 257], state_dtype=state_dtype, **options)
+
+
+@pytest.mark.parametrize("extras", EXTRAS, ids="-".join)
+@pytest.mark.parametrize("dtype, state_dtype", STEP_DTYPES)
+@pytest.mark.parametrize("momentum, steps", [(0.9, "device"), (0.0, "none")])
+def test_sgd_extras(kernels, dtype, state_dtype, extras, momentum, steps):
+    check_sgd(
+        kernels, dtype, [0, 1, 63, 4099, 257], state_dtype=state_dtype, momentum=momentum, steps=steps, extras=extras
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("steps", ["none", "device"])
+def test_sgd_reads_lr_and_scale_on_the_device(kernels, dtype, steps):
+    """More parameters than one launch takes (where arguments take 4 KB)."""
+    lr = torch.tensor([0.05], dtype=dtype, device=kernels.device)
+    momentum = 0.0 if steps == "none" else 0.5
+    check_sgd(kernels, dtype, [5, 0, *range(120)], momentum=momentum, scale=0.25, lr=lr, steps=steps)
+
+
+@pytest.mark.parametrize("steps", ["host", "device"])
+def test_sgd_rounds_at_random_as_the_reference(kernels, steps):
+    args = sgd_args(torch.bfloat16, [3, 40_000], kernels.device, steps=steps, lr=1e-3, stochastic_params=True)
+    ours, want = on(kernels.device, args), on(torch.device("cpu"), args)
+    kernels["sgd_"](*ours)
+    sgd_reference(*want)
+    assert (ours[0][1].cpu() != want[0][1]).float().mean() < 2e-3
+    nearest = sgd_args(torch.bfloat16, [3, 40_000], torch.device("cpu"), lr=1e-3)
+    sgd_reference(*nearest)
+    assert 0.1 < (ours[0][1].cpu() != nearest[0][1]).float().mean() < 0.8
+
+
+@pytest.mark.parametrize("op", ["adam_", "sgd_"])
+@pytest.mark.parametrize("dtype, state_dtype", STEP_DTYPES)
+def test_strided_steps_with_extras_are_as_dense_ones(kernels, op, dtype, state_dtype):
+    extras = EXTRAS[-1]
+    args = list(sgd_args(dtype, [4099, 257], kernels.device, state_dtype=state_dtype, steps="device", extras=extras))
+    if op == "adam_":
+        lists = adam_lists(dtype, [4099, 257], True)
+        lists[2:5] = [[t.to(state_dtype) for t in tensors] for tensors in lists[2:5]]
+        lists[5] = counted(lists, kernels.device)
+        more = extras_of(lists[0], extras, kernels.device)
+        args = [*lists, 0.1, 0.9, 0.99, 1e-6, 0.1, False, True, False, *NOTHING_MORE[:5], *more.values(), [], []]
+    dense = on(kernels.device, args)
+    strided = [
+        [torch.stack([t, t], 1)[:, 0] if t.dim() > 0 else t for t in x] if isinstance(x, list) else x
+        for x in on(kernels.device, args)
+    ]
+    for call in (dense, strided):
+        kernels[op](*call)
+    for a, b in zip(dense, strided, strict=True):
+        if isinstance(a, list):
+            assert all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(a, b, strict=True))
+    # A word beside each that was stepped is as it was.
+    for x, before in zip(strided, args, strict=True):
+        if isinstance(x, list):
+            beside = [t.as_strided(t.shape, t.stride(), 1) for t in x if t.dim() > 0]
+            whole = [t.to(kernels.device) for t in before if t.dim() > 0]
+            assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(beside, whole, strict=True))
+
+
+@pytest.mark.parametrize("op", ["adam_", "sgd_"])
+def test_steps_wait_for_nothing(kernels, op):
+    """With all numbers on the device."""
+    lr, device = torch.tensor(0.1, device=kernels.device), kernels.device
+    args = sgd_args(torch.float32, [5, 300], device, lr=lr, scale=0.5, steps="device", extras={"found_inf", "emas"})
+    if op == "adam_":
+        lists = adam_lists(torch.float32, [5, 300], False)
+        lists[5] = counted(lists, device)
+        more = extras_of(lists[0], {"found_inf", "emas"}, device)
+        args = (*lists, 0.1, 0.9, 0.99, 1e-6, 0.1, True, False, False, lr, False, lr, False, 0, *more.values(), [], [])
+    args = on(device, args)
+    with NothingIsRead():
+        kernels[op](*args)
+
+
+# --- states in 8 bits -------------------------------------------------------------------------------------------------
+def packed_lists(dtype: torch.dtype, sizes: list[int]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+    """As adam_lists, with states in 8 bits; and their scales. Of a size's blocks one is 0."""
+    lists = adam_lists(dtype, sizes, False)
+    scales = []
+    for k, signed in ((2, True), (3, False)):
+        wide = [t.float() for t in lists[k]]
+        for t in wide:
+            t[256:512] = 0
+        packed = [quantized(t, signed) for t in wide]
+        lists[k] = [codes.view(t.shape) for (codes, _), t in zip(packed, wide, strict=True)]
+        scales.append([scale for _, scale in packed])
+    return lists, scales
+
+
+def check_adam_8bit(
+    kernels, dtype: torch.dtype, sizes: list[int], options: tuple, extras: set[str] = frozenset(),
+    scale: float | None = None, steps: str = "device", seed: int = 7, stochastic_params: bool = False,
+) -> None:  # fmt: skip
+    """Against the step in float64 of states that were unpacked, packed again with the same random bits."""
+    lists, scales = packed_lists(dtype, sizes)
+    more = extras_of(lists[0], extras, kernels.device)
+    if steps == "device" or more["found_inf"] is not None:
+        lists[5] = counted(lists, kernels.device)
+    scale = None if scale is None else torch.tensor(scale, device=kernels.device)
+    args = (
+        *lists,
+        *options,
+        scale,
+        False,
+        None,
+        stochastic_params and not more["masters"],
+        seed,
+        *more.values(),
+        *scales,
+    )
+    ours, again = (on(kernels.device, args) for _ in range(2))
+    for call in (ours, again):
+        kernels["adam_"](*call)
+    for a, b, before in zip(ours, again, args, strict=True):
+        if isinstance(a, list):
+            assert all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(a, b, strict=True))
+            if "skipped" in extras:
+                assert all(torch.equal(x.cpu(), y.cpu()) for x, y in zip(a, before, strict=True))
+    if "skipped" in extras:
+        return
+    cpu = torch.device("cpu")
+    exact = on(cpu, args)
+    exact[0] = [t.double() for t in more["masters"] or lists[0]]
+    exact[1] = [t.double() for t in lists[1]]
+    exact[2:4] = [
+        [dequantized(codes, scale, signed).double() for codes, scale in zip(lists[k], scales[k - 2], strict=True)]
+        for k, signed in ((2, True), (3, False))
+    ]
+    names = list(inspect.signature(adam_reference).parameters)
+    exact = dict(zip(names, exact, strict=True)) | {"masters": [], "exp_avg_scales": [], "exp_avg_sq_scales": []}
+    exact |= {"stochastic_params": False, "emas": [t.double() for t in exact["emas"]]}
+    adam_reference(**exact)
+    got = dict(zip(names, ours, strict=True))
+    pairs = {"params": "params", "emas": "emas"} | ({"masters": "params"} if more["masters"] else {})
+    for name, of in pairs.items():
+        for a, before, want in zip(got[name], dict(zip(names, args, strict=True))[name], exact[of], strict=True):
+            assert_stepped(a, before, want)
+    for i, step in enumerate(exact["steps"]):
+        assert got["steps"][i].item() == step.item()
+        noise = noise_of(step.double().reshape(()), i, seed)
+        for name, signed, of in (("exp_avg", True, noise_of_mean(noise)), ("exp_avg_sq", False, noise)):
+            state = exact[f"{name}s"][i].float()
+            codes, scales_of = quantized(state, signed, random_bits(state, of))
+            codes_got, scales_got = got[f"{name}s"][i].cpu(), got[f"{name}_scales"][i].cpu()
+            torch.testing.assert_close(scales_got, scales_of, rtol=1e-6, atol=0, equal_nan=True)
+            apart = (codes_got.int() - codes.int()).abs()
+            assert apart.numel() == 0 or apart.max() <= 1  # at a border that the last bit of a float32 crosses
+            assert apart.numel() == 0 or apart.float().mean() <= max(2e-3, 2 / apart.numel())
+
+
+@pytest.mark.parametrize("extras", [set(), *EXTRAS], ids=lambda extras: "-".join(extras) or "none")
+@pytest.mark.parametrize("dtype", FLOATS[:3])
+def test_adam_8bit(kernels, dtype, extras):
+    options = (0.1, 0.9, 0.99, 1e-6, 0.1, "l1" in extras, False, "emas" in extras)
+    check_adam_8bit(kernels, dtype, [0, 1, 63, 8193, 257, 512], options, extras, scale=0.5)
+
+
+@pytest.mark.parametrize("steps", ["host", "device"])
+def test_adam_8bit_more_tensors_than_a_launch_takes(kernels, steps):
+    options = (0.1, 0.9, 0.99, 1e-6, 0.1, True, False, False)
+    check_adam_8bit(kernels, torch.bfloat16, [*range(1, 90)], options, steps=steps)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:3])
+def test_adam_8bit_of_what_is_not_finite(kernels, dtype):
+    """A block with one such gradient becomes NaN, the others are as without it; the least states become 0."""
+    lists, scales = packed_lists(dtype, [2000, 2000, 300])
+    lists[1][0][[300, 999]] = torch.tensor([math.nan, -math.inf], dtype=dtype)
+    lists[1][1][:] = 0
+    scales[0][1][:], scales[1][1][:] = 1e-30, 1e-30
+    args = (*lists, 0.0, 0.9, 0.99, 1e-6, 0.0, True, False, False, *NOTHING_MORE[:-2], *scales)
+    ours, want = on(kernels.device, args), on(torch.device("cpu"), args)
+    kernels["adam_"](*ours)
+    adam_reference(*want)
+    for k in (-2, -1):
+        for got, right in zip(ours[k], want[k], strict=True):
+            torch.testing.assert_close(got.cpu(), right, rtol=1e-6, atol=0, equal_nan=True)
+        assert ours[k][0].cpu().isnan().nonzero().flatten().tolist() == [1, 3]
+        assert (ours[k][1] == 0).all()
+    for k in (2, 3):
+        for got, right in zip(ours[k], want[k], strict=True):
+            assert (got.cpu().int() - right.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:3])
+def test_adam_8bit_goes_by_memory(kernels, dtype):
+    """Transposed parameters are as those of their memory; gradients, masters and averages may lie otherwise."""
+    lists, scales = packed_lists(dtype, [1260])
+    more = extras_of(lists[0], {"emas", "masters"}, kernels.device)
+    args = (*lists, 0.1, 0.9, 0.99, 1e-6, 0.1, True, False, False, *NOTHING_MORE[:5], *more.values(), *scales)
+    flat, turned = on(kernels.device, args), on(kernels.device, args)
+    names = list(inspect.signature(adam_reference).parameters)
+    for name in ("params", "exp_avgs", "exp_avg_sqs"):
+        k = names.index(name)
+        turned[k] = [t.view(30, 42).mT for t in turned[k]]
+    for name in ("grads", "masters", "emas"):
+        k = names.index(name)
+        turned[k] = [t.view(30, 42).mT.contiguous() for t in turned[k]]
+    for call in (flat, turned):
+        kernels["adam_"](*call)
+    for a, b in zip(flat, turned, strict=True):
+        if isinstance(a, list):
+            assert all(torch.equal(x, y.mT.reshape(x.shape) if y.dim() == 2 else y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:3])
+def test_adam_8bit_misaligned(kernels, dtype):
+    lists, scales = packed_lists(dtype, [1100])
+    args = (*lists, 0.1, 0.9, 0.99, 1e-6, 0.1, True, False, False, *NOTHING_MORE[:-2], *scales)
+    aligned, shifted = on(kernels.device, args), on(kernels.device, args)
+    for k in range(4):
+        shifted[k] = [torch.cat([t[:1], t])[1:] for t in shifted[k]]
+    for call in (aligned, shifted):
+        kernels["adam_"](*call)
+    for a, b in zip(aligned, shifted, strict=True):
+        if isinstance(a, list):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16], [torch.float16, torch.float64, torch.float32]])
@@ -1361,7 +1684,8 @@ class Canaries:
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         numel = math.prod(shape)
         buffer = torch.full((numel + 2 * self.MARGIN,), SENTINEL, dtype=dtype, device=self.device)
-        buffer[self.MARGIN : self.MARGIN + numel] = math.nan
+        if dtype.is_floating_point:
+            buffer[self.MARGIN : self.MARGIN + numel] = math.nan
         self.buffers.append(buffer)
         return buffer[self.MARGIN : self.MARGIN + numel].view(shape)
 
@@ -1369,6 +1693,29 @@ class Canaries:
         for buffer in self.buffers:
             assert (buffer[: self.MARGIN] == SENTINEL).all() and (buffer[-self.MARGIN :] == SENTINEL).all()
             assert not buffer.isnan().any(), "an element was not written"
+
+
+def run_steps(module, stream: int, canaries: Canaries, x: Tensor, dy: Tensor) -> None:
+    def made(dtype: torch.dtype, *shape: int) -> list[Tensor]:
+        t = canaries.empty(*(shape or x.shape), dtype=dtype)
+        return [t.fill_(1) if shape else t.copy_(x.abs())]
+
+    step, zero = made(torch.float32, 1), torch.zeros((), device=x.device)
+    workspace = canaries.empty(module.step_workspace, dtype=torch.float64).zero_()  # written in part
+    for state in {torch.float32, x.dtype, torch.uint8} | ({torch.bfloat16} if x.dtype == torch.float32 else set()):
+        p, packed = made(x.dtype), state == torch.uint8
+        states, top = [made(state) for _ in range(2)], [] if packed else made(state)
+        scales = [made(torch.float32, -(-x.numel() // 256)) if packed else [] for _ in range(2)]
+        masters = made(torch.float32) if x.dtype != torch.float32 else []
+        for extras in ((0.0, None, [], [], 0.0), (0.1, zero, masters, made(torch.float32), 0.9)):
+            given = (0.1, 0.9, 0.99, 1e-6, 0.1, True, not packed, False, None, False, None, extras[1] is None, 0)
+            module.adam_step(p, [dy], *states, top, step, *given, *extras, *scales, workspace, stream)
+            if packed:
+                continue
+            l1, *extras = extras
+            given = (0.0, 0.1, l1, False, False, None, None, *extras, False, 0)
+            module.sgd_step(p, [dy], states[0], step, 0.1, 0.9, *given, workspace, stream)
+            module.sgd_step(p, [dy], [], [], 0.1, 0.0, *given, None, stream)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -1401,17 +1748,7 @@ def test_outputs_are_written_wholly_and_alone(kernels, dtype, width):
     module.mse_loss_backward(total, x, dy, canaries.empty(rows, width, dtype=dtype), stream)
     partial = canaries.empty(module.grad_norm_chunks([x, bias]), dtype=torch.float64)
     module.grad_norm([x, bias], canaries.empty(dtype=torch.float32), partial, stream)
-    if dtype != torch.float16:
-        adam = [canaries.empty(rows, width, dtype=d) for d in (dtype, torch.float32, torch.bfloat16, torch.float32)]
-        for t in adam:
-            t.copy_(x.abs())
-        p, m, v, top = adam
-        step = canaries.empty(dtype=torch.float32)
-        step.fill_(1)
-        workspace = canaries.empty(module.adam_workspace, dtype=torch.float64).zero_()  # written in part
-        given = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, None, False, None, True, 0, workspace, stream)
-        module.adam_step([p], [dy], [m], [m.clone()], [top], [step], *given)
-        module.adam_step([p], [dy], [v], [v.clone()], [v.clone()], [step], *given)
+    run_steps(module, stream, canaries, x, dy)
     q, k, v = (draw(1, 2, rows, width, dtype=dtype, seed=i).to(kernels.device) for i in range(3))
     o, dq, dk, dv = (canaries.empty(1, 2, rows, width, dtype=dtype) for _ in range(4))
     lse = canaries.empty(1, 2, rows, dtype=torch.float32)
@@ -1453,6 +1790,20 @@ def far_calls(kernels, cols: int) -> dict[str, Callable[[Tensor, Tensor, Tensor]
         kernels["adam_"](*lists, 0.1, 0.9, 0.99, 1e-6, 0.1, True, False, False, *NOTHING_MORE)
         return lists[0][0]
 
+    def adam_8bit(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+        """States of one size: it does not matter where blocks begin. The second step reads what the first wrote."""
+        params, codes = [x.clone()], [[torch.zeros_like(x, dtype=torch.uint8)] for _ in range(2)]
+        scales = [[torch.zeros(-(-x.numel() // 256), device=x.device)] for _ in range(2)]
+        lists = params, [y.sign()], *codes, [], [torch.tensor(0.0, device=x.device)]
+        for _ in range(2):
+            kernels["adam_"](*lists, 0.1, 0.9, 0.99, 1e-6, 0.1, True, False, False, *NOTHING_MORE[:-2], *scales)
+        return params[0]
+
+    def sgd(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
+        lists = [x.clone()], [y], [y.clone()], [torch.tensor(1.0, device=x.device)]
+        kernels["sgd_"](*lists, 0.1, 0.9, 0.0, 0.1, 0.0, True, False, None, None, None, [], [], 0.0, False, 0)
+        return lists[0][0]
+
     def entropy_backward(x: Tensor, y: Tensor, at: Tensor) -> Tensor:
         lse = kernels["cross_entropy"](x, targets(x), *seen)[1]
         return kernels["cross_entropy_backward"](torch.ones_like(lse), None, x, targets(x), None, lse, *seen[1:])
@@ -1470,6 +1821,8 @@ def far_calls(kernels, cols: int) -> dict[str, Callable[[Tensor, Tensor, Tensor]
         "cross_entropy": lambda x, y, at: kernels["cross_entropy"](x, targets(x), *seen)[0],
         "cross_entropy_backward": entropy_backward,
         "adam_": adam,
+        "adam_ in 8 bits": adam_8bit,
+        "sgd_": sgd,
         "mse_loss_backward": lambda x, y, at: kernels["mse_loss_backward"](weight[0], x, y),
     }
 
@@ -1478,6 +1831,9 @@ FAR = (
     "silu", "silu_backward", "glu", "glu_backward", "bias_act", "layer_norm", "add_rms_norm", "norm_backward", "rope",
     "cross_entropy", "cross_entropy_backward", "adam_", "mse_loss_backward",
 )  # fmt: skip
+
+
+FAR_NATIVE = (*FAR, "adam_ in 8 bits", "sgd_")
 
 
 def check_last_rows(kernels, name: str, rows: int, cols: int) -> None:
@@ -1490,7 +1846,7 @@ def check_last_rows(kernels, name: str, rows: int, cols: int) -> None:
     assert torch.equal(call(x, y, at)[-5:], want)
 
 
-@pytest.mark.parametrize("name", FAR)
+@pytest.mark.parametrize("name", FAR_NATIVE)
 def test_last_rows_are_as_alone(kernels, name):
     check_last_rows(kernels, name, 300, 72)
 
@@ -1538,7 +1894,8 @@ def test_self_check_tells_a_kernel_from_a_broken_one(kernels, name):
     def broken(*args):
         out = kernel.run(*args)
         for t in _library._tensors([out, [args[i] for i in op.mutated]]):
-            t.mul_(0.9)
+            if t.is_floating_point():
+                t.mul_(0.9)
         return out
 
     assert "off by" in op.mismatch(kernel._replace(run=broken), kernels.device.type)
@@ -1586,7 +1943,7 @@ def test_bindings_refuse_what_they_cannot_do(kernels):
         module.attention_forward(q, q, q[:, :, :2], q, lse, *bare(stream))
     with pytest.raises(ValueError, match="attention: lse must be contiguous float32"):
         module.attention_forward(q, q, q, q, lse.half(), *bare(stream))
-    steps, more = [torch.tensor(0.0)], (None, False, None, False, 0, None)
+    steps, more = [torch.tensor(0.0)], (None, False, None, False, 0, *NO_EXTRAS, None)
     with pytest.raises(ValueError, match=r"grads\[0\] must have dtype float32 and the sizes of params\[0\]"):
         module.adam_step([x], [x[:2]], [x], [x], [], steps, 1, 0.9, 0.9, 1e-8, 0, True, False, False, *more, stream)
     with pytest.raises(ValueError, match=r"params\[0\] is written, so no two of its elements"):
@@ -1594,13 +1951,28 @@ def test_bindings_refuse_what_they_cannot_do(kernels):
         module.adam_step([e], [x], [x], [x], [], steps, 1, 0.9, 0.9, 1e-8, 0, True, False, False, *more, stream)
     plain, room = (1, 0.9, 0.9, 1e-8, 0, True, False, False), torch.empty(4, dtype=torch.float64, device=x.device)
     views = ([x], [x.clone()], [x.clone()], [x.clone()], [], [steps[0].to(x.device)])
+    zero, packed = x[0, :1], [torch.zeros_like(x, dtype=torch.uint8) for _ in range(2)]
     for wrong, message in (
-        ((x[0, :2], False, None, False, 0, None), "scale must be one float32 or float64"),
-        ((None, False, x[0, :1], False, 0, None), "lr can be on the device only where the steps are"),
-        ((None, False, None, False, 0, room[:3]), "workspace must be 4 float64 per parameter"),
+        ((x[0, :2], False, None, False, 0, *NO_EXTRAS, None), "scale must be one float32 or float64"),
+        ((None, False, zero, False, 0, *NO_EXTRAS, None), "lr and found_inf can be on the device only where the steps"),
+        ((None, False, None, False, 0, 0.0, zero, *NO_EXTRAS[2:], None), "lr and found_inf can be on the device only"),
+        ((None, False, None, False, 0, *NO_EXTRAS, room[:3]), "workspace must be 4 float64 per parameter"),
+        ((None, False, None, False, 0, 0.0, None, [x.clone()], *NO_EXTRAS[3:], None), "masters are for 16-bit"),
+        (
+            (None, False, None, False, 0, 0.0, None, [], [x.double()], *NO_EXTRAS[4:], None),
+            r"emas\[0\] must have dtype",
+        ),
     ):
         with pytest.raises(ValueError, match=f"adam_: {message}"):
             module.adam_step(*views, *plain, *wrong, stream)
+    with pytest.raises(ValueError, match="adam_: scales of exp_avgs must hold 1 tensors, got 0"):
+        module.adam_step(*views[:2], *([t] for t in packed), *views[4:], *plain, *more, stream)
+    with pytest.raises(ValueError, match="sgd_: momentum_buffers must hold 1 tensors, got 0"):
+        module.sgd_step(*views[:2], [], [], 0.1, 0.9, 0.0, 0.0, 0.0, False, False, *more[:1], None, None, [], [], 0.0,
+                        False, 0, None, stream)  # fmt: skip
+    with pytest.raises(ValueError, match="sgd_: workspace must be 4 float64 per parameter that counts its steps"):
+        module.sgd_step(*views[:2], [], [], 0.1, 0.0, 0.0, 0.0, 0.0, False, False, *more[:1], None, None, [], [], 0.0,
+                        False, 0, room, stream)  # fmt: skip
     with pytest.raises(ValueError, match="partial must be 1 contiguous float64"):
         module.grad_norm([x], room[0].float(), room, stream)
     assert steps[0] == 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fastlm.kernels._common import as_laid_out, flat
+from fastlm.kernels._common import as_laid_out, capturing, flat
 
 
 def current_stream(x: Tensor) -> int:
@@ -22,6 +23,22 @@ def on_gpu(x: Tensor) -> bool:
 def capability(x: Tensor) -> tuple[int, int]:
     """The compute capability of x's device."""
     return torch.cuda.get_device_capability(x.device)
+
+
+def readable(x: Tensor | None) -> Tensor | None:
+    """A number in device memory as the kernels of optimizers read it: float32 or float64."""
+    return x if x is None or x.dtype == torch.float64 else x.float()
+
+
+def step_workspace(
+    op: str, cuda: ModuleType, params: Sequence[Tensor], steps: Sequence[Tensor], on_device: bool
+) -> Tensor | None:
+    """Where a step leaves what follows from the steps taken so far, where those are counted on the device."""
+    if on_device:
+        return torch.empty(cuda.step_workspace * len(steps), dtype=torch.float64, device=params[0].device)
+    if steps and capturing(params[0]):
+        raise RuntimeError(f"fastlm.{op} counts steps on the host here, which a CUDA graph would not do again")
+    return None
 
 
 def act_on_gpu(cuda: ModuleType, stream: int, x: Tensor, act: int) -> Tensor:

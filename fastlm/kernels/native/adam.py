@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels._common import FLOATS, capturing, flat
-from fastlm.kernels.native._common import current_stream, on_gpu
+from fastlm.kernels._common import FLOATS, as_laid_out, flat
+from fastlm.kernels.native._common import current_stream, on_gpu, readable, step_workspace
 
 
 def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
@@ -64,24 +64,26 @@ if _native.cpu is not None:
 if _native.cuda is not None:
     _cuda = _native.cuda
 
-    def _readable(x: Tensor | None) -> Tensor | None:
-        return x if x is None or x.dtype == torch.float64 else x.float()
-
-    @kernel("adam_", backend="native", device="cuda", supports=_unsupported_extras)
+    @kernel("adam_", backend="native", device="cuda", supports=_unsupported)
     def adam_cuda(params, grads, exp_avgs, exp_avg_sqs, tops, steps, *args) -> None:
-        *args, scale, stochastic, device_lr, stochastic_params, seed = args[:-7]
         if not params:
             return
-        workspace = None
-        if on_gpu(steps[0]):
-            size = _cuda.adam_workspace * len(params)
-            workspace = torch.empty(size, dtype=torch.float64, device=params[0].device)
-        elif capturing(params[0]):
-            raise RuntimeError("fastlm.adam_ counts steps on the host here, which a CUDA graph would not do again")
+        *args, masters, emas, ema_decay, of_m, of_v = args
+        *args, scale, stochastic, device_lr, stochastic_params, seed, l1, found_inf = args
+        # Blocks of 8 bits go by memory, in which all else has to lie alike then.
+        laid = [
+            [as_laid_out(x, p) for x, p in zip(xs, params, strict=bool(xs))] if of_m else xs
+            for xs in (grads, masters, emas)
+        ]
+        workspace = step_workspace("adam_", _cuda, params, steps, on_gpu(steps[0]))
         _cuda.adam_step(
-            params, grads, exp_avgs, exp_avg_sqs, tops, steps, *args, _readable(scale), stochastic,
-            _readable(device_lr), stochastic_params, seed & 0xFFFFFFFF, workspace, current_stream(params[0]),
+            params, laid[0], exp_avgs, exp_avg_sqs, tops, steps, *args, readable(scale), stochastic,
+            readable(device_lr), stochastic_params, seed & 0xFFFFFFFF, l1, readable(found_inf), laid[1], laid[2],
+            ema_decay, of_m, of_v, workspace, current_stream(params[0]),
         )  # fmt: skip
+        for to, copy in zip([*masters, *emas], [*laid[1], *laid[2]], strict=True):
+            if to is not copy:
+                to.copy_(copy)
 
     @kernel("grad_norm", backend="native", device="cuda", supports=_unsupported_norm)
     def grad_norm_cuda(grads: Sequence[Tensor]) -> Tensor:
