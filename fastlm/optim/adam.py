@@ -50,8 +50,8 @@ class Adam(Fused):
         skip_nonfinite: skip steps whose gradients' norm is not finite: nothing changes but
             ``optimizer.skipped_steps``, a 0-d tensor, which counts them. ``grad_norm`` is set too.
         state_dtype: of the running averages, float32, bfloat16 or uint8; their parameter's where not given, as in
-            torch, and float32 with master_weights. The average of squares in a bfloat16 that was asked for is rounded up
-            or down at random, without which it could not decay. uint8 is for parameters of at least 4096 elements
+            torch, and float32 with master_weights. The average of squares in a bfloat16 that was asked for is rounded
+            up or down at random, without which it could not decay. uint8 is for parameters of at least 4096 elements
             (smaller ones have float32): 8 bits and a float32 for each block of 256, 2.03 bytes a parameter for both
             averages (https://arxiv.org/abs/2110.02861; here logarithmic codes, rounded at random). float64 and complex
             parameters keep states of their own dtype, and for float16 ones bfloat16 is as if not given.
@@ -186,14 +186,16 @@ class Adam(Fused):
                 f"{self._name}: states of 8 bits are not for DTensors: where one is cut, its blocks would be others"
             )
 
-    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+        if state:
+            return {}
         if self._in_8_bits(p):
             self._refuse_sharded_codes(p)
-            state = {}
+            new = {}
             for key in _AVERAGES:
-                state[f"{key}_codes"] = torch.zeros_like(p, dtype=torch.uint8)
-                state[f"{key}_scales"] = torch.zeros(blocks_of(p.numel()), device=p.device)
-            return state
+                new[f"{key}_codes"] = torch.zeros_like(p, dtype=torch.uint8)
+                new[f"{key}_scales"] = torch.zeros(blocks_of(p.numel()), device=p.device)
+            return new
         keys = (*_AVERAGES, "max_exp_avg_sq") if group["amsgrad"] else _AVERAGES
         return {key: torch.zeros_like(p, dtype=self._dtype_of_state(p)) for key in keys}
 
@@ -267,7 +269,7 @@ class Adam(Fused):
             l1=group["l1"],
             found_inf=found_inf,
             masters=call.state("master_param"),
-            emas=call.state("ema"),
+            emas=call.state("ema") if self.ema_decay is not None else [],
             ema_decay=self.ema_decay or 0.0,
             exp_avg_scales=call.state("exp_avg_scales"),
             exp_avg_sq_scales=call.state("exp_avg_sq_scales"),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops.sgd import sgd_
-from fastlm.optim._fused import Call, Fused
+from fastlm.optim._fused import Call, Fused, step_dtype
 
 
 class SGD(Fused):
@@ -103,10 +103,12 @@ class SGD(Fused):
             )
 
     # --- state --------------------------------------------------------------------------------------------------------
-    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        if group["momentum"] == 0:
+    def _new_state(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+        if group["momentum"] == 0 or "momentum_buffer" in state:
             return {}
-        return {"momentum_buffer": torch.zeros_like(p, dtype=self._dtype_of_state(p))}
+        # Where momentum was switched on since, its first step is this one.
+        step = torch.zeros((), dtype=step_dtype(), device=p.device)
+        return {"momentum_buffer": torch.zeros_like(p, dtype=self._dtype_of_state(p)), "step": step}
 
     def _dtype_of_state(self, p: Tensor) -> torch.dtype:
         return torch.float32 if self._has_master(p) else p.dtype
@@ -116,12 +118,6 @@ class SGD(Fused):
         if buffer is None:
             return {}
         return {"momentum_buffer": buffer.to(device=p.device, dtype=self._dtype_of_state(p))}
-
-    def _state_of(self, p: Tensor, group: dict[str, Any], skips: bool, made: list[Tensor]) -> dict[str, Any]:
-        state = super()._state_of(p, group, skips, made)
-        if group["momentum"] != 0 and "momentum_buffer" not in state:  # switched on since
-            state |= {**self._new_state(p, group), "step": torch.zeros_like(state["step"])}
-        return state
 
     def _counts(self, group: dict[str, Any]) -> bool:
         return group["momentum"] != 0 or self.stochastic_rounding
@@ -164,7 +160,7 @@ class SGD(Fused):
             scale=scale,
             found_inf=found_inf,
             masters=call.state("master_param"),
-            emas=call.state("ema"),
+            emas=call.state("ema") if self.ema_decay is not None else [],
             ema_decay=self.ema_decay or 0.0,
             stochastic_params=self.stochastic_rounding,
             seed=seed,
