@@ -33,6 +33,13 @@ class Call:
         self.states.append(state)
         self.plain = self.plain and not (p.is_complex() or is_distributed(p))
 
+    def __str__(self) -> str:
+        state = self.states[0]
+        kinds = {"with masters": "master_param" in state, "with states of 8 bits": "exp_avg_codes" in state}
+        kinds["with sparse gradients"] = self.grads[0].is_sparse
+        kinds = ", ".join(kind for kind, there in kinds.items() if there)
+        return f"{len(self.params)} of group {self.number} on {self.device}{kinds and f' ({kinds})'}"
+
     def local(self, tensors: list[Tensor]) -> list[Tensor]:
         return tensors if self.plain else [local(x) for x in tensors]
 
@@ -92,7 +99,8 @@ class Fused(Optimizer):
         """Raises where an option of a group is not as it must be."""
         raise NotImplementedError
 
-    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+        """What a step needs that the state does not hold yet."""
         raise NotImplementedError
 
     def _loaded_state(self, p: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +110,10 @@ class Fused(Optimizer):
     def _counts(self, group: dict[str, Any]) -> bool:
         """Whether a step needs its number."""
         raise NotImplementedError
+
+    def _last_entry(self, group: dict[str, Any]) -> str:
+        """Of a state: where it is there, so are all others that the rule needs."""
+        return "step"
 
     def _counts_on_device(self, device: torch.device, group: dict[str, Any], skips: bool) -> bool:
         raise NotImplementedError
@@ -171,9 +183,13 @@ class Fused(Optimizer):
         def keep(_: Optimizer, given: dict[str, Any]) -> None:  # the last hook sees what the others made of it
             self._given = given
 
+        before = self.state, self.param_groups
         handle = self.register_load_state_dict_pre_hook(keep)
         try:
             super().load_state_dict(state_dict)
+        except Exception:
+            self.state, self.param_groups = before
+            raise
         finally:
             handle.remove()
             self.__dict__.pop("_given", None)
@@ -189,9 +205,9 @@ class Fused(Optimizer):
             if saved.get(key) is not None:
                 state[key] = saved[key].to(device=p.device, dtype=dtype)
         step = saved.get("step")
-        if step is None and state:  # torch's SGD does not count, but there was a step where there is a sum
+        if step is None and "momentum_buffer" in state:  # torch's SGD does not count, but there has been a step
             step = 1.0
-        if step is None or not self._counts(group):
+        if step is None:
             return state
         device = p.device if self._counts_on_device(p.device, group, False) else "cpu"
         dtype = torch.float64 if isinstance(step, Tensor) and step.dtype == torch.float64 else step_dtype()
@@ -206,35 +222,29 @@ class Fused(Optimizer):
         return self.master_weights and p.dtype in (torch.bfloat16, torch.float16)
 
     def _state_of(
-        self, p: Tensor, group: dict[str, Any], on_device: bool, captures: bool, made: list[Tensor]
+        self, p: Tensor, group: dict[str, Any], on_device: bool, captures: bool, made: list[tuple]
     ) -> dict[str, Any]:
         """Made or completed, where it is not as this step needs it."""
-        counts, copies = self._counts(group), self._copies(p)
-        if not counts and not copies:
-            return {}
-        state = self.state[p]
-        new = not state
-        if new:
-            self._refuse_capture(
-                captures,
-                f"a parameter of sizes {tuple(p.shape)} has no state yet, which a CUDA graph would set to 0 at every "
-                "replay; take the first step before the capture",
-            )
-            made.append(p)
+        state, counts, new = self.state.get(p, {}), self._counts(group), {}
         if counts and "step" not in state:
-            state["step"] = torch.zeros((), dtype=step_dtype(), device=p.device if on_device else "cpu")
+            new["step"] = torch.zeros((), dtype=step_dtype(), device=p.device if on_device else "cpu")
         elif counts and on_device and state["step"].device != p.device:
             self._refuse_capture(
                 captures,
                 "a group was made capturable after the last step, whose count is still on the host; take a step before "
                 "the capture",
             )
-            state["step"] = state["step"].to(p.device)
+            new["step"] = state["step"].to(p.device)
+        new |= self._new_state(p, group, state)
+        new |= {key: p.detach().to(dtype, copy=True) for key, dtype in self._copies(p).items() if key not in state}
         if new:
-            state.update(self._new_state(p, group))
-        for key, dtype in copies.items():
-            if key not in state:
-                state[key] = p.detach().to(dtype, copy=True)
+            self._refuse_capture(
+                captures,
+                f"a parameter of sizes {tuple(p.shape)} has no state yet, which a CUDA graph would set to 0 at every "
+                "replay; take the first step before the capture",
+            )
+            made.append((p, state))
+            self.state[p] = state = {**state, **new}
         return state
 
     def _refuse_capture(self, captures: bool, why: str) -> None:
@@ -251,8 +261,9 @@ class Fused(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient, amsgrad switched on late, or a CUDA graph being captured without
-                capturable or before the first step. A step that fails on the way, after parameters on other devices or
-                of other groups have been stepped, says which have been; else all is as before.
+                capturable or before the first step. A step that fails on the way, after parameters on other devices, of
+                other groups or with other kinds of states have been stepped, says which have been; else all is as
+                before.
             ValueError, TypeError: a state whose sizes, dtypes or devices do not fit the parameter's.
             NotImplementedError: a group that was made differentiable.
         """
@@ -269,11 +280,13 @@ class Fused(Optimizer):
         return loss
 
     def _step(self, chosen: list[tuple[dict[str, Any], list[Tensor]]], seed: int = 0) -> None:
-        made: list[Tensor] = []  # whose states are as new as this step
+        made: list[tuple[Tensor, dict[str, Any]]] = []  # whose states this step made or completed, and what they were
         done = 0
         calls: list[Call] = []
         try:
             grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+            if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
+                found_inf = None
             calls = self._calls(chosen, found_inf is not None or self.skip_nonfinite, made)
             scale, found_inf = self._scale(calls, grad_scale, found_inf)
             for call in calls:
@@ -284,27 +297,31 @@ class Fused(Optimizer):
                 done += 1
         except Exception as error:
             if done == 0:
-                for p in made:
-                    del self.state[p]
+                for p, state in made:
+                    if state:
+                        self.state[p] = state
+                    else:
+                        self.state.pop(p, None)
                 raise
-            parts = [f"those of group {c.number} on {c.device}" for c in calls]
+            parts = [str(call) for call in calls]
             raise RuntimeError(
                 f"{self._name}: the step failed on the way. Parameters that were stepped: {', '.join(parts[:done])}. "
                 f"Not: {', '.join(parts[done:])}"
             ) from error
+        if found_inf is not None:  # in place, so that a CUDA graph goes on counting
+            self.skipped_steps = self.skipped_steps.to(found_inf.device).add_((found_inf != 0).reshape(()))
 
-    def _calls(self, chosen: list[tuple[dict[str, Any], list[Tensor]]], skips: bool, made: list[Tensor]) -> list[Call]:
+    def _calls(self, chosen: list[tuple[dict[str, Any], list[Tensor]]], skips: bool, made: list[tuple]) -> list[Call]:
         calls = []
         captures, copies = capturing(), self.master_weights or self.ema_decay is not None
         for number, (group, params) in enumerate(chosen):
             self._refuse_unsupported(group)  # a group may have been changed since
-            counts = self._counts(group)
+            counts, last = self._counts(group), self._last_entry(group)
             by_kind: dict[tuple, Call] = {}
             for p in params:
                 if p.grad is None:
                     continue
-                device = p.device
-                grad = self._gradient(p, group)
+                grad, device = self._gradient(p, group), p.device
                 on_device = self._counts_on_device(device, group, skips)
                 if counts and not on_device:
                     self._refuse_capture(
@@ -312,11 +329,12 @@ class Fused(Optimizer):
                         "it counts steps on the host, which a CUDA graph would not do again; capturable=True counts "
                         "them on the GPU",
                     )
-                state = self.state.get(p, {}) if counts else {}
-                # Nearly always it is complete; what follows is for thousands of small parameters.
-                if copies or (counts and ("step" not in state or (on_device and state["step"].device != device))):
+                state = self.state.get(p, {}) if counts or copies else {}
+                # Nearly always complete; thousands of small parameters then are not asked more.
+                if copies or (counts and (last not in state or (on_device and state["step"].device != device))):
                     state = self._state_of(p, group, on_device, captures, made)
-                kind = (device, grad.layout, "master_param" in state, "exp_avg_codes" in state)
+                counted_on = state["step"].device if counts else None
+                kind = (device, grad.layout, "master_param" in state, "exp_avg_codes" in state, counted_on)
                 call = by_kind.get(kind)
                 if call is None:
                     call = by_kind[kind] = Call(group, number, device)
@@ -333,12 +351,12 @@ class Fused(Optimizer):
             )
         if is_distributed(p) and grad.placements != p.placements:
             grad = grad.redistribute(placements=p.placements)
-        return grad
+        return grad.resolve_conj() if grad.is_complex() else grad
 
     def _scale(
         self, calls: list[Call], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """What to multiply all gradients by, and whether to skip the step (0 or 1), after setting grad_norm."""
+        """What to multiply all gradients by, and whether to skip the step (not 0), after setting grad_norm."""
         groups = {name: group for c in calls for g in c.grads for name, group in sharded_over(g).items()}
         if found_inf is not None:
             found_inf = local(found_inf)
@@ -356,9 +374,6 @@ class Fused(Optimizer):
                 # A norm that is not finite makes the parameters so too, as after clip_grad_norm_.
                 clip = (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
                 scale = clip if scale is None else clip * scale.to(clip.device)
-        if found_inf is not None:
-            self.skipped_steps = self.skipped_steps.to(found_inf.device)
-            self.skipped_steps += (found_inf != 0).reshape(())  # in place: a CUDA graph goes on counting
         return scale, found_inf
 
     def _norm(self, calls: list[Call]) -> Tensor:
@@ -381,10 +396,11 @@ class Fused(Optimizer):
             norms.append(norm)
         if len(norms) == 1:
             return norms[0]
-        return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+        whole = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]))
+        return whole.to(torch.float64 if any(n.dtype == torch.float64 for n in norms) else torch.float32)
 
     # --- more than steps ----------------------------------------------------------------------------------------------
-    def step_in_backward(self) -> RemovableHandle:
+    def step_in_backward(self) -> _Handle:
         """From now on backward itself steps each parameter as soon as its gradient is complete, and frees the gradient.
 
         So at no time more than a few gradients are in memory. ``step`` then finds nothing left to do, and every
@@ -407,12 +423,12 @@ class Fused(Optimizer):
             raise RuntimeError(f"{self._name}: step_in_backward is on already")
         hooks = []
         number = 0
-        for group in self.param_groups:
+        for at, group in enumerate(self.param_groups):
             for p in group["params"]:
 
-                def hook(p: Tensor, group: dict[str, Any] = group, number: int = number) -> None:
-                    with torch.no_grad():
-                        self._step([(group, [p])], seed=number)
+                def hook(p: Tensor, at: int = at, number: int = number) -> None:
+                    with torch.no_grad():  # load_state_dict replaces the groups
+                        self._step([(self.param_groups[at], [p])], seed=number)
                     p.grad = None
 
                 number += 1
@@ -432,10 +448,10 @@ class Fused(Optimizer):
             raise RuntimeError(f"{self._name}: there are no averages of weights without ema_decay")
         averaged = [p for group in self.param_groups for p in group["params"] if "ema" in self.state.get(p, {})]
         before = [p.detach().clone() for p in averaged]
-        with torch.no_grad():
-            for p in averaged:
-                p.copy_(self.state[p]["ema"])
         try:
+            with torch.no_grad():
+                for p in averaged:
+                    p.copy_(self.state[p]["ema"])
             yield
         finally:
             with torch.no_grad():
@@ -452,9 +468,9 @@ class _Handle:
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        if self._hooks:
+        if self._optimizer is not None:
             self._optimizer._in_backward = False
-        self._hooks = []
+        self._optimizer = None  # another handle's from now on
 
 
 # --- tensors of other kinds -------------------------------------------------------------------------------------------
@@ -467,14 +483,15 @@ def local(x: Tensor) -> Tensor:
     """What a kernel can take: of a DTensor the part that is here, and complex numbers as pairs of real ones."""
     if is_distributed(x):
         x = x.to_local()
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+    return torch.view_as_real(x) if x.is_complex() else x
 
 
 def sharded_over(x: Tensor) -> dict[str, Any]:
     """The process groups, by name, over which a DTensor is cut into parts that are no copies of each other."""
     if not is_distributed(x):
         return {}
-    over = [i for i, placement in enumerate(x.placements) if placement.is_shard()]
+    # Of fully_shard over tensor parallelism some are strided shards, for which is_shard() is false.
+    over = [i for i, placement in enumerate(x.placements) if not placement.is_replicate()]
     return {(group := x.device_mesh.get_group(i)).group_name: group for i in over}
 
 

@@ -186,14 +186,16 @@ class Adam(Fused):
                 f"{self._name}: states of 8 bits are not for DTensors: where one is cut, its blocks would be others"
             )
 
-    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+        if state:
+            return {}
         if self._in_8_bits(p):
             self._refuse_sharded_codes(p)
-            state = {}
+            new = {}
             for key in _AVERAGES:
-                state[f"{key}_codes"] = torch.zeros_like(p, dtype=torch.uint8)
-                state[f"{key}_scales"] = torch.zeros(blocks_of(p.numel()), device=p.device)
-            return state
+                new[f"{key}_codes"] = torch.zeros_like(p, dtype=torch.uint8)
+                new[f"{key}_scales"] = torch.zeros(blocks_of(p.numel()), device=p.device)
+            return new
         keys = (*_AVERAGES, "max_exp_avg_sq") if group["amsgrad"] else _AVERAGES
         return {key: torch.zeros_like(p, dtype=self._dtype_of_state(p)) for key in keys}
 
@@ -267,7 +269,7 @@ class Adam(Fused):
             l1=group["l1"],
             found_inf=found_inf,
             masters=call.state("master_param"),
-            emas=call.state("ema"),
+            emas=call.state("ema") if self.ema_decay is not None else [],
             ema_decay=self.ema_decay or 0.0,
             exp_avg_scales=call.state("exp_avg_scales"),
             exp_avg_sq_scales=call.state("exp_avg_sq_scales"),

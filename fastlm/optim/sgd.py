@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlm.ops.sgd import sgd_
-from fastlm.optim._fused import Call, Fused
+from fastlm.optim._fused import Call, Fused, step_dtype
 
 
 class SGD(Fused):
@@ -103,10 +103,12 @@ class SGD(Fused):
             )
 
     # --- state --------------------------------------------------------------------------------------------------------
-    def _new_state(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        if group["momentum"] == 0:
+    def _new_state(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+        if group["momentum"] == 0 or "momentum_buffer" in state:
             return {}
-        return {"momentum_buffer": torch.zeros_like(p, dtype=self._dtype_of_state(p))}
+        # Where momentum was switched on since, its first step is this one.
+        step = torch.zeros((), dtype=step_dtype(), device=p.device)
+        return {"momentum_buffer": torch.zeros_like(p, dtype=self._dtype_of_state(p)), "step": step}
 
     def _dtype_of_state(self, p: Tensor) -> torch.dtype:
         return torch.float32 if self._has_master(p) else p.dtype
@@ -119,6 +121,9 @@ class SGD(Fused):
 
     def _counts(self, group: dict[str, Any]) -> bool:
         return group["momentum"] != 0 or self.stochastic_rounding
+
+    def _last_entry(self, group: dict[str, Any]) -> str:
+        return "momentum_buffer" if group["momentum"] != 0 else "step"
 
     def _counts_on_device(self, device: torch.device, group: dict[str, Any], skips: bool) -> bool:
         return True
@@ -142,10 +147,6 @@ class SGD(Fused):
                 p.add_(grad, alpha=float(lr) * (1 if group["maximize"] else -1))
             return
         momentum, counts = group["momentum"], self._counts(group)
-        if momentum != 0:
-            for p, state in zip(call.params, call.states, strict=True):
-                if "momentum_buffer" not in state:  # momentum was switched on since
-                    state |= {**self._new_state(p, group), "step": torch.zeros_like(state["step"])}
         stays = isinstance(lr, Tensor) and lr.device == call.device and lr.device.type != "cpu"
         sgd_(
             call.local(call.params),
@@ -162,7 +163,7 @@ class SGD(Fused):
             scale=scale,
             found_inf=found_inf,
             masters=call.state("master_param"),
-            emas=call.state("ema"),
+            emas=call.state("ema") if self.ema_decay is not None else [],
             ema_decay=self.ema_decay or 0.0,
             stochastic_params=self.stochastic_rounding,
             seed=seed,

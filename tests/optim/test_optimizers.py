@@ -1,6 +1,7 @@
 """fastlm.optim.Adam and AdamW as drop-ins for torch.optim's."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -17,6 +18,9 @@ PAIRS = [(fastlm.optim.Adam, torch.optim.Adam), (fastlm.optim.AdamW, torch.optim
 KINDS = [ours for ours, _ in PAIRS]
 both = pytest.mark.parametrize("ours, theirs", PAIRS, ids=["Adam", "AdamW"])
 each = pytest.mark.parametrize("kind", KINDS)
+SGD = (functools.partial(fastlm.optim.SGD, momentum=0.9), functools.partial(torch.optim.SGD, momentum=0.9))
+all_of_them = pytest.mark.parametrize("ours, theirs", [*PAIRS, SGD], ids=["Adam", "AdamW", "SGD"])
+every = pytest.mark.parametrize("kind", [*KINDS, SGD[0]], ids=["Adam", "AdamW", "SGD"])
 
 
 def parameters(dtype=torch.float32):
@@ -57,16 +61,36 @@ def assert_same_state(got, want, tolerance=0.0):
         assert {key: ours[key] for key in theirs} == theirs  # torch before 2.7 lacks the newest key
 
 
+def saved_and_loaded(state_dict):
+    saved = io.BytesIO()
+    torch.save(state_dict, saved)
+    saved.seek(0)
+    return torch.load(saved, weights_only=True)
+
+
 # --- the same as torch ------------------------------------------------------------------------------------------------
-@both
-def test_same_arguments_in_the_same_order(ours, theirs):
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_same_arguments_in_the_same_order(name):
+    ours, theirs = getattr(fastlm.optim, name), getattr(torch.optim, name)
+
     def listed(kind):
         return [(p.name, p.default, p.kind) for p in inspect.signature(kind.__init__).parameters.values()]
 
     known, own = listed(theirs), listed(ours)
-    beyond = ["l1", "max_norm", "skip_nonfinite", "state_dtype", "master_weights", "ema_decay", "stochastic_rounding"]
-    assert [name for name, _, _ in own[-8:]] == [*beyond, "seed"]
-    own = own[:-8]
+    beyond = [
+        "l1",
+        "max_norm",
+        "skip_nonfinite",
+        "state_dtype",
+        "master_weights",
+        "ema_decay",
+        "stochastic_rounding",
+        "seed",
+    ]
+    if name == "SGD":
+        beyond.remove("state_dtype")
+    assert [name for name, _, _ in own[-len(beyond) :]] == beyond
+    own = own[: -len(beyond)]
     if "decoupled_weight_decay" not in dict.fromkeys(name for name, _, _ in known):  # younger than the rest
         assert own[: len(known)] == known
     else:
@@ -96,7 +120,7 @@ def test_other_dtypes(ours, theirs, dtype):
     assert_close(a, b, tolerance=1e-10 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps)
 
 
-@both
+@all_of_them
 def test_gradients_laid_out_unlike_their_parameters(ours, theirs):
     a, b = parameters(), parameters()
     flipped = {"grad_like": lambda p: torch.empty(p.shape[::-1]).permute(tuple(reversed(range(p.dim()))))}
@@ -135,24 +159,44 @@ def test_torch_state_continues_here_and_back(ours, theirs, flags):
     optimizer = theirs(params, 0.01, **flags)
     run(optimizer, params, 3)
     for t, kind in ((3, ours), (6, theirs)):
-        saved = io.BytesIO()
-        torch.save(optimizer.state_dict(), saved)
-        saved.seek(0)
+        saved = saved_and_loaded(optimizer.state_dict())
         before = optimizer.state_dict()
         optimizer = kind(params, 1.0)  # the saved lr takes over
-        optimizer.load_state_dict(torch.load(saved, weights_only=True))
+        optimizer.load_state_dict(saved)
         assert_same_state(optimizer.state_dict(), before)
         run(optimizer, params, 3, start=t)
     assert_close(params, straight)
 
 
-@each
-def test_own_state_continues_bit_for_bit(kind):
+@pytest.mark.parametrize("reloaded", [copy.deepcopy, saved_and_loaded], ids=["copied", "saved"])
+@pytest.mark.parametrize("flags", [{}, {"nesterov": True}, {"dampening": 0.5}, {"momentum": 0.0}], ids=str)
+def test_state_of_sgd_goes_to_torch_and_back(flags, reloaded):
+    """A sum of gradients begins with the first of them, without dampening: later steps are no first ones anywhere."""
+    ours, theirs = SGD
     straight, params = parameters(), parameters()
-    run(kind(straight, 0.01, amsgrad=True), straight, 6)
-    first = kind(params, 0.01, amsgrad=True)
+    run(theirs(straight, 0.01, **flags), straight, 12)
+    optimizer = ours(params, 0.01, **flags)
+    run(optimizer, params, 3)
+    for t, kind in ((3, theirs), (6, ours), (9, ours)):
+        saved = reloaded(optimizer.state_dict())
+        optimizer = kind(params, 1.0)  # the saved lr takes over
+        optimizer.load_state_dict(saved)
+        run(optimizer, params, 3, start=t)
+    assert_close(params, straight)
+    if "momentum" not in flags:
+        assert all(s["step"] == 9 for s in optimizer.state.values())  # torch does not count
+
+
+@pytest.mark.parametrize("flags", [{"amsgrad": True}, {}])
+@every
+def test_own_state_continues_bit_for_bit(kind, flags):
+    if flags and kind is SGD[0]:
+        pytest.skip("Adam's")
+    straight, params = parameters(), parameters()
+    run(kind(straight, 0.01, **flags), straight, 6)
+    first = kind(params, 0.01, **flags)
     run(first, params, 3)
-    second = kind(params, 0.01, amsgrad=True)
+    second = kind(params, 0.01, **flags)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     run(second, params, 3, start=3)
     for a, b in zip(params, straight, strict=True):
@@ -206,7 +250,7 @@ def test_a_group_changed_later_is_refused_too():
         run(optimizer, params, 1)
 
 
-@each
+@every
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 def test_copies_go_on_alone(kind, copied):
     params = parameters()
@@ -252,7 +296,7 @@ def test_tensor_betas_are_read_at_every_step():
     torch.testing.assert_close(*results)
 
 
-@both
+@all_of_them
 def test_schedulers_move_lr_and_betas(ours, theirs):
     results = []
     for kind in (ours, theirs):
@@ -266,7 +310,7 @@ def test_schedulers_move_lr_and_betas(ours, theirs):
     assert_close(*results)
 
 
-@both
+@all_of_them
 def test_tensor_learning_rate(ours, theirs):
     results = []
     for kind in (ours, theirs):
@@ -295,7 +339,7 @@ def test_parameters_without_gradient_are_left_alone(kind):
     assert list(optimizer.state) == [params[0]]
 
 
-@each
+@pytest.mark.parametrize("kind", [*KINDS, fastlm.optim.SGD])
 def test_closure_zero_grad_and_hooks(kind):
     w = torch.tensor([3.0], requires_grad=True)
     optimizer = kind([w], 0.1)
@@ -344,7 +388,7 @@ def test_gradient_scaler_unscales_and_skips(kind):
     assert_close(*results, tolerance=1e-6)
 
 
-@each
+@every
 def test_stale_graph_is_noticed(kind):
     w = torch.ones(4, requires_grad=True)
     optimizer = kind([w], 0.1)
@@ -355,7 +399,7 @@ def test_stale_graph_is_noticed(kind):
         loss.backward()
 
 
-@each
+@every
 def test_non_contiguous_parameters_are_updated_in_place(kind):
     whole = torch.zeros(6, 8)
     view = whole[::2, 1:7].requires_grad_()
@@ -446,7 +490,7 @@ def test_sparse_gradients(kind):
     )
 
 
-@each
+@every
 def test_expanded_parameter(kind):
     w = torch.zeros(1).expand(3).requires_grad_()
     w.grad = torch.ones(3)
@@ -544,7 +588,7 @@ def test_a_capturable_step_waits_for_no_gpu():
 
 
 # --- beyond torch -----------------------------------------------------------------------------------------------------
-@both
+@all_of_them
 @pytest.mark.parametrize("max_norm", [0.5, 1e3, float("inf")])
 def test_clipping_in_the_step(ours, theirs, max_norm):
     a, b = parameters(), parameters()
