@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastlm.ops.adam import grad_norm
 
+_PLAIN = (torch.nn.Parameter, Tensor)
 _SEED = 0x9E3779B1  # between the random numbers of one call and those of the next
 
 
@@ -26,12 +27,6 @@ class Call:
         self.grads: list[Tensor] = []
         self.states: list[dict[str, Any]] = []
         self.plain = True  # all of them are tensors as kernels take them
-
-    def add(self, p: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
-        self.params.append(p)
-        self.grads.append(grad)
-        self.states.append(state)
-        self.plain = self.plain and not (p.is_complex() or is_distributed(p))
 
     def __str__(self) -> str:
         state = self.states[0]
@@ -318,17 +313,22 @@ class Fused(Optimizer):
             self._refuse_unsupported(group)  # a group may have been changed since
             counts, last = self._counts(group), self._last_entry(group)
             by_kind: dict[tuple, Call] = {}
+            seen_device = None
             for p in params:
-                if p.grad is None:
+                grad, device = p.grad, p.device
+                if grad is None:
                     continue
-                grad, device = self._gradient(p, group), p.device
-                on_device = self._counts_on_device(device, group, skips)
-                if counts and not on_device:
-                    self._refuse_capture(
-                        captures,
-                        "it counts steps on the host, which a CUDA graph would not do again; capturable=True counts "
-                        "them on the GPU",
-                    )
+                plain = type(p) in _PLAIN and type(grad) is Tensor and not p.is_complex()
+                if not plain or grad.layout is not torch.strided:
+                    grad = self._gradient(p, group)
+                if device != seen_device:
+                    seen_device, on_device = device, self._counts_on_device(device, group, skips)
+                    if counts and not on_device:
+                        self._refuse_capture(
+                            captures,
+                            "it counts steps on the host, which a CUDA graph would not do again; capturable=True "
+                            "counts them on the GPU",
+                        )
                 state = self.state.get(p, {}) if counts or copies else {}
                 # Nearly always complete; thousands of small parameters then are not asked more.
                 if copies or (counts and (last not in state or (on_device and state["step"].device != device))):
@@ -338,7 +338,10 @@ class Fused(Optimizer):
                 call = by_kind.get(kind)
                 if call is None:
                     call = by_kind[kind] = Call(group, number, device)
-                call.add(p, grad, state)
+                call.params.append(p)
+                call.grads.append(grad)
+                call.states.append(state)
+                call.plain = call.plain and plain
             calls += by_kind.values()
         return calls
 
