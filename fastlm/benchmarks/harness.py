@@ -58,6 +58,7 @@ class Variant:
     clock: Callable[[], float] = time.perf_counter  # of the CPU
     seconds: Callable[[int], float] | None = None  # times so many runs itself, instead of `run`
     proven: bool = True  # what is not may be wrong without costing the case its other variants
+    remark: Callable[[], str] | None = None  # said beside the time, once all is timed
 
 
 @dataclass
@@ -106,6 +107,7 @@ class Row:
     items: float = 0.0
     memory: float = math.nan  # bytes that a run holds at most besides what was there before, on CUDA
     rounds: int = 0
+    remark: str = ""
     target: str = ""
     noisy: bool = False
     loaded: bool = False
@@ -215,6 +217,10 @@ class Local:
     def memory(self, name: str) -> float:
         return peak_memory(self.built.variants[name], self.case.device)
 
+    def remark(self, name: str) -> str:
+        remark = self.built.variants[name].remark
+        return "" if remark is None else remark()
+
     def close(self) -> None:
         pass
 
@@ -256,6 +262,9 @@ class Remote:
 
     def memory(self, name: str) -> float:
         return self._ask("memory", name)
+
+    def remark(self, name: str) -> str:
+        return self._ask("remark", name)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -325,7 +334,7 @@ def measure(
             row.target = case.target if name == "fastlm" else ""
             row.share = least / middle if least else math.nan
             row.flops, row.bytes, row.items, row.rounds = case.flops, case.bytes, case.items, rounds
-            row.memory = host.memory(name)
+            row.memory, row.remark = host.memory(name), host.remark(name)
             row.noisy = quartiles[1] - quartiles[0] > _NOISY * middle
             row.loaded = loaded
             rows.append(row)

@@ -14,7 +14,8 @@ _COLOURS = {"fastlm": "#c8102e", "torch": "#8a8d91", "torch.compile": "#4a6fa5",
 
 
 # Variants that targets name, besides the baseline.
-_BESIDE = ("torch flash", "torch cuDNN", "torch.compile", "three products", "four products", "Liger")
+_BESIDE = ("torch flash", "torch cuDNN", "torch.compile", "three products", "four products", "Liger", "torch default",
+           "fastlm fp32 states")  # fmt: skip
 
 
 def seconds(value: float) -> str:
@@ -48,6 +49,8 @@ def _cells(row: Row) -> list[str]:
         remarks += [f"{row.ratios[name]:.2f}x {name}" for name in _BESIDE if name in row.ratios]
     if not math.isnan(row.memory):
         remarks.append(f"{row.memory / 1e9:.2f} GB")
+    if row.remark:
+        remarks.append(row.remark)
     median = seconds(row.seconds) + (f" (target {row.target})" if row.target else "")
     return [row.case, row.variant, row.allocator, median, rate(row), share, ratio, ", ".join(remarks)]
 

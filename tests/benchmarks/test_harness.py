@@ -15,7 +15,8 @@ import torch
 
 import fastlm
 from fastlm import _native
-from fastlm.benchmarks import cases, command, main, measure_peak
+from fastlm.benchmarks import cases, command, main, measure_peak, report
+from fastlm.benchmarks.cases import adam
 from fastlm.benchmarks.cases._common import no_compiler
 from fastlm.benchmarks.harness import (
     BenchmarkError,
@@ -119,10 +120,13 @@ def test_cases_count_their_work():
         assert case.flops == products * scores * 64  # a multiplication and an addition each, under the mask half of it
         tensors = 4 if forward else 4 + 8  # q k v -> o; q k v o do -> dq dk dv
         assert case.bytes == tensors * 2 * 4 * 256 * 64 * size
-    plain, clipping = cases.cases("adam", "cpu", quick=True)
+    plain, clipping, many, eight_bit, masters, sgd = cases.cases("adam", "cpu", quick=True)
     weights = 1024 * 256 + 2 * (12 * 256 * 256 + 9 * 256)
     assert plain.bytes == weights * 4 * (4 + 3)  # weight, gradient, two moments -> all but the gradient
     assert clipping.bytes == plain.bytes + weights * 4
+    assert many.bytes == 20 * 1000 * 28 and sgd.bytes == weights * 4 * (3 + 2)
+    assert eight_bit.bytes == weights * (4 * (2 + 1) + (1 + 4 / 256) * (2 + 2))  # and a scale for 256 of each moment
+    assert masters.bytes == weights * (2 * (1 + 1) + 4 * (3 + 3))  # gradient -> weight; master and moments
 
 
 def test_limits_are_positive_and_a_bad_dtype_is_named():
@@ -165,6 +169,21 @@ def test_quick_cases_are_right(group):
         local = Local(case)
         assert {"torch", "fastlm"} <= set(local.names()[0])
         assert case.flops or case.bytes or group in ("dispatch", "small")
+
+
+def test_states_are_measured_beside_their_time():
+    """In bytes a parameter; the weights of one dimension, which are small, have fp32 states."""
+    eight_bit, masters = cases.cases("adam", "cpu", quick=True)[3:5]
+    remarks = {}
+    for case in (eight_bit, masters):
+        rows = measure(case, {"system": Local(case)}, {"bandwidth": 1e10}, rounds=1, seconds=1e-5)
+        remarks[case] = {row.variant: row.remark for row in rows}
+        assert all(row.remark in report._cells(row)[-1] for row in rows)
+    sizes = [torch.Size(size).numel() for size in adam.shapes(2, 256, 1024)]
+    packed = sum(2 * (n + n // 64 if n >= 4096 else 4 * n) for n in sizes) / sum(sizes)
+    assert remarks[masters] == {"torch": "16.00 bytes a parameter", "fastlm": "12.00 bytes a parameter"}
+    assert remarks[eight_bit].pop("fastlm") == f"{packed:.2f} bytes a parameter"
+    assert set(remarks[eight_bit].values()) == {"8.00 bytes a parameter"}
 
 
 COMPILED = {
