@@ -430,10 +430,12 @@ def plan_extras(rng: random.Random) -> set[str]:
 
 def plan_adam(rng: random.Random, longest: int) -> dict[str, Any]:
     """given: lr, both betas, eps, weight_decay, decoupled, amsgrad, maximize."""
-    numbers = (
+    numbers = [
         rng.choice([1e-4, 0.1]), rng.choice([0.0, 0.9]), rng.choice([0.0, 0.9, 0.999]), rng.choice([1e-8, 1e-6]),
         rng.choice([0.0, 0.1]),
-    )  # fmt: skip
+    ]  # fmt: skip
+    if numbers[2] == 0.0:  # divided by this gradient alone, which may be what two terms left of each other
+        numbers[3] = 0.1
     dtype = rng.choice(FLOATS)
     return {
         "dtype": dtype,
