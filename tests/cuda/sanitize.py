@@ -11,10 +11,11 @@ from attention_cases import DECODE, OPTIONS, draw, options
 from cuda_testing import Kernels
 from test_kernels import (
     ELEMENTWISE,
-    NO_EXTRAS,
-    NOTHING_MORE,
+    EXTRAS,
     ROPE,
+    STEP_DTYPES,
     adam_lists,
+    check_adam_8bit,
     check_attention,
     check_cross_entropy,
     check_decode,
@@ -24,12 +25,44 @@ from test_kernels import (
     check_norm,
     check_options,
     check_rope,
+    counted,
+    extras_of,
+    on,
+    sgd_args,
 )
 
 from fastlm._activations import ACTIVATIONS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ADAM = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False, *NOTHING_MORE)
+ADAM = (0.1, 0.9, 0.99, 1e-6, 0.1, True, True, False)
+
+
+def check_steps(kernels: Kernels, dtype: torch.dtype) -> None:
+    """Dense and strided, plain and with all that a step may do, with states of each dtype."""
+    device, sizes = kernels.device, [1, 63, 4099]
+    for state_dtype in [state for of, state in STEP_DTYPES if of == dtype]:
+        for extras, steps in ((set(), "host"), (EXTRAS[-1], "device")):
+            lists = adam_lists(dtype, sizes, True)
+            lists[2:5] = [[t.to(state_dtype) for t in tensors] for tensors in lists[2:5]]
+            more = extras_of(lists[0], extras, device)
+            if steps == "device":
+                lists[5] = counted(lists, device)
+            scale, random = torch.ones((), device=device), not more["masters"]
+            more = (scale, True, None, random, 1, *more.values(), [], [])
+            for given in (lists, [apart(tensors) for tensors in lists]):
+                kernels["adam_"](*on(device, given), *ADAM, *on(device, more))
+            of_sgd = sgd_args(dtype, sizes, device, state_dtype=state_dtype, steps=steps, extras=extras)
+            for given in (of_sgd, [apart(x) for x in of_sgd]):
+                kernels["sgd_"](*on(device, given))
+    if dtype != torch.float64:
+        for extras in (set(), EXTRAS[-1]):
+            check_adam_8bit(kernels, dtype, sizes, (*ADAM[:6], False, False), extras)
+    kernels["grad_norm"](on(device, lists[1]))
+
+
+def apart(x):
+    """Tensors with gaps between their elements."""
+    return [torch.stack([t, t], 1)[:, 0] if t.dim() > 0 else t for t in x] if isinstance(x, list) else x
 
 
 def run_every_kernel(kernels: Kernels) -> None:
@@ -59,19 +92,7 @@ def run_every_kernel(kernels: Kernels) -> None:
         check_linear_act(kernels, "gelu", dtype, (40, 16, 65))
         for case in ((3, 72, 100, 1, -1, 0), (50, 71, 40, 3, 0, 1)):
             check_embedding(kernels, dtype, *case)
-        lists = adam_lists(dtype, [1, 63, 4099], True)
-        moved = [[t.to(device) for t in tensors] for tensors in lists[:5]]
-        kernels["adam_"](*moved, lists[5], *ADAM)
-        kernels["adam_"](*moved, [t.to(device) for t in lists[5]], *ADAM)
-        kernels["grad_norm"](moved[1])
-        strided = [[draw(6, 20, dtype=dtype).abs().to(device)[:, ::2]] for _ in range(5)]
-        kernels["adam_"](*strided, [torch.tensor(0.0)], *ADAM)
-        if dtype in (torch.float32, torch.bfloat16):  # states of the other dtype, rounded at random
-            other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
-            moved[2:5] = [[t.to(other) for t in tensors] for tensors in moved[2:5]]
-            kernels["adam_"](
-                *moved, lists[5], *ADAM[:8], torch.ones((), device=device), True, None, True, 1, *NO_EXTRAS
-            )
+        check_steps(kernels, dtype)
     for dtype in DTYPES:
         for width in (64, 96, 111, 192, 256):
             q, do = (draw(1, 2, 70, width, dtype=dtype, seed=i).to(device) for i in range(2))

@@ -173,12 +173,12 @@ def test_float32_attention_stays_float32(instructions):
 def test_memory_bound_kernels_access_16_bytes(instructions):
     pattern = (
         r"(act|bias_act|glu|norm|cross_entropy|embedding)_(fwd|bwd)_kernel|"
-        r"(adam|grad_norm|dropout|mse_loss_bwd|rope)_kernel"
+        r"(step|adam_8bit|grad_norm|dropout|mse_loss_bwd|rope)_kernel"
     )
     kernels = {n: b for n, b in instructions.items() if re.match(pattern, n)}
-    # The activation is an argument. Adam: dtypes of parameter and state. Norms: dtypes, lengths of rows, both ways.
-    # Losses: likewise, and capped.
-    assert len(kernels) == 36 + 6 + 4 * 4 * 2 + 4 * 3 * 2 * 2 + 4 * 2 + 4
+    # The activation is an argument. Steps: dtypes of parameter and state, Adam's with extras and without, and SGD's; of
+    # 8 bits those of the parameter. Norms: dtypes, lengths of rows, both ways. Losses: likewise, and capped.
+    assert len(kernels) == 36 + 7 * 3 + 3 + 4 * 4 * 2 + 4 * 3 * 2 * 2 + 4 * 2 + 4
     for name, body in kernels.items():
         assert any(i.startswith("LDG") and "128" in i for i in body), name
         if not name.startswith(("cross_entropy_fwd", "grad_norm")):  # which write two numbers a row, one a block

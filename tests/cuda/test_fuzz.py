@@ -20,11 +20,13 @@ from test_kernels import (
     ELEMENTWISE,
     FLOATS,
     NOTHING_MORE,
+    STEP_DTYPES,
     TOLERANCE,
     adam_lists,
     assert_close,
     assert_no_worse,
     check_adam,
+    check_adam_8bit,
     check_cross_entropy,
     check_decode,
     check_elementwise,
@@ -34,6 +36,9 @@ from test_kernels import (
     check_linear_cross_entropy,
     check_norm,
     check_rope,
+    check_sgd,
+    counted,
+    extras_of,
     laid_out,
 )
 from torch import Tensor
@@ -414,24 +419,86 @@ def test_linear_cross_entropy_fuzz(kernels):
     )
 
 
-def plan_adam(rng: random.Random, longest: int) -> tuple[torch.dtype, list[int], tuple, float | None, bool]:
-    sizes = [rng.choice([0, 1, rng.randint(1, 9), rng.randint(1, 20 * longest)]) for _ in range(rng.randint(1, 9))]
-    numbers = (
+def plan_sizes(rng: random.Random, longest: int) -> list[int]:
+    return [rng.choice([0, 1, rng.randint(1, 9), rng.randint(1, 20 * longest)]) for _ in range(rng.randint(1, 9))]
+
+
+def plan_extras(rng: random.Random) -> set[str]:
+    found = rng.choice([set(), set(), {"found_inf"}, {"skipped"}])
+    return found | {name for name in ("l1", "masters", "emas") if rng.random() < 0.25}
+
+
+def plan_adam(rng: random.Random, longest: int) -> dict[str, Any]:
+    """given: lr, both betas, eps, weight_decay, decoupled, amsgrad, maximize."""
+    numbers = [
         rng.choice([1e-4, 0.1]), rng.choice([0.0, 0.9]), rng.choice([0.0, 0.9, 0.999]), rng.choice([1e-8, 1e-6]),
         rng.choice([0.0, 0.1]),
-    )  # fmt: skip
-    given = (*numbers, *(rng.random() < 0.5 for _ in range(3)))
-    return rng.choice(FLOATS), sizes, given, rng.choice([None, 0.5]), rng.random() < 0.5
+    ]  # fmt: skip
+    if numbers[2] == 0.0:  # divided by this gradient alone, which may be what two terms left of each other
+        numbers[3] = 0.1
+    dtype = rng.choice(FLOATS)
+    return {
+        "dtype": dtype,
+        "state_dtype": rng.choice([state for of, state in STEP_DTYPES if of == dtype]),
+        "sizes": plan_sizes(rng, longest),
+        "given": (*numbers, *(rng.random() < 0.5 for _ in range(3))),
+        "scale": rng.choice([None, 0.5]),
+        "counted_on_device": rng.random() < 0.5,
+        "extras": plan_extras(rng),
+    }
 
 
 def test_adam_fuzz(kernels):
-    def check(planned: tuple[torch.dtype, list[int], tuple, float | None, bool]) -> None:
-        # given: lr, both betas, eps, weight_decay, decoupled, amsgrad, maximize
-        dtype, sizes, given, scale, counted_on_device = planned
-        lists = adam_lists(dtype, sizes, given[6])
-        if counted_on_device:
-            lists[5] = [step.to(kernels.device, copy=True) for step in lists[5]]
-        scale = None if scale is None else torch.tensor(scale, device=kernels.device)
-        check_adam(kernels, lists, given, (scale, *NOTHING_MORE[1:]))
+    def check(planned: dict[str, Any]) -> None:
+        lists = adam_lists(planned["dtype"], planned["sizes"], planned["given"][6])
+        lists[2:5] = [[t.to(planned["state_dtype"]) for t in tensors] for tensors in lists[2:5]]
+        more = extras_of(lists[0], planned["extras"], kernels.device)
+        if planned["counted_on_device"] or more["found_inf"] is not None:
+            lists[5] = counted(lists, kernels.device)
+        scale = None if planned["scale"] is None else torch.tensor(planned["scale"], device=kernels.device)
+        check_adam(kernels, lists, planned["given"], (scale, *NOTHING_MORE[1:5], *more.values(), [], []))
 
     fuzz(kernels, "adam", plan_adam, check)
+
+
+def plan_adam_8bit(rng: random.Random, longest: int) -> dict[str, Any]:
+    planned = plan_adam(rng, longest)
+    *given, _, maximize = planned["given"]
+    return {
+        "dtype": rng.choice(FLOATS[:3]),
+        "sizes": planned["sizes"],
+        "options": (*given, False, maximize),
+        "extras": planned["extras"],
+        "scale": planned["scale"],
+        "steps": rng.choice(["host", "device"]),
+        "seed": rng.randint(0, 2**40),
+    }
+
+
+def test_adam_8bit_fuzz(kernels):
+    fuzz(kernels, "adam in 8 bits", plan_adam_8bit, lambda planned: check_adam_8bit(kernels, **planned))
+
+
+def plan_sgd(rng: random.Random, longest: int) -> tuple[torch.dtype, list[int], dict[str, Any]]:
+    dtype, extras, momentum = rng.choice(FLOATS), plan_extras(rng), rng.choice([0.0, 0.5, 0.9])
+    counts = [
+        "device",
+        *(["none"] if momentum == 0 else []),
+        *(["host"] if not extras & {"found_inf", "skipped"} else []),
+    ]
+    options = {
+        "state_dtype": rng.choice([state for of, state in STEP_DTYPES if of == dtype]),
+        "momentum": momentum,
+        "dampening": rng.choice([0.0, 0.5]),
+        "weight_decay": rng.choice([0.0, 0.1]),
+        "nesterov": rng.random() < 0.5,
+        "maximize": rng.random() < 0.5,
+        "scale": rng.choice([None, 0.5]),
+        "steps": rng.choice(counts),
+        "extras": extras,
+    }
+    return dtype, plan_sizes(rng, longest), options
+
+
+def test_sgd_fuzz(kernels):
+    fuzz(kernels, "sgd", plan_sgd, lambda planned: check_sgd(kernels, *planned[:2], **planned[2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -40,7 +41,7 @@ def test_self_check_passes(name):
     assert statuses["native"].usable, statuses["native"].reason
 
 
-@pytest.mark.parametrize("name", [n for n in test_kernels.OPS if n != "adam_"])
+@pytest.mark.parametrize("name", [n for n in test_kernels.OPS if n not in ("adam_", "sgd_")])
 def test_every_kernel_is_captured(kernels, name):
     """On the stream that captures, without waiting for anything."""
     for args in _library._ops[name].samples(kernels.device.type):
@@ -169,6 +170,61 @@ def test_adam_is_captured_with_its_count(kernels):
     assert [s.item() for s in captured[5]] == [4, 4]
     for a, b in zip(eager[:4], captured[:4], strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["adam_", "adam_ in 8 bits", "sgd_"])
+def test_captured_steps_are_skipped_where_they_are_found_to(kernels, kind):
+    """Of three replays the second writes nothing and does not count, as without a graph."""
+    device, found_inf = kernels.device, torch.zeros((), device=kernels.device)
+    extras = {"found_inf", "emas", "masters"}
+
+    def made() -> list:
+        args = list(test_kernels.sgd_args(torch.bfloat16, [5, 4099], device, steps="device", extras=extras))
+        args[args_of("sgd_").index("found_inf")] = None
+        if kind != "sgd_":
+            lists, scales = test_kernels.adam_lists(torch.bfloat16, [5, 4099], False), ([], [])
+            if kind == "adam_ in 8 bits":
+                lists, scales = test_kernels.packed_lists(torch.bfloat16, [5, 4099])
+            lists[5] = test_kernels.counted(lists, device)
+            more = test_kernels.extras_of(lists[0], extras, device) | {"found_inf": None}
+            args = [*lists, 0.1, 0.9, 0.99, 1e-6, 0.1, True, False, False]
+            args += [*test_kernels.NOTHING_MORE[:5], *more.values(), *scales]
+        args = test_kernels.on(device, args)
+        args[args_of(op).index("found_inf")] = found_inf
+        return args
+
+    def args_of(op: str) -> list[str]:
+        reference = test_kernels.sgd_reference if op == "sgd_" else test_kernels.adam_reference
+        return list(inspect.signature(reference).parameters)
+
+    op = kind.split()[0]
+    eager, captured = made(), made()
+    for args in (eager, captured):
+        kernels[op](*args)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kernels[op](*captured)
+    steps = args_of(op).index("steps")
+    before = [step.item() for step in captured[steps]]
+    for found in (0.0, math.inf, 0.0):
+        found_inf.fill_(found)
+        kernels[op](*eager)
+        graph.replay()
+        for a, b in zip(eager, captured, strict=True):
+            if isinstance(a, list):
+                assert all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(a, b, strict=True))
+    assert [step.item() for step in captured[steps]] == [step + 2 for step in before]
+
+
+@pytest.mark.parametrize("op", ["adam_", "sgd_"])
+def test_steps_that_the_host_counts_are_not_captured(kernels, op):
+    args = test_kernels.sgd_args(torch.float32, [5], kernels.device)
+    if op == "adam_":
+        args = [*test_kernels.adam_lists(torch.float32, [5], False), 0.1, 0.9, 0.99, 1e-6, 0.1, True, False, False]
+        args += test_kernels.NOTHING_MORE
+    args = test_kernels.on(kernels.device, args)
+    with pytest.raises(RuntimeError, match="counts steps on the host"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        kernels[op](*args)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
@@ -308,8 +364,10 @@ def either(request, kernels) -> Kernels | TritonKernels:
     return kernels if request.param == "native" else TritonKernels()
 
 
-@pytest.mark.parametrize("name", test_kernels.FAR)
+@pytest.mark.parametrize("name", test_kernels.FAR_NATIVE)
 def test_last_rows_of_more_elements_than_32_bits_count(either, name):
+    if isinstance(either, TritonKernels) and name not in test_kernels.FAR:
+        pytest.skip("no kernel of Triton's")
     if torch.cuda.mem_get_info()[0] < 8 * 2**32:
         pytest.skip("needs 32 GiB of free GPU memory")
     test_kernels.check_last_rows(either, name, ROWS, 4096)
