@@ -364,10 +364,8 @@ def either(request, kernels) -> Kernels | TritonKernels:
     return kernels if request.param == "native" else TritonKernels()
 
 
-@pytest.mark.parametrize("name", test_kernels.FAR_NATIVE)
+@pytest.mark.parametrize("name", test_kernels.FAR)
 def test_last_rows_of_more_elements_than_32_bits_count(either, name):
-    if isinstance(either, TritonKernels) and name not in test_kernels.FAR:
-        pytest.skip("no kernel of Triton's")
     if torch.cuda.mem_get_info()[0] < 8 * 2**32:
         pytest.skip("needs 32 GiB of free GPU memory")
     test_kernels.check_last_rows(either, name, ROWS, 4096)

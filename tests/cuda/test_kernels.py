@@ -1842,11 +1842,8 @@ def far_calls(kernels, cols: int) -> dict[str, Callable[[Tensor, Tensor, Tensor]
 
 FAR = (
     "silu", "silu_backward", "glu", "glu_backward", "bias_act", "layer_norm", "add_rms_norm", "norm_backward", "rope",
-    "cross_entropy", "cross_entropy_backward", "adam_", "mse_loss_backward",
+    "cross_entropy", "cross_entropy_backward", "adam_", "adam_ in 8 bits", "sgd_", "mse_loss_backward",
 )  # fmt: skip
-
-
-FAR_NATIVE = (*FAR, "adam_ in 8 bits", "sgd_")
 
 
 def check_last_rows(kernels, name: str, rows: int, cols: int) -> None:
@@ -1859,7 +1856,7 @@ def check_last_rows(kernels, name: str, rows: int, cols: int) -> None:
     assert torch.equal(call(x, y, at)[-5:], want)
 
 
-@pytest.mark.parametrize("name", FAR_NATIVE)
+@pytest.mark.parametrize("name", FAR)
 def test_last_rows_are_as_alone(kernels, name):
     check_last_rows(kernels, name, 300, 72)
 
