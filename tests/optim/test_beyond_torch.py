@@ -74,7 +74,7 @@ def exact_steps(kind, params, steps, *, max_norm=None, l1=0.0, ema_decay=0.0, am
 
 
 def combinations():
-    for kind, more in ((SGD, [{}]), (AdamW, [{}, {"amsgrad": True}]), (Adam, [{}])):
+    for kind, more in ((SGD, [{}]), (AdamW, [{}, {"amsgrad": True}])):
         state_dtypes = [None] if kind is SGD else [None, torch.float32, torch.bfloat16, torch.uint8]
         for dtype, state_dtype, extra, narrow in itertools.product(
             (torch.float32, torch.bfloat16, torch.float16),
