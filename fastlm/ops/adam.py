@@ -68,7 +68,7 @@ def adam_reference(
         else:
             m, v = wide(exp_avgs[i]), wide(exp_avg_sqs[i])
         if scale is not None:
-            g = g * scale
+            g = (g * scale).to(g.dtype)  # a 0-d one would follow the scale's
         if maximize:
             g = -g
         if weight_decay != 0 and not decoupled:
@@ -81,7 +81,7 @@ def adam_reference(
         v = beta2 * v + (1 - beta2) * g * g
         top = torch.maximum(wide(max_exp_avg_sqs[i]), v) if amsgrad else v
         denominator = top.sqrt() / (1 - beta2**t) ** 0.5 + eps
-        p = p - lr / (1 - beta1**t) * (m / denominator)
+        p = (p - lr / (1 - beta1**t) * (m / denominator)).to(g.dtype)
         store(param, p, noise_of_param(noise) if stochastic_params else None, skip)
         if masters:
             store(masters[i], p, None, skip)

@@ -53,7 +53,7 @@ def sgd_reference(
             noise = noise_of_param(noise_of(t, i, seed)) if stochastic_params else None
         p, g = wide(masters[i] if masters else param), wide(grad)
         if scale is not None:
-            g = g * scale
+            g = (g * scale).to(g.dtype)  # a 0-d one would follow the scale's
         if maximize:
             g = -g
         if weight_decay != 0:
@@ -65,7 +65,7 @@ def sgd_reference(
             average = torch.where(t == 1, g, momentum * wide(buffer) + (1 - dampening) * g)
             g = g + momentum * average if nesterov else average
             store(buffer, average, None, skip)
-        p = p - lr * g
+        p = (p - lr * g).to(g.dtype)
         store(param, p, noise, skip)
         if masters:
             store(masters[i], p, None, skip)

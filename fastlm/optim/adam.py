@@ -204,11 +204,13 @@ class Adam(Fused):
         for key, signed in _AVERAGES.items():
             parts = [saved.get(name) for name in (f"{key}_codes", f"{key}_scales", key)]
             codes, scales, x = (t if t is None else t.to(p.device) for t in parts)
-            if codes is not None and codes.stride() != p.stride():  # blocks are of memory
-                raise ValueError(
-                    f"{self._name}: a state of 8 bits with strides {codes.stride()} does not fit a parameter with "
-                    f"{p.stride()}"
-                )
+            if codes is not None:  # blocks are of memory, in which a dimension of size 1 has no place
+                if any(a != b for a, b, size in zip(codes.stride(), p.stride(), p.shape, strict=True) if size != 1):
+                    raise ValueError(
+                        f"{self._name}: a state of 8 bits with strides {codes.stride()} does not fit a parameter with "
+                        f"{p.stride()}"
+                    )
+                codes = codes.as_strided(p.shape, p.stride())
             if self._in_8_bits(p):
                 self._refuse_sharded_codes(p)
                 if codes is None and x is not None:
