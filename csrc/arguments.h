@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
-#include <unordered_set>
 #include <vector>
 
 #include "act.h"
@@ -194,12 +193,12 @@ struct Border {
     FASTLM_CHECK(given.grads.size() == params.size(), op, ": grads must hold ", params.size(), " tensors, got 0");
 
     std::vector<StepItem> items(params.size());
-    std::unordered_set<void*> written;
+    std::vector<void*> written;
+    written.reserve(params.size() * (kStepTensors + 1));
     auto check_written = [&](const char* name, size_t i, const TensorView& tensor) {
       FASTLM_CHECK(!tensor.overlaps_itself(), op, ": ", name, "[", i,
                    "] is written, so no two of its elements may share memory, got ", tensor.describe());
-      FASTLM_CHECK(tensor.numel() == 0 || written.insert(tensor.data).second, op, ": ", name, "[", i,
-                   "] shares its memory with another tensor that this call writes");
+      if (tensor.numel() > 0) written.push_back(tensor.data);
     };
     for (size_t i = 0; i < params.size(); ++i) {
       const TensorView& param = params[i];
@@ -233,6 +232,8 @@ struct Border {
       }
       FASTLM_CHECK(given.masters.empty() || size_of(param.dtype) == 2, op,
                    ": masters are for 16-bit parameters, got params[", i, "] ", param.describe());
+      FASTLM_CHECK(item.state_dtype == DType::kU8 || (given.first_scales.empty() && given.second_scales.empty()), op,
+                   ": scales are for states of 8 bits, got params[", i, "] ", param.describe(), " without");
       if (item.state_dtype == DType::kU8) check_scales(op, given, names, i, item);
       if (given.steps.empty()) {
         item.step = 0;
@@ -249,7 +250,25 @@ struct Border {
       }
       item.step = (step.dtype == DType::kF64 ? *static_cast<double*>(step.data) : *static_cast<float*>(step.data)) + 1;
     }
+    std::sort(written.begin(), written.end());
+    auto twice = std::adjacent_find(written.begin(), written.end());
+    if (twice != written.end()) fail_shared(op, given, lists, names, *twice);
     return items;
+  }
+  [[noreturn]] static void fail_shared(const char* op, const StepLists& given, const TensorList* const (&lists)[kStepTensors],
+                                       const char* const (&names)[kStepTensors], void* data) {
+    int seen = 0;
+    auto look = [&](const char* name, const TensorList& list) {
+      for (size_t i = 0; i < list.size(); ++i) {
+        FASTLM_CHECK(list[i].data != data || list[i].numel() == 0 || ++seen < 2, op, ": ", name, "[", i,
+                     "] shares its memory with another tensor that this call writes");
+      }
+    };
+    for (int t = 0; t < kStepTensors; ++t) {
+      if (t != kGrad) look(names[t], *lists[t]);
+    }
+    look("steps", given.steps);
+    fail(op, ": two tensors that are written share their memory");
   }
   // Where a gradient is laid out unlike its parameter, memory order does not pair them: it would have to be copied first.
   void check_scales(const char* op, const StepLists& given, const char* const (&names)[kStepTensors], size_t i,

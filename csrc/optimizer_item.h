@@ -29,7 +29,8 @@ struct StepItem {
   int64_t strides[kStepTensors][kMaxDims];  // in elements
 };
 
-enum class StepRule { kAdam, kSgd };
+enum class StepRule : int { kAdam, kSgd };
+constexpr int kNumStepRules = 2;
 
 struct StepOptions {
   StepRule rule;

@@ -142,6 +142,7 @@ def left_to_torch(x: Tensor, bounds: dict[torch.dtype, int], work: int = 1) -> b
 class Kernel(NamedTuple):
     run: Callable[..., Any]
     supports: Callable[..., str | None] | None  # the schema's arguments -> None, or why not
+    checks: bool = False  # refuses by itself, before it writes, whatever the op's check refuses
 
     def refusal(self, args: Sequence[Any]) -> str | None:
         return self.supports(*args) if self.supports is not None else None
@@ -164,16 +165,19 @@ _kernels: dict[tuple[str, str, str], Kernel] = {}
 _lock = threading.RLock()
 
 
-def kernel(op: str, *, backend: str, device: str, supports: Callable[..., str | None] | None = None):
+def kernel(
+    op: str, *, backend: str, device: str, supports: Callable[..., str | None] | None = None, checks: bool = False
+):
     """Register the decorated function as the kernel of `op` for a backend ("native", "triton") and a device type.
 
     It gets the schema's arguments, positionally, and returns what the schema says, freshly allocated. `supports` gets
     the same arguments and returns None or the reason why the kernel cannot do them; it looks at static properties only
-    (dtypes, sizes, flags), so that the choice holds under torch.compile.
+    (dtypes, sizes, flags), so that the choice holds under torch.compile. `checks`: it refuses by itself, before it
+    writes anything, whatever the op's check refuses.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
-        _kernels[op, backend, device] = Kernel(run, supports)
+        _kernels[op, backend, device] = Kernel(run, supports, checks)
         return run
 
     return register
@@ -194,6 +198,7 @@ class Op:
         arguments: Callable[..., tuple] | None,
         flops: Callable[..., int] | None,
         sharding: str | Callable[..., str | None] | None,
+        check: Callable[..., None] | None,
     ):
         parsed = torch._C.parse_schema(f"fastlm::{schema}")
         self.name: str = parsed.name.split("::")[1]
@@ -214,6 +219,7 @@ class Op:
         self.arguments = arguments
         self.flops = flops
         self.sharding = sharding
+        self.check = check
         self.returns = len(parsed.returns)
         self._chosen: dict[tuple[str, str], tuple[list[tuple[str, Kernel]], list[BackendStatus]]] = {}
         self.overloads: dict[str, Any] = {}
@@ -268,6 +274,7 @@ class Op:
         """The front door: the CPU kernel by a plain call where the dispatcher has nothing to add, else the torch op."""
         overload, on_cpu, apply = self.overloads[backend], self._on_cpu, self._apply.get(backend)
         has_autocast_rule = self.autocast is not None
+        check = self.check
 
         def call(*args: Any) -> Any:
             if (
@@ -277,12 +284,29 @@ class Op:
                 and (wants_gradient := _plain_cpu(args)) is not None
             ):
                 if not (wants_gradient and _is_grad_enabled()):
-                    return on_cpu[backend](*args)
+                    return on_cpu[backend](*args) if check is None else self._checked_on_cpu(backend, args)
                 if apply is not None:
                     return apply(None, *args)
+            if check is not None:
+                check(*args)
             return overload(*args)
 
         return call
+
+    def _checked_on_cpu(self, backend: str, args: Sequence[Any]) -> Any:
+        """The CPU kernel where the op has a check: that of long lists may take longer than the kernel. So a kernel that
+        checks everything itself goes first, and the check says in its words what was refused."""
+        usable, _ = self.choices(backend, "cpu")
+        trusted = bool(usable) and usable[0][1].checks
+        if not trusted:
+            self.check(*args)
+            return self._on_cpu[backend](*args)
+        try:
+            return self._on_cpu[backend](*args)
+        except Exception as error:
+            refused = error
+        self.check(*args)
+        raise refused
 
     def refuse_early(self, *args: Any) -> None:
         """Raises what the call would for want of a kernel, for functions that change something before it."""
@@ -419,6 +443,12 @@ class Op:
         # The dispatcher leaves out trailing arguments that equal their defaults.
         return args if len(args) == self.arity else (*args, *self.defaults[len(args) :])
 
+    def _written(self, args: Sequence[Any]) -> list[Tensor]:
+        found: list[Tensor] = []
+        for value in (args[i] for i in self.mutated):
+            found.extend(value if isinstance(value, (list, tuple)) else _tensors(value))
+        return found
+
     def _filled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: function(*self.filled(args))
 
@@ -438,13 +468,13 @@ class Op:
                 return only(*args)
             if len(args) != self.arity:
                 args = self.filled(args)
-            for name, (run, supports) in candidates:
+            for name, (run, supports, _) in candidates:
                 if supports is None or supports(*args) is None:
                     if name == "reference" and name != candidates[0][0]:
                         self._warn_of_reference(device, candidates, args)
                     out = run(*args)
                     if self.mutated:
-                        torch.autograd.graph.increment_version(_tensors([args[i] for i in self.mutated]))
+                        torch.autograd.graph.increment_version(self._written(args))
                     return out
             usable, statuses = self.choices(backend, device)
             if not candidates and usable:
@@ -579,6 +609,7 @@ def define_op(
     arguments: Callable[..., tuple] | None = None,
     flops: Callable[..., int] | None = None,
     sharding: str | Callable[..., str | None] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Op:
     """Define one op in all four namespaces.
 
@@ -598,8 +629,9 @@ def define_op(
             counts them: two for a multiplication and its addition, hidden scores included. Not given: none.
         sharding: which DTensors it takes as they are: a rule as in _sharding.py, or the schema's arguments -> a rule,
             None if they are to be replicated. Not given: torch refuses DTensors.
+        check: the schema's arguments -> raises what the op refuses in its own words, before anything is done.
     """
-    op = Op(schema, reference, fake, save, backward, samples, autocast, arguments, flops, sharding)
+    op = Op(schema, reference, fake, save, backward, samples, autocast, arguments, flops, sharding, check)
     _ops[op.name] = op
     return op
 

@@ -13,25 +13,41 @@ namespace {
 
 // Below this many elements a thread costs more to wake than it saves: some 10 us against 5 us of work.
 constexpr int64_t kGrain = 1 << 14;
-// Elements of a strided tensor that are gathered, stepped and put back at a time: five buffers of 8-byte elements stay
-// in the first-level cache.
+// Elements of a strided tensor that are gathered, stepped and put back at a time: seven buffers stay in the first-level
+// cache.
 constexpr int64_t kChunk = 512;
+
+AverageScalars average_of(double keep) { return keep > 0.5 ? AverageScalars{1 - keep, true} : AverageScalars{-keep, false}; }
 
 // For the parameter of that place in the list.
 StepScalars scalars_at(double step, size_t place, const StepOptions& o) {
   uint32_t noise = adam_noise(step, static_cast<uint32_t>(place), o.seed);
-  return {o.maximize ? -o.scale : o.scale,
-          o.decoupled ? 0.0 : o.weight_decay,
-          o.decoupled ? 1 - o.lr * o.weight_decay : 1.0,
-          o.beta1,
-          o.beta2,
-          o.lr / (1 - std::pow(o.beta1, step)),
-          std::sqrt(1 - std::pow(o.beta2, step)),
-          o.eps,
-          o.stochastic,
-          o.stochastic_params,
-          noise,
-          adam_noise_of_param(noise)};
+  StepScalars s{};
+  s.sign = o.maximize ? -o.scale : o.scale;
+  s.l2 = o.decoupled ? 0 : o.weight_decay;
+  s.l1 = o.l1;
+  s.has_l2 = s.l2 != 0;
+  s.has_l1 = s.l1 != 0;
+  s.decay = o.decoupled ? 1 - o.lr * o.weight_decay : 1;
+  s.step_size = o.lr;
+  if (o.rule == StepRule::kAdam) {
+    s.step_size /= 1 - std::pow(o.beta1, step);
+    s.correction = 1 / std::sqrt(1 - std::pow(o.beta2, step));
+  }
+  s.mean = average_of(o.beta1);
+  s.ema = average_of(o.ema_decay);
+  s.beta2 = o.beta2;
+  s.eps = o.eps;
+  s.momentum = o.momentum;
+  s.rest = 1 - o.dampening;
+  s.starts = step == 1;
+  s.nesterov = o.nesterov;
+  s.stochastic = o.stochastic;
+  s.stochastic_params = o.stochastic_params;
+  s.noise = noise;
+  s.noise_of_mean = adam_noise_of_mean(noise);
+  s.noise_of_param = adam_noise_of_param(noise);
+  return s;
 }
 
 // copy(offset, stride, i, count) for each run along the last dimension within [begin, begin + n) of the row-major order;
@@ -74,26 +90,30 @@ void scatter(const StepItem& item, int tensor, int64_t begin, int64_t n, const v
   (size == 8 ? scatter_of<uint64_t> : size == 4 ? scatter_of<uint32_t> : scatter_of<uint16_t>)(item, tensor, begin, n, buffer);
 }
 
-void step_range(const StepItem& item, int64_t begin, int64_t end, const StepScalars& scalars) {
-  auto kernel = kernels_for(item.dtype).optimizer.step[static_cast<int>(item.dtype)][static_cast<int>(item.state_dtype)];
+void step_range(const StepItem& item, int64_t begin, int64_t end, StepRule rule, const StepScalars& scalars) {
+  auto of_rule = kernels_for(item.dtype).optimizer.step[static_cast<int>(rule)];
+  auto kernel = of_rule[static_cast<int>(item.dtype)][static_cast<int>(item.state_dtype)];
+  StepArrays at{};
   if (item.flat) {
-    void* at[kStepTensors] = {};
     for (int t = 0; t < kStepTensors; ++t) {
-      if (item.data[t] != nullptr) at[t] = static_cast<char*>(item.data[t]) + begin * size_of(item.dtype_of(t));
+      if (item.data[t] != nullptr) at.data[t] = static_cast<char*>(item.data[t]) + begin * size_of(item.dtype_of(t));
     }
-    kernel(at[kParam], at[kGrad], at[kFirst], at[kSecond], at[kTop], begin, end - begin, scalars);
+    for (int s : {0, 1}) {
+      if (item.scales[s] != nullptr) at.scales[s] = item.scales[s] + begin / kStateBlock;
+    }
+    kernel(at, begin, end - begin, scalars);
     return;
   }
   alignas(64) uint64_t buffers[kStepTensors][kChunk];
-  void* top = item.data[kTop] != nullptr ? buffers[kTop] : nullptr;
+  for (int t = 0; t < kStepTensors; ++t) at.data[t] = item.data[t] != nullptr ? buffers[t] : nullptr;
   for (; begin < end; begin += kChunk) {
     int64_t n = std::min(kChunk, end - begin);
     for (int t = 0; t < kStepTensors; ++t) {
       if (item.data[t] != nullptr) gather(item, t, begin, n, buffers[t]);
     }
-    kernel(buffers[kParam], buffers[kGrad], buffers[kFirst], buffers[kSecond], top, begin, n, scalars);
-    for (int t : {kParam, kFirst, kSecond, kTop}) {
-      if (item.data[t] != nullptr) scatter(item, t, begin, n, buffers[t]);
+    kernel(at, begin, n, scalars);
+    for (int t = 0; t < kStepTensors; ++t) {
+      if (item.data[t] != nullptr && t != kGrad) scatter(item, t, begin, n, buffers[t]);
     }
   }
 }
@@ -114,8 +134,14 @@ void optimizer_step(const std::vector<StepItem>& items, const StepOptions& optio
     // The last item that starts at or before `begin`: empty ones before it start there too.
     size_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
     for (; i < items.size() && starts[i] < end; ++i) {
-      int64_t from = std::max<int64_t>(begin - starts[i], 0), to = std::min(end - starts[i], items[i].n);
-      if (from < to) step_range(items[i], from, to, scalars[i]);
+      const StepItem& item = items[i];
+      int64_t from = std::max<int64_t>(begin - starts[i], 0), to = end - starts[i];
+      if (item.state_dtype == DType::kU8) {  // whole blocks
+        from = (from + kStateBlock - 1) / kStateBlock * kStateBlock;
+        to = (to + kStateBlock - 1) / kStateBlock * kStateBlock;
+      }
+      to = std::min(to, item.n);
+      if (from < to) step_range(item, from, to, options.rule, scalars[i]);
     }
   });
 }

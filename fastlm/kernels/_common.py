@@ -27,6 +27,15 @@ def capturing(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def number(x: Tensor | None, default: float) -> float:
+    """What a tensor of one floating-point number on the CPU holds."""
+    if x is None:
+        return default
+    if x.numel() != 1 or not x.is_floating_point():
+        raise ValueError(f"fastlm: expected one floating-point number, got {x.dtype} {tuple(x.shape)}")
+    return x.item()
+
+
 def as_laid_out(x: Tensor, like: Tensor) -> Tensor:
     """x with the strides of `like`, which is dense: itself where they agree, else a copy.
 

@@ -68,7 +68,7 @@ def adam_reference(
         else:
             m, v = wide(exp_avgs[i]), wide(exp_avg_sqs[i])
         if scale is not None:
-            g = (g * scale).to(g.dtype)  # a 0-d one would follow the scale's
+            g = g * scale
         if maximize:
             g = -g
         if weight_decay != 0 and not decoupled:
@@ -81,7 +81,7 @@ def adam_reference(
         v = beta2 * v + (1 - beta2) * g * g
         top = torch.maximum(wide(max_exp_avg_sqs[i]), v) if amsgrad else v
         denominator = top.sqrt() / (1 - beta2**t) ** 0.5 + eps
-        p = (p - lr / (1 - beta1**t) * (m / denominator)).to(g.dtype)
+        p = (p - lr / (1 - beta1**t) * (m / denominator)).to(m.dtype)  # of one element it is float64, as t is
         store(param, p, noise_of_param(noise) if stochastic_params else None, skip)
         if masters:
             store(masters[i], p, None, skip)
@@ -190,9 +190,11 @@ def _more_samples(device: str) -> list[tuple]:
     return samples
 
 
-def _fake(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
-          amsgrad, maximize, scale, stochastic, device_lr, stochastic_params, seed, l1, found_inf, masters, emas,
-          ema_decay, exp_avg_scales, exp_avg_sq_scales) -> None:  # fmt: skip
+def _check_call(
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, decoupled,
+    amsgrad, maximize, scale, stochastic, device_lr, stochastic_params, seed, l1, found_inf, masters, emas, ema_decay,
+    exp_avg_scales, exp_avg_sq_scales,
+) -> None:  # fmt: skip
     _check(
         params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, scale, device_lr, stochastic_params,
         found_inf, masters, emas, exp_avg_scales, exp_avg_sq_scales,
@@ -220,7 +222,8 @@ _adam = define_op(
     "Tensor(f!)[] masters, Tensor(g!)[] emas, float ema_decay, Tensor(h!)[] exp_avg_scales, "
     "Tensor(i!)[] exp_avg_sq_scales) -> ()",
     reference=adam_reference,
-    fake=_fake,
+    fake=_check_call,
+    check=_check_call,
     samples=_samples,
     arguments=_arguments,
 )
@@ -296,19 +299,14 @@ def adam_(
             tensor whose elements share memory.
         TypeError: dtypes that do not fit.
     """
-    device_lr = lr if isinstance(lr, Tensor) else None
-    _check(
-        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, amsgrad, scale, device_lr, stochastic_params,
-        found_inf, masters, emas, exp_avg_scales, exp_avg_sq_scales,
+    args = _arguments(
+        params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+        weight_decay=weight_decay, decoupled=decoupled, amsgrad=amsgrad, maximize=maximize, scale=scale,
+        stochastic=stochastic, stochastic_params=stochastic_params, seed=seed, l1=l1, found_inf=found_inf,
+        masters=masters, emas=emas, ema_decay=ema_decay, exp_avg_scales=exp_avg_scales,
+        exp_avg_sq_scales=exp_avg_sq_scales,
     )  # fmt: skip
-    if params:  # an empty list names no device
-        _adam(*_arguments(
-            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
-            weight_decay=weight_decay, decoupled=decoupled, amsgrad=amsgrad, maximize=maximize, scale=scale,
-            stochastic=stochastic, stochastic_params=stochastic_params, seed=seed, l1=l1, found_inf=found_inf,
-            masters=masters, emas=emas, ema_decay=ema_decay, exp_avg_scales=exp_avg_scales,
-            exp_avg_sq_scales=exp_avg_sq_scales,
-        ))  # fmt: skip
+    (_adam if params else _check_call)(*args)  # an empty list names no device
 
 
 # --- the norm of gradients --------------------------------------------------------------------------------------------

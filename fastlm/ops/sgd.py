@@ -53,7 +53,7 @@ def sgd_reference(
             noise = noise_of_param(noise_of(t, i, seed)) if stochastic_params else None
         p, g = wide(masters[i] if masters else param), wide(grad)
         if scale is not None:
-            g = (g * scale).to(g.dtype)  # a 0-d one would follow the scale's
+            g = g * scale
         if maximize:
             g = -g
         if weight_decay != 0:
@@ -65,7 +65,7 @@ def sgd_reference(
             average = torch.where(t == 1, g, momentum * wide(buffer) + (1 - dampening) * g)
             g = g + momentum * average if nesterov else average
             store(buffer, average, None, skip)
-        p = (p - lr * g).to(g.dtype)
+        p = (p - lr * g).to(p.dtype)  # of one element it is float64, as a learning rate in a tensor is
         store(param, p, noise, skip)
         if masters:
             store(masters[i], p, None, skip)
@@ -130,8 +130,10 @@ def _samples(device: str) -> list[tuple]:
     return samples
 
 
-def _fake(params, grads, momentum_buffers, steps, lr, momentum, dampening, weight_decay, l1, nesterov, maximize, scale,
-          device_lr, found_inf, masters, emas, ema_decay, stochastic_params, seed) -> None:  # fmt: skip
+def _check_call(
+    params, grads, momentum_buffers, steps, lr, momentum, dampening, weight_decay, l1, nesterov, maximize, scale,
+    device_lr, found_inf, masters, emas, ema_decay, stochastic_params, seed,
+) -> None:  # fmt: skip
     _check(
         params, grads, momentum_buffers, steps, momentum, scale, device_lr, found_inf, masters, emas, stochastic_params
     )
@@ -155,7 +157,8 @@ _sgd = define_op(
     "Tensor? device_lr, Tensor? found_inf, Tensor(d!)[] masters, Tensor(e!)[] emas, float ema_decay, "
     "bool stochastic_params, int seed) -> ()",
     reference=sgd_reference,
-    fake=_fake,
+    fake=_check_call,
+    check=_check_call,
     samples=_samples,
     arguments=_arguments,
 )
@@ -209,13 +212,9 @@ def sgd_(
             tensor whose elements share memory.
         TypeError: dtypes that do not fit.
     """
-    device_lr = lr if isinstance(lr, Tensor) else None
-    _check(
-        params, grads, momentum_buffers, steps, momentum, scale, device_lr, found_inf, masters, emas, stochastic_params
-    )
-    if params:  # an empty list names no device
-        _sgd(*_arguments(
-            params, grads, momentum_buffers, steps, lr=lr, momentum=momentum, dampening=dampening,
-            weight_decay=weight_decay, l1=l1, nesterov=nesterov, maximize=maximize, scale=scale, found_inf=found_inf,
-            masters=masters, emas=emas, ema_decay=ema_decay, stochastic_params=stochastic_params, seed=seed,
-        ))  # fmt: skip
+    args = _arguments(
+        params, grads, momentum_buffers, steps, lr=lr, momentum=momentum, dampening=dampening,
+        weight_decay=weight_decay, l1=l1, nesterov=nesterov, maximize=maximize, scale=scale, found_inf=found_inf,
+        masters=masters, emas=emas, ema_decay=ema_decay, stochastic_params=stochastic_params, seed=seed,
+    )  # fmt: skip
+    (_sgd if params else _check_call)(*args)  # an empty list names no device

@@ -6,14 +6,32 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from step_testing import (
+    DTYPES,
+    LAYOUTS,
+    SIXTEEN_BITS,
+    SIZES,
+    assert_as_exact_as_the_reference,
+    assert_bits_equal,
+    assert_refused,
+    bad_steps,
+    change,
+    copied,
+    drop,
+    give,
+    outside,
+    repeat,
+    tensors_of,
+    with_layout,
+)
 
 import fastlm
 from fastlm import _native
+from fastlm._eight_bit import dequantized, quantized
 from fastlm.ops.adam import adam_, grad_norm
 
 BACKENDS = ["reference"] + (["native"] if _native.cpu is not None else [])
 ISAS = _native.cpu.usable_isas() if _native.cpu is not None else []
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FLAGS = {
     "adam": {},
     "l2": {"weight_decay": 0.1},
@@ -24,7 +42,6 @@ FLAGS = {
     "no averages": {"beta1": 0.0, "beta2": 0.0, "eps": 1e-3},
     "no eps": {"eps": 0.0},
 }
-SIZES = [(0,), (), (1,), (63,), (64,), (65,), (3, 0, 2), (17, 33), (257,)]
 
 
 @pytest.fixture(params=ISAS)
@@ -91,12 +108,6 @@ def torch_steps(lists, dtype, grads, *, lr, beta1, beta2, eps, weight_decay, dec
 
 def written(lists):
     return [lists[0], *lists[2:]]
-
-
-def assert_bits_equal(got, want):
-    for a, b in zip(got, want, strict=True):
-        for x, y in zip(a, b, strict=True):
-            torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------
@@ -170,16 +181,6 @@ def test_counts_each_step_by_itself(backend, step_dtype):
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
-LAYOUTS = {
-    "contiguous": lambda n: torch.zeros(4, 6, 10, n),
-    "transposed": lambda n: torch.zeros(n, 10, 6, 4).permute(3, 2, 1, 0),
-    "channels_last": lambda n: torch.zeros(4, 6, 10, n).to(memory_format=torch.channels_last),
-    "sliced": lambda n: torch.zeros(4, 12, 10, n + 5)[:, ::2, :, 2 : n + 2],
-    "column": lambda n: torch.zeros(4, 6, 10, n, 3)[..., 1],
-    "misaligned": lambda n: torch.zeros(4 * 6 * 10 * n + 1)[1:].view(4, 6, 10, n),
-}
-
-
 @pytest.mark.parametrize("param_layout", LAYOUTS)
 @pytest.mark.parametrize("other_layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -188,28 +189,15 @@ def test_layouts(backend, dtype, param_layout, other_layout):
     opts = options(amsgrad=True, weight_decay=0.1)
     dense = problem(dtype, sizes=[(4, 6, 10, n)], amsgrad=True)
     layouts = [LAYOUTS[param_layout]] + [LAYOUTS[other_layout]] * 4
-    lists = [[_with_layout(layout, n, tensors[0])] for layout, tensors in zip(layouts, dense, strict=False)]
-    around = [_outside(x[0]) for x in lists]
+    lists = [[with_layout(layout, n, tensors[0])] for layout, tensors in zip(layouts, dense, strict=False)]
+    around = [outside(x[0]) for x in lists]
     lists.append([dense[5][0].clone()])
     strides = [x[0].stride() for x in lists]
     adam_(*dense, **opts)
     adam_(*lists, **opts)
     assert_bits_equal(lists, dense)
     assert [x[0].stride() for x in lists] == strides
-    assert all(torch.equal(_outside(x[0]), a) for x, a in zip(lists[:5], around, strict=True))
-
-
-def _with_layout(layout, n, values):
-    shape = layout(n)
-    storage = torch.full((shape.untyped_storage().nbytes() // 4,), 9.0, dtype=values.dtype)
-    return storage.as_strided(shape.shape, shape.stride(), shape.storage_offset()).copy_(values)
-
-
-def _outside(x):
-    """The elements of x's memory that are not x's."""
-    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).clone()
-    storage.as_strided(x.shape, x.stride(), x.storage_offset()).zero_()
-    return storage
+    assert all(torch.equal(outside(x[0]), a) for x, a in zip(lists[:5], around, strict=True))
 
 
 def test_expanded_and_marked_gradients(backend):
@@ -289,6 +277,223 @@ def test_any_list_equals_its_parts_and_the_reference(lengths, dtypes, seed, flag
             torch.testing.assert_close(a, e, rtol=8 * torch.finfo(a.dtype).eps, atol=8 * torch.finfo(a.dtype).eps)
 
 
+# --- beyond torch -----------------------------------------------------------------------------------------------------
+EXTRAS = {
+    "l1": {"l1": 0.1},
+    "averages": {"emas": True},
+    "states in float32": {"states": torch.float32},
+    "masters": {"masters": True, "states": torch.float32},
+    "everything": {"masters": True, "emas": True, "states": torch.float32, "l1": 0.1, "scale": torch.tensor(0.25)},
+}
+
+
+def with_extras(dtype, extras, sizes=SIZES, **flags):
+    step = as_step(problem(dtype, sizes, amsgrad=flags.get("amsgrad", False)), **flags)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    masters = extras.get("masters") and dtype in SIXTEEN_BITS
+    step |= {name: value for name, value in extras.items() if name in ("l1", "scale")}
+    step["masters"] = [p.to(wide) + 1e-4 for p in step["params"]] if masters else []
+    step["emas"] = [p.to(wide) * 0.5 for p in step["params"]] if extras.get("emas") else []
+    if "states" in extras and dtype in SIXTEEN_BITS:
+        for name in STATES:
+            step[name] = [x.to(wide) for x in step[name]]
+    return step | {"ema_decay": 0.9}
+
+
+STATES = ["exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"]
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"amsgrad": True, "weight_decay": 0.1}, {"decoupled": True, "weight_decay": 0.1}]
+)
+@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_than_torch_has(backend, dtype, extras, flags):
+    assert_as_exact_as_the_reference(adam_, with_extras(dtype, EXTRAS[extras], **flags), STATES)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_as_the_reference(backend, dtype):
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0], dtype=torch.float64)
+    p, g = (x.flatten().to(dtype) for x in torch.meshgrid(special, special, indexing="ij"))
+    step = with_extras(dtype, EXTRAS["everything"], [p.shape], weight_decay=0.1)
+    step |= {"grads": [g], "masters" if step["masters"] else "params": [p.to(step["emas"][0].dtype)]}
+    if dtype not in SIXTEEN_BITS:
+        step["params"] = [p]
+    want = copied(step)
+    with fastlm.use_backend("reference"):
+        adam_(**want)
+    adam_(**step)
+    for got, expected in zip(tensors_of(step), tensors_of(want), strict=True):
+        for a, e in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-2, atol=1e-2, equal_nan=True)
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0, float("inf"), float("nan")])
+def test_found_inf_skips_the_step(backend, found):
+    step = with_extras(torch.float16, EXTRAS["everything"])
+    want = copied(step)
+    if found == 0:
+        adam_(**want)
+    adam_(**step, found_inf=torch.tensor(found))
+    assert_bits_equal(tensors_of(step), tensors_of(want))
+
+
+@pytest.mark.parametrize("param_layout", LAYOUTS)
+@pytest.mark.parametrize("other_layout", LAYOUTS)
+def test_layouts_of_masters_and_averages(backend, param_layout, other_layout):
+    n = 7
+    dense = with_extras(torch.bfloat16, EXTRAS["everything"], [(4, 6, 10, n)])
+    layouts = {name: LAYOUTS[param_layout if name in ("params", "exp_avgs") else other_layout] for name in dense}
+    step = {
+        name: [with_layout(layouts[name], n, t) for t in value]
+        if isinstance(value, list) and name != "steps"
+        else value
+        for name, value in copied(dense).items()
+    }
+    tensors = [t for of in tensors_of(step) if of is not step["steps"] for t in of]
+    around = [outside(x) for x in tensors]
+    adam_(**dense)
+    adam_(**step)
+    assert_bits_equal(tensors_of(step), tensors_of(dense))
+    assert all(torch.equal(outside(x), a) for x, a in zip(tensors, around, strict=True))
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BITS)
+def test_masters_and_codes_do_not_depend_on_threads(isa, threads, dtype):
+    sizes = [(70_001,), (3,), (0,), (50, 1001), (16_384,), (), (90_000,)]
+    results = []
+    for count in (1, 2, 7):
+        threads(count)
+        plain = with_extras(dtype, EXTRAS["everything"], sizes)
+        packed = _packed(with_extras(dtype, EXTRAS["everything"], sizes))
+        for step in (plain, packed):
+            adam_(**step)
+        results.append(tensors_of(plain) + tensors_of(packed))
+    assert_bits_equal(results[0], results[1])
+    assert_bits_equal(results[0], results[2])
+
+
+# --- states in 8 bits -------------------------------------------------------------------------------------------------
+NARROW = [torch.float32, *SIXTEEN_BITS]
+AROUND_A_BLOCK = [(n,) for n in (0, 1, 31, 32, 33, 255, 256, 257, 300, 511, 512, 513, 5000)] + [(), (17, 33)]
+
+
+def codes_of(grad, seed=0, **more):
+    """What a step that keeps nothing of the past makes of a gradient: codes and scales of it and of its square."""
+    step = as_step([[torch.zeros_like(grad)], [grad], [torch.zeros_like(grad)], [torch.zeros_like(grad)], [], []])
+    step = _packed(step) | {"steps": [torch.tensor(0.0)], "beta1": 0.0, "beta2": 0.0, "eps": 1.0, "seed": seed, **more}
+    adam_(**step)
+    return [step[name][0] for name in ("exp_avgs", "exp_avg_scales", "exp_avg_sqs", "exp_avg_sq_scales")]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("size", AROUND_A_BLOCK)
+def test_codes_are_the_references(backend, dtype, size):
+    grad = torch.randn(size, generator=torch.Generator().manual_seed(3)).to(dtype) ** 3
+    if dtype != torch.float16:
+        grad *= 2.0 ** torch.randint(
+            -30, 10, (*size[:-1], 1) if size else (), generator=torch.Generator().manual_seed(1)
+        )
+    for seed in (0, 2**40 + 5):
+        got = codes_of(grad, seed)
+        with fastlm.use_backend("reference"):
+            assert_bits_equal([got], [codes_of(grad, seed)])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_steps_with_codes_are_the_references(backend, dtype):
+    """But for the few codes that a last digit of what the step computed decides."""
+    step = _packed(with_extras(dtype, {"emas": True}, AROUND_A_BLOCK, weight_decay=0.1))
+    want = copied(step)
+    for _ in range(3):
+        adam_(**step)
+        with fastlm.use_backend("reference"):
+            adam_(**want)
+    for name in ("exp_avgs", "exp_avg_sqs"):
+        apart = torch.cat([(a.int() - e.int()).abs().flatten() for a, e in zip(step[name], want[name], strict=True)])
+        assert (apart != 0).float().mean() < 2e-3
+    for name, tolerance in (("exp_avg_scales", 1e-5), ("exp_avg_sq_scales", 1e-5), ("emas", 2e-3)):
+        torch.testing.assert_close(step[name], want[name], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(step["params"], want["params"], rtol=1e-2, atol=1e-2)
+
+
+def test_codes_are_right_in_the_mean(backend):
+    grad = torch.randn(300, generator=torch.Generator().manual_seed(0))
+    draws = 400 if backend == "native" else 100
+    sums = [torch.zeros(300, dtype=torch.float64) for _ in range(2)]
+    for seed in range(draws):
+        m, of_m, v, of_v = codes_of(grad, seed)
+        sums[0] += dequantized(m, of_m, True)
+        sums[1] += dequantized(v, of_v, False)
+    for total, exact in zip(sums, (grad.double(), grad.double().square()), strict=True):
+        # A code is 1/8 of an octave at most, so a draw deviates by no more than 1/16 of the number.
+        large = exact.abs() > exact.abs().max() * 2**-15
+        assert ((total / draws - exact).abs() <= 5 / 16 / draws**0.5 * exact.abs())[large].all()
+        assert ((total / draws - exact) / exact)[large].mean().abs() < 5 / 16 / (draws * 300) ** 0.5
+
+
+def test_special_blocks(backend):
+    grad = torch.randn(5 * 256)
+    grad[:256] = 0.0  # a block of nothing
+    grad[300] = float("nan")
+    grad[256 * 2 + 7] = -float("inf")
+    grad[256 * 3 : 256 * 4] = 1e-35  # smaller than any scale
+    grad[256 * 4 :] = 1e-12  # whose square is far below the largest, and yet not nothing
+    grad[256 * 4] = 1.0
+    m, of_m, v, of_v = codes_of(grad)
+    for codes, scales, signed in ((m, of_m, True), (v, of_v, False)):
+        x = dequantized(codes, scales, signed).view(5, 256)
+        assert (x[[0, 3]] == 0).all() and (scales[[0, 3]] == 0).all()
+        assert x[1:3].isnan().all() and scales[1:3].isnan().all()
+        assert x[4, 0] == 1 and scales[4] == 1
+    assert (v[256 * 4 + 1 :] == 1).all()
+    assert (m[256 * 4 + 1 :] == 0).all()
+    assert torch.equal((m > 127)[256:512], grad[256:512].signbit())
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_become_themselves_again(signed):
+    x = torch.randn(2, 3000).prod(0)
+    codes, scales = quantized(x if signed else x.square(), signed)
+    again, scales_again = quantized(dequantized(codes, scales, signed), signed)
+    assert torch.equal(codes, again) and torch.equal(scales, scales_again)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "channels_last", "misaligned"])
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+def test_layouts_with_codes(backend, layout, grad_layout):
+    """Blocks follow memory: the step on the parameter's memory as a vector."""
+    n = 7
+    param, grad = (with_layout(LAYOUTS[of], n, torch.randn(4, 6, 10, n)) for of in (layout, grad_layout))
+    m, v = torch.randn_like(param), torch.rand_like(param)
+    in_memory = [x.as_strided((x.numel(),), (1,)) for x in (param.clone(), torch.empty_like(param).copy_(grad), m, v)]
+    flat = _packed(as_step([*([x.clone()] for x in in_memory), [], [torch.tensor(4.0)]]))
+    step = copied(flat) | {"params": [param], "grads": [grad]}
+    for name in ("exp_avgs", "exp_avg_sqs"):
+        step[name] = [step[name][0].as_strided(param.shape, torch.empty_like(param).stride())]
+    around = outside(param)
+    adam_(**step)
+    adam_(**flat)
+    assert torch.equal(param, flat["params"][0].as_strided(param.shape, torch.empty_like(param).stride()))
+    assert torch.equal(outside(param), around)
+    for name in ("exp_avgs", "exp_avg_sqs"):
+        assert torch.equal(step[name][0].as_strided((param.numel(),), (1,)), flat[name][0])
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="of the native kernel")
+def test_codes_with_masters_in_another_order_run_on_the_reference():
+    param = torch.randn(17, 33).bfloat16()
+    step = as_step([[param], [param.clone()], [param.float()], [param.float().square()], [], [torch.tensor(1.0)]])
+    step = _packed(step) | {"masters": [param.float().t().contiguous().t()]}
+    want = copied(step)
+    with pytest.warns(fastlm.FallbackWarning, match="masters or emas laid out unlike their parameters"):
+        adam_(**step)
+    with fastlm.use_backend("reference"):
+        adam_(**want)
+    assert_bits_equal(tensors_of(step), tensors_of(want))
+
+
 # --- torch's machinery ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("namespace", ["fastlm", *(f"fastlm_{b}" for b in BACKENDS)])
 @pytest.mark.parametrize("amsgrad", [False, True])
@@ -337,116 +542,129 @@ def test_refuses_to_change_what_autograd_records(backend):
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
-def _change(k, i, tensor):
-    def change(lists):
-        lists[k][i] = tensor
-
-    return change
+def as_step(lists, **more):
+    return dict(zip(NAMES[:6], lists, strict=True)) | options() | more
 
 
-def _drop(k):
-    def change(lists):
-        del lists[k][-1]
-
-    return change
-
-
-def _repeat(lists):
-    lists[0][1] = lists[0][0]
+def _packed(step):
+    """States of 8 bits."""
+    for name, signed in (("exp_avgs", True), ("exp_avg_sqs", False)):
+        packed = [quantized(x.flatten(), signed) for x in step[name]]
+        step[name] = [codes.view(p.shape) for (codes, _), p in zip(packed, step["params"], strict=True)]
+        step[f"{name[:-1]}_scales"] = [scales for _, scales in packed]
+    return step
 
 
-def _top(lists):
-    lists[4].append(torch.zeros(3))
+def _packed_without_scales(step):
+    del _packed(step)["exp_avg_scales"]
 
 
-BAD = [
-    (_drop(1), ValueError, "grads must hold one tensor per parameter, 2, got 1"),
-    (_drop(5), ValueError, "steps must hold one tensor per parameter, 2, got 1"),
-    (_top, ValueError, "max_exp_avg_sqs must be empty without amsgrad, got 1 tensors"),
-    (_repeat, ValueError, "each parameter must be in params once, got one of them twice"),
-    (_change(1, 0, torch.zeros(4)), ValueError, "grads[0] must have the sizes of params[0], (3,), got (4,)"),
+def _packed_with_gaps(step):
+    _packed(step)["params"][1] = torch.zeros(6)[::2]
+
+
+def _packed_in_another_order(step):
+    _packed(step)
+    for name in ("params", "grads", "exp_avg_sqs"):
+        step[name] = [step[name][0], step[name][1].new_zeros(3, 2)]
+    step["exp_avgs"][1] = torch.zeros(2, 3, dtype=torch.uint8).t()
+
+
+def _packed_with_tops(step):
+    _packed(step).update(amsgrad=True, max_exp_avg_sqs=[torch.zeros(3, dtype=torch.uint8) for _ in range(2)])
+
+
+@bad_steps(
+    (drop("steps"), ValueError, "steps must hold one tensor per parameter, 2, got 1"),
     (
-        _change(2, 1, torch.zeros(3)[:, None]),
+        give(max_exp_avg_sqs=[torch.zeros(3)]),
+        ValueError,
+        "max_exp_avg_sqs must be empty without amsgrad, got 1 tensors",
+    ),
+    (
+        change("exp_avgs", 1, torch.zeros(3)[:, None]),
         ValueError,
         "exp_avgs[1] must have the sizes of params[1], (3,), got (3, 1)",
     ),
     (
-        _change(3, 1, torch.zeros(3, dtype=torch.bfloat16)),
+        change("exp_avg_sqs", 1, torch.zeros(3, dtype=torch.bfloat16)),
         TypeError,
         "exp_avg_sqs[1] must be of the dtype of exp_avgs[1], torch.float32, got torch.bfloat16",
     ),
     (
-        _change(0, 0, torch.zeros(3, dtype=torch.complex64)),
+        give(masters=[torch.zeros(3)] * 2, stochastic_params=True),
+        ValueError,
+        "parameters that have masters are not rounded at random, got stochastic_params",
+    ),
+    (
+        give(exp_avg_scales=[torch.zeros(1)] * 2),
         TypeError,
-        "params[0] must be floating point, got torch.complex64",
+        "scales are for states of 8 bits, got exp_avgs[0] of torch.float32",
     ),
     (
-        _change(1, 0, torch.zeros(3).to_sparse()),
-        TypeError,
-        "grads[0] must be a dense tensor, got layout torch.sparse_coo",
-    ),
-    (
-        _change(1, 1, torch.zeros(3, device="meta")),
+        _packed_without_scales,
         ValueError,
-        "grads[1] must be on the device of params[0], cpu, got meta",
+        "exp_avgs[0] has 8 bits and needs scales, contiguous float32 (1,) on cpu, got none",
     ),
     (
-        _change(0, 1, torch.zeros(3, device="meta")),
+        _packed_with_gaps,
         ValueError,
-        "params[1] must be on the device of params[0], cpu, got meta",
+        "states of 8 bits are for parameters without gaps in memory, got params[1] of sizes (3,) with strides (2,)",
     ),
     (
-        _change(0, 1, torch.zeros(1).expand(3)),
+        _packed_in_another_order,
         ValueError,
-        "params[1] is written, so no two of its elements may share memory, got sizes (3,) with strides (0,)",
+        "exp_avgs[1] has 8 bits and must have the strides of params[1], (2, 1), got (1, 3)",
     ),
-    (_change(5, 0, torch.tensor(1)), TypeError, "steps[0] must be one float32 or float64, got torch.int64 ()"),
-    (_change(5, 1, torch.zeros(2)), TypeError, "steps[1] must be one float32 or float64, got torch.float32 (2,)"),
-]
-
-
-@pytest.mark.parametrize("change, kind, message", BAD, ids=[message[:30] for _, _, message in BAD])
-def test_bad_input_gets_a_sentence_and_changes_nothing(backend, change, kind, message):
-    lists = problem(torch.float32, sizes=[(3,), (3,)])
-    tensors = [lists[0][0], lists[0][1], *lists[5]]
-    before = [t.clone() for t in tensors]
-    change(lists)
-    with pytest.raises(kind) as error:
-        adam_(*lists, **options())
-    assert str(error.value) == f"fastlm.adam_: {message}"
-    assert_bits_equal([tensors], [before])
+    (_packed_with_tops, ValueError, "max_exp_avg_sqs[0] cannot have 8 bits"),
+)
+def test_bad_input_gets_a_sentence_and_changes_nothing(backend, changed, kind, message):
+    assert_refused(
+        adam_, as_step(problem(torch.float32, sizes=[(3,), (3,)])), ["exp_avgs", "exp_avg_sqs"], changed, kind, message
+    )
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="checks the binding")
 @pytest.mark.parametrize(
-    "change, message",
+    "changed, message",
     [
-        (_drop(1), "adam_: grads must hold 2 tensors, got 1"),
-        (_drop(5), "adam_: steps must hold 2 tensors, got 1"),
+        (drop("grads"), "grads must hold 2 tensors, got 1"),
+        (drop("steps"), "steps must hold 2 tensors, got 1"),
         (
-            _change(1, 0, torch.zeros(4)),
-            "adam_: grads[0] must have dtype float32 and the sizes of params[0], float32 (3) strides (1), "
+            change("grads", 0, torch.zeros(4)),
+            "grads[0] must have dtype float32 and the sizes of params[0], float32 (3) strides (1), "
             "got float32 (4) strides (1)",
         ),
         (
-            _change(2, 0, torch.zeros(1).expand(3)),
-            "adam_: exp_avgs[0] is written, so no two of its elements may share memory, got float32 (3) strides (0)",
+            change("exp_avgs", 0, torch.zeros(1).expand(3)),
+            "exp_avgs[0] is written, so no two of its elements may share memory, got float32 (3) strides (0)",
         ),
-        (_repeat, "adam_: params[1] shares its memory with another tensor that this call writes"),
+        (repeat, "params[1] shares its memory with another tensor that this call writes"),
         (
-            _change(5, 0, torch.tensor(1)),
-            "adam_: steps[0] must be one float32 or float64 on cpu, got int64 () strides ()",
+            change("steps", 0, torch.tensor(1)),
+            "steps[0] must be one float32 or float64 on cpu, got int64 () strides ()",
+        ),
+        (
+            give(exp_avg_scales=[torch.zeros(1)] * 2),
+            "scales are for states of 8 bits, got params[0] float32 (3) strides (1) without",
+        ),
+        (_packed_without_scales, "scales of exp_avgs must hold 2 tensors, got 0"),
+        (
+            lambda step: _packed(step)["grads"].__setitem__(1, torch.zeros(6)[::2]),
+            "states of 8 bits go with tensors of one dense layout and without max_exp_avg_sqs, got params[1] "
+            "float32 (3) strides (1)",
         ),
     ],
 )
-def test_the_binding_checks_for_itself(change, message):
-    lists = problem(torch.float32, sizes=[(3,), (3,)])
-    change(lists)
-    steps = [s.clone() for s in lists[5]]
+def test_the_binding_checks_for_itself(changed, message):
+    step = as_step(problem(torch.float32, sizes=[(3,), (3,)]))
+    changed(step)
+    steps = [s.clone() for s in step["steps"]]
+    scales = [step.pop(name, []) for name in ("exp_avg_scales", "exp_avg_sq_scales")]
     with pytest.raises(ValueError) as error:
-        _native.cpu.adam_step(*lists, *options().values(), 1.0, False, False, 0, 0.0, [], [], 0.0, [], [], 1)
-    assert str(error.value) == f"fastlm: {message}"
-    assert all(torch.equal(a, b) for a, b in zip(lists[5], steps, strict=True))
+        _native.cpu.adam_step(*step.values(), 1.0, False, False, 0, 0.0, [], [], 0.0, *scales, 1)
+    assert str(error.value) == f"fastlm: adam_: {message}"
+    assert all(torch.equal(a, b) for a, b in zip(step["steps"], steps, strict=True))
 
 
 def test_empty_lists_do_nothing(backend):

@@ -35,6 +35,8 @@ typedef double f64v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef int32_t i32v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef uint32_t u32v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef uint16_t u16h __attribute__((vector_size(FASTLM_VECTOR_BYTES / 2)));  // as many 16-bit lanes as f32v has
+typedef uint8_t u8q __attribute__((vector_size(FASTLM_VECTOR_BYTES / 4)));    // and 8-bit lanes
+typedef uint8_t u8v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -195,6 +197,60 @@ inline void store_u16_n(void* p, u16h h, int n) {
 }
 inline void store_n(bf16* p, f32v v, int n) { store_u16_n(p, narrow_bf16(v), n); }
 inline void store_n(f16* p, f32v v, int n) { store_u16_n(p, narrow_f16(v), n); }
+
+inline u32v load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (u32v)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (u32v)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+#else
+  return __builtin_convertvector(load_raw<u8q>(p), u32v);
+#endif
+}
+
+// Four vectors as one of bytes: of integers, those below 0 as 0 and those above 255 as 255; and of floats, 128 where the
+// sign is minus and else 0.
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+inline u8v in_order(__m512i bytes) {  // packed within each 16 bytes
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return (u8v)_mm512_permutexvar_epi32(order, bytes);
+}
+inline u8v saturated(const i32v (&x)[4]) {
+  return in_order(_mm512_packus_epi16(_mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]),
+                                      _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3])));
+}
+inline u8v signs(const f32v (&x)[4]) {
+  return in_order(_mm512_packs_epi16(_mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]),
+                                     _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]))) & 128;
+}
+#elif defined(__AVX2__)
+inline u8v in_order(__m256i bytes) {  // packed within each 16 bytes
+  return (u8v)_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+inline u8v saturated(const i32v (&x)[4]) {
+  return in_order(_mm256_packus_epi16(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]),
+                                      _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3])));
+}
+inline u8v signs(const f32v (&x)[4]) {
+  return in_order(_mm256_packs_epi16(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]),
+                                     _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]))) & 128;
+}
+#else
+inline u8v saturated(const i32v (&x)[4]) {
+  u8v bytes;
+  for (int k = 0; k < 4; ++k) {
+    i32v least = x[k] < 0 ? i32v{} : x[k];
+    u8q part = __builtin_convertvector(least > 255 ? 255 + i32v{} : least, u8q);
+    std::memcpy(reinterpret_cast<char*>(&bytes) + k * sizeof part, &part, sizeof part);
+  }
+  return bytes;
+}
+inline u8v signs(const f32v (&x)[4]) {
+  i32v sign[4];
+  for (int k = 0; k < 4; ++k) sign[k] = (i32v)((u32v)x[k] >> 24) & 128;
+  return saturated(sign);
+}
+#endif
 
 // --- arithmetic -------------------------------------------------------------------------------------------------------
 // a * b + c in one instruction where the set has it. Spelt out: of a * b + c * d the compiler may fuse either product, and
@@ -390,6 +446,13 @@ template <class T> inline vec_t<T> load_count(const T* p, int count) {
 }
 template <class T> inline void store_count(T* p, vec_t<T> v, int count) {
   count == lanes_of<vec_t<T>> ? store(p, v) : store_n(p, v, count);
+}
+
+inline u32v load_bytes_count(const uint8_t* p, int count) {
+  if (count == kLanes) return load_bytes(p);
+  uint8_t bytes[kLanes] = {};
+  std::memcpy(bytes, p, count);
+  return load_bytes(bytes);
 }
 
 // --- past the caches --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm import _native
 from fastlm._library import kernel
-from fastlm.kernels._common import FLOATS, as_laid_out, flat
+from fastlm.kernels._common import FLOATS, as_laid_out, flat, number
 from fastlm.kernels.native._common import current_stream, on_gpu, readable, step_workspace
 
 
@@ -20,15 +20,6 @@ def _unsupported(params: Sequence[Tensor], *rest: object) -> str | None:
         if p.dim() > 8:
             return f"does not take {p.dim()} dimensions"
     return None
-
-
-def _unsupported_extras(params: Sequence[Tensor], *rest: object) -> str | None:
-    exp_avgs, (l1, found_inf, masters, emas, _, scales, _) = rest[1], rest[-7:]
-    if any(x.dtype == torch.float32 and p.dtype == torch.float16 for p, x in zip(params, exp_avgs, strict=True)):
-        return "does not take states in float32 of parameters in float16"
-    if l1 or found_inf is not None or masters or emas or scales:
-        return "does not take l1, found_inf, masters, emas and states of 8 bits"
-    return _unsupported(params)
 
 
 def _unsupported_norm(grads: Sequence[Tensor]) -> str | None:
@@ -43,17 +34,35 @@ def _dense(grads: Sequence[Tensor]) -> list[Tensor]:
     return [flat(g if torch.ops.aten.is_non_overlapping_and_dense(g) else g.contiguous()) for g in grads]
 
 
+def _laid_out(params: Sequence[Tensor], *lists: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Blocks of 8 bits go by memory, in which all else has to lie alike then."""
+    return [[as_laid_out(x, p) for x, p in zip(xs, params, strict=bool(xs))] for xs in lists]
+
+
+def _put_back(laid: Sequence[Sequence[Tensor]], lists: Sequence[Sequence[Tensor]]) -> None:
+    for copies, tensors in zip(laid, lists, strict=True):
+        for copy, to in zip(copies, tensors, strict=True):
+            if to is not copy:
+                to.copy_(copy)
+
+
 if _native.cpu is not None:
     _step = _native.cpu.adam_step
 
-    @kernel("adam_", backend="native", device="cpu", supports=_unsupported_extras)
+    @kernel("adam_", backend="native", device="cpu", supports=_unsupported, checks=True)
     def adam_(params, grads, exp_avgs, exp_avg_sqs, tops, steps, lr, *args) -> None:
-        *args, scale, stochastic, device_lr, stochastic_params, seed, l1, _, masters, emas, ema_decay, of_m, of_v = args
+        *args, scale, stochastic, device_lr, random, seed, l1, found_inf, masters, emas, ema_decay, of_m, of_v = args
+        if number(found_inf, 0.0) != 0:
+            return
+        if masters and random:
+            raise ValueError("fastlm: parameters that have masters are not rounded at random")
+        laid = _laid_out(params, grads, masters, emas) if of_m else (grads, masters, emas)
         _step(
-            params, grads, exp_avgs, exp_avg_sqs, tops, steps, lr if device_lr is None else device_lr.item(), *args,
-            1.0 if scale is None else scale.item(), stochastic, stochastic_params, seed & 0xFFFFFFFF, l1, masters, emas,
-            ema_decay, of_m, of_v, torch.get_num_threads(),
+            params, laid[0], exp_avgs, exp_avg_sqs, tops, steps, number(device_lr, lr), *args, number(scale, 1.0),
+            stochastic, random, seed & 0xFFFFFFFF, l1, laid[1], laid[2], ema_decay, of_m, of_v,
+            torch.get_num_threads(),
         )  # fmt: skip
+        _put_back(laid[1:], (masters, emas))
 
     @kernel("grad_norm", backend="native", device="cpu", supports=_unsupported_norm)
     def grad_norm(grads: Sequence[Tensor]) -> Tensor:
@@ -70,20 +79,14 @@ if _native.cuda is not None:
             return
         *args, masters, emas, ema_decay, of_m, of_v = args
         *args, scale, stochastic, device_lr, stochastic_params, seed, l1, found_inf = args
-        # Blocks of 8 bits go by memory, in which all else has to lie alike then.
-        laid = [
-            [as_laid_out(x, p) for x, p in zip(xs, params, strict=bool(xs))] if of_m else xs
-            for xs in (grads, masters, emas)
-        ]
+        laid = _laid_out(params, grads, masters, emas) if of_m else (grads, masters, emas)
         workspace = step_workspace("adam_", _cuda, params, steps, on_gpu(steps[0]))
         _cuda.adam_step(
             params, laid[0], exp_avgs, exp_avg_sqs, tops, steps, *args, readable(scale), stochastic,
             readable(device_lr), stochastic_params, seed & 0xFFFFFFFF, l1, readable(found_inf), laid[1], laid[2],
             ema_decay, of_m, of_v, workspace, current_stream(params[0]),
         )  # fmt: skip
-        for to, copy in zip([*masters, *emas], [*laid[1], *laid[2]], strict=True):
-            if to is not copy:
-                to.copy_(copy)
+        _put_back(laid[1:], (masters, emas))
 
     @kernel("grad_norm", backend="native", device="cuda", supports=_unsupported_norm)
     def grad_norm_cuda(grads: Sequence[Tensor]) -> Tensor:

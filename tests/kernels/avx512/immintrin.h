@@ -22,6 +22,7 @@ typedef uint32_t __mmask32;
 
 namespace {
 
+typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef uint16_t Words16 __attribute__((vector_size(32)));
 typedef uint16_t Words32 __attribute__((vector_size(64)));
 typedef uint32_t Lanes __attribute__((vector_size(64)));
@@ -55,6 +56,7 @@ template <class V, class Mask> FASTLM_EMULATED void masked_store(void* p, Mask m
 FASTLM_EMULATED __m512 _mm512_maskz_loadu_ps(__mmask16 m, const void* p) { return masked_load<__m512>(m, p, 4); }
 FASTLM_EMULATED __m256i _mm256_maskz_loadu_epi16(__mmask16 m, const void* p) { return masked_load<__m256i>(m, p, 2); }
 FASTLM_EMULATED __m512i _mm512_maskz_loadu_epi16(__mmask32 m, const void* p) { return masked_load<__m512i>(m, p, 2); }
+FASTLM_EMULATED __m128i _mm_loadu_si128(const __m128i* p) { return masked_load<__m128i>(0xffffu, p, 1); }
 FASTLM_EMULATED void _mm512_mask_storeu_ps(void* p, __mmask16 m, __m512 v) { masked_store(p, m, v, 4); }
 FASTLM_EMULATED void _mm256_mask_storeu_epi16(void* p, __mmask16 m, __m256i v) { masked_store(p, m, v, 2); }
 
@@ -79,6 +81,7 @@ FASTLM_EMULATED __m256i _mm512_cvtps_ph(__m512 v, int) {
 }
 FASTLM_EMULATED __m512i _mm512_cvtepu16_epi32(__m256i v) { return (__m512i)__builtin_convertvector((Words16)v, Lanes); }
 FASTLM_EMULATED __m256i _mm512_cvtepi32_epi16(__m512i v) { return (__m256i)__builtin_convertvector((Lanes)v, Words16); }
+FASTLM_EMULATED __m512i _mm512_cvtepu8_epi32(__m128i v) { return (__m512i)__builtin_convertvector((Bytes16)v, Lanes); }
 
 // To bf16: denormals become 0, the nearest else, and the second operand goes to the lower half.
 FASTLM_EMULATED uint16_t bf16_bits(float f) {
