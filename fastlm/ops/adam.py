@@ -68,7 +68,7 @@ def adam_reference(
         else:
             m, v = wide(exp_avgs[i]), wide(exp_avg_sqs[i])
         if scale is not None:
-            g = g * scale
+            g = (g * scale).to(g.dtype)  # of one element it would be of the scale's dtype
         if maximize:
             g = -g
         if weight_decay != 0 and not decoupled:

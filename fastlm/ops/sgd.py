@@ -53,7 +53,7 @@ def sgd_reference(
             noise = noise_of_param(noise_of(t, i, seed)) if stochastic_params else None
         p, g = wide(masters[i] if masters else param), wide(grad)
         if scale is not None:
-            g = g * scale
+            g = (g * scale).to(g.dtype)  # of one element it would be of the scale's dtype
         if maximize:
             g = -g
         if weight_decay != 0:
