@@ -1,4 +1,4 @@
-"""The fixture `backend` runs a test on each. What a native kernel cannot do yet, it leaves to the reference."""
+"""Fixtures that run a test on each backend. What a native kernel cannot do yet, it leaves to the reference."""
 
 import warnings
 
@@ -9,9 +9,8 @@ import fastlm
 from fastlm import _native
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    name, _, isa = request.param.partition("-")
+def running(named):
+    name, _, isa = named.partition("-")
     active = _native.cpu.active_isa() if isa else None
     if isa:
         _native.cpu.select_isa(isa)
@@ -20,6 +19,17 @@ def backend(request):
         yield name
     if isa:
         _native.cpu.select_isa(active)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    yield from running(request.param)
+
+
+@pytest.fixture(params=list(dict.fromkeys((BACKENDS[0], BACKENDS[-1]))))
+def best_backend(request):
+    """For what tests/ops runs on every instruction set: the best one, and the reference."""
+    yield from running(request.param)
 
 
 @pytest.fixture(autouse=True)

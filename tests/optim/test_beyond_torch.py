@@ -90,7 +90,7 @@ def combinations():
 
 
 @pytest.mark.parametrize("kind, dtype, options", list(combinations()))
-def test_all_options_that_go_together(backend, kind, dtype, options):
+def test_all_options_that_go_together(best_backend, kind, dtype, options):
     params = [draw(shape, i) for i, shape in enumerate([(70, 75), (33,), ()])]
     params = [(x + x.sign()).to(dtype).requires_grad_() for x in params]  # whose signs stay, for the sake of l1
     want, averages = exact_steps(kind, params, 5, **options)
@@ -128,7 +128,7 @@ def test_all_options_that_go_together(backend, kind, dtype, options):
 # --- max_norm ---------------------------------------------------------------------------------------------------------
 @every_pair
 @pytest.mark.parametrize("max_norm", [0.5, 1e3, INF])
-def test_norm_and_clipping_of_all_dtypes_together(backend, ours, theirs, max_norm):
+def test_norm_and_clipping_of_all_dtypes_together(best_backend, ours, theirs, max_norm):
     dtypes = [torch.float32, torch.complex64, torch.float64, torch.bfloat16]
     a, b = parameters(*dtypes), parameters(*dtypes)
     optimizer, other = ours(a, 0.1, max_norm=max_norm), ours(b, 0.1)
@@ -174,7 +174,7 @@ def test_large_norms_of_two_devices_do_not_overflow(monkeypatch):
 @every_kind
 @pytest.mark.parametrize("wrong", [NAN, INF, -INF])
 @pytest.mark.parametrize("max_norm", [None, 1.0])
-def test_gradients_that_are_no_numbers_change_nothing(backend, kind, wrong, max_norm):
+def test_gradients_that_are_no_numbers_change_nothing(best_backend, kind, wrong, max_norm):
     """Nor do they at the first step, after which the next is the first."""
     params, others = parameters(), parameters()
     optimizer = make(kind, params, skip_nonfinite=True, max_norm=max_norm)
@@ -201,7 +201,7 @@ def test_gradients_that_are_no_numbers_change_nothing(backend, kind, wrong, max_
 @every_kind
 @pytest.mark.parametrize("unscaled", [False, True], ids=["", "unscale_"])
 @pytest.mark.parametrize("more", [{}, {"max_norm": 0.5}, {"max_norm": 0.5, "skip_nonfinite": True}], ids=str)
-def test_gradient_scaler(backend, kind, unscaled, more):
+def test_gradient_scaler(best_backend, kind, unscaled, more):
     params, others = parameters(), parameters()
     optimizer, other = make(kind, params, **more), make(kind, others, **more)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
@@ -250,7 +250,7 @@ def test_gradient_scaler_without_gradients(kind):
 # --- masters ----------------------------------------------------------------------------------------------------------
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_masters_are_training_in_float32(backend, kind, dtype):
+def test_masters_are_training_in_float32(best_backend, kind, dtype):
     """The parameter is what its master rounds to; float32 parameters and states know nothing of it."""
     params = [*parameters(dtype), draw((4,), 9).requires_grad_()]
     wide = [p.detach().float().requires_grad_() for p in params]
@@ -307,7 +307,7 @@ def test_masters_begin_where_a_state_of_torch_ends(ours, theirs):
 
 # --- averages of weights ----------------------------------------------------------------------------------------------
 @every_kind
-def test_averages_of_weights(backend, kind):
+def test_averages_of_weights(best_backend, kind):
     params = parameters(torch.float32, torch.float64, torch.complex64)
     optimizer = make(kind, params, ema_decay=0.75)
     averages = copies(params)
@@ -359,7 +359,7 @@ def test_averages_that_were_switched_on_begin_as_the_parameters(kind):
 
 # --- L1 ---------------------------------------------------------------------------------------------------------------
 @every_kind
-def test_an_l1_penalty_is_its_gradient(backend, kind):
+def test_an_l1_penalty_is_its_gradient(best_backend, kind):
     a, b = parameters(), parameters()
     ours = kind([{"params": a[:2], "l1": 0.1}, {"params": a[2:]}], 0.01)
     plain = kind(b, 0.01)
@@ -386,7 +386,7 @@ def layouts_of_8_bits():
 
 
 @adams
-def test_which_states_have_8_bits(backend, kind):
+def test_which_states_have_8_bits(best_backend, kind):
     params = layouts_of_8_bits()
     optimizer = make(kind, params.values(), state_dtype=torch.uint8)
     run(optimizer, list(params.values()), 2)
@@ -415,7 +415,7 @@ def test_bytes_of_8_bit_states(kind, dtype):
 
 @adams
 @pytest.mark.parametrize("passed", [copy.deepcopy, saved_and_loaded])
-def test_8_bit_states_are_saved_and_loaded_exactly(backend, kind, passed):
+def test_8_bit_states_are_saved_and_loaded_exactly(best_backend, kind, passed):
     params, straight = list(layouts_of_8_bits().values()), list(layouts_of_8_bits().values())
     run(make(kind, straight, state_dtype=torch.uint8, seed=3), straight, 5)
     first = make(kind, params, state_dtype=torch.uint8, seed=3)
@@ -542,7 +542,7 @@ def test_random_rounding_is_right_in_the_mean(kind, draws):
 
 
 @every_kind
-def test_random_rounding_follows_from_seed_and_step(backend, kind):
+def test_random_rounding_follows_from_seed_and_step(best_backend, kind):
     ends = {}
     for run_of, seed in (("a", 5), ("b", 5), ("c", 6)):
         p = torch.ones(1000, dtype=torch.bfloat16, requires_grad=True)
