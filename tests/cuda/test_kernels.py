@@ -1006,9 +1006,9 @@ def test_sgd_rounds_at_random_as_the_reference(kernels, steps):
 
 
 @pytest.mark.parametrize("op", ["adam_", "sgd_"])
+@pytest.mark.parametrize("extras", [EXTRAS[-1], {"skipped", "emas"}], ids="-".join)
 @pytest.mark.parametrize("dtype, state_dtype", STEP_DTYPES)
-def test_strided_steps_with_extras_are_as_dense_ones(kernels, op, dtype, state_dtype):
-    extras = EXTRAS[-1]
+def test_strided_steps_with_extras_are_as_dense_ones(kernels, op, dtype, state_dtype, extras):
     args = list(sgd_args(dtype, [4099, 257], kernels.device, state_dtype=state_dtype, steps="device", extras=extras))
     if op == "adam_":
         lists = adam_lists(dtype, [4099, 257], True)
@@ -1146,11 +1146,14 @@ def test_adam_8bit_more_tensors_than_a_launch_takes(kernels, steps):
 
 @pytest.mark.parametrize("dtype", FLOATS[:3])
 def test_adam_8bit_of_what_is_not_finite(kernels, dtype):
-    """A block with one such gradient becomes NaN, the others are as without it; the least states become 0."""
+    """A block with one such gradient becomes NaN, the others are as without it; the least states become 0, no square
+    above 0 beside larger ones does.
+    """
     lists, scales = packed_lists(dtype, [2000, 2000, 300])
     lists[1][0][[300, 999]] = torch.tensor([math.nan, -math.inf], dtype=dtype)
     lists[1][1][:] = 0
     scales[0][1][:], scales[1][1][:] = 1e-30, 1e-30
+    lists[1][2][:4], lists[3][2][:4] = 6e-8, 0
     args = (*lists, 0.0, 0.9, 0.99, 1e-6, 0.0, True, False, False, *NOTHING_MORE[:-2], *scales)
     ours, want = on(kernels.device, args), on(torch.device("cpu"), args)
     kernels["adam_"](*ours)
@@ -1160,6 +1163,7 @@ def test_adam_8bit_of_what_is_not_finite(kernels, dtype):
             torch.testing.assert_close(got.cpu(), right, rtol=1e-6, atol=0, equal_nan=True)
         assert ours[k][0].cpu().isnan().nonzero().flatten().tolist() == [1, 3]
         assert (ours[k][1] == 0).all()
+    assert (ours[3][2][:4] == 1).all()
     for k in (2, 3):
         for got, right in zip(ours[k], want[k], strict=True):
             assert (signed_codes(got.cpu(), k == 2) - signed_codes(right, k == 2)).abs().max() <= 1
