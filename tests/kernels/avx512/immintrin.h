@@ -81,6 +81,35 @@ FASTLM_EMULATED __m256i _mm512_cvtps_ph(__m512 v, int) {
 }
 FASTLM_EMULATED __m512i _mm512_cvtepu16_epi32(__m256i v) { return (__m512i)__builtin_convertvector((Words16)v, Lanes); }
 FASTLM_EMULATED __m256i _mm512_cvtepi32_epi16(__m512i v) { return (__m256i)__builtin_convertvector((Lanes)v, Words16); }
+FASTLM_EMULATED __m512i _mm512_setr_epi32(int a, int b, int c, int d, int e, int f, int g, int h, int i, int j, int k, int l,
+                                          int m, int n, int o, int p) {
+  typedef int Signed __attribute__((vector_size(64)));
+  return (__m512i)Signed{a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p};
+}
+FASTLM_EMULATED __m512i _mm512_permutexvar_epi32(__m512i index, __m512i v) {
+  Lanes out{};
+  for (int i = 0; i < 16; ++i) out[i] = ((Lanes)v)[((Lanes)index)[i] & 15];
+  return (__m512i)out;
+}
+// Narrowed with saturation: within each 16 bytes first those of a, then those of b.
+template <class To, class From> FASTLM_EMULATED __m512i packed(__m512i a, __m512i b, int least, int most) {
+  constexpr int kFrom = 16 / sizeof(From);
+  From in[2][64 / sizeof(From)];
+  To out[64 / sizeof(To)];
+  std::memcpy(in[0], &a, 64);
+  std::memcpy(in[1], &b, 64);
+  for (int i = 0; i < int(64 / sizeof(To)); ++i) {
+    int block = i / (2 * kFrom), at = i % (2 * kFrom);
+    int x = in[at / kFrom][block * kFrom + at % kFrom];
+    out[i] = To(x < least ? least : x > most ? most : x);
+  }
+  __m512i result;
+  std::memcpy(&result, out, 64);
+  return result;
+}
+FASTLM_EMULATED __m512i _mm512_packs_epi32(__m512i a, __m512i b) { return packed<int16_t, int32_t>(a, b, -32768, 32767); }
+FASTLM_EMULATED __m512i _mm512_packs_epi16(__m512i a, __m512i b) { return packed<int8_t, int16_t>(a, b, -128, 127); }
+FASTLM_EMULATED __m512i _mm512_packus_epi16(__m512i a, __m512i b) { return packed<uint8_t, int16_t>(a, b, 0, 255); }
 FASTLM_EMULATED __m512i _mm512_cvtepu8_epi32(__m128i v) { return (__m512i)__builtin_convertvector((Bytes16)v, Lanes); }
 
 // To bf16: denormals become 0, the nearest else, and the second operand goes to the lower half.
