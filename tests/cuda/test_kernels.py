@@ -901,6 +901,12 @@ def test_adam_rounds_at_random_as_the_reference(kernels, dtype, state_dtype, cou
 # --- what a step may do besides ---------------------------------------------------------------------------------------
 STEP_DTYPES = [(dtype, dtype) for dtype in FLOATS]
 STEP_DTYPES += [(dtype, torch.float32) for dtype in HALVES] + [(torch.float32, torch.bfloat16)]
+
+
+def joined(extras: set[str]) -> str:  # in every process the same
+    return "-".join(sorted(extras))
+
+
 EXTRAS = [{"l1"}, {"found_inf"}, {"skipped"}, {"masters"}, {"emas"}, {"l1", "found_inf", "masters", "emas"}]
 
 
@@ -923,7 +929,7 @@ def counted(lists: list[list[Tensor]], device: torch.device) -> list[Tensor]:
     return [step.clone().to(device) for step in lists[-1]]
 
 
-@pytest.mark.parametrize("extras", EXTRAS, ids="-".join)
+@pytest.mark.parametrize("extras", EXTRAS, ids=joined)
 @pytest.mark.parametrize("dtype, state_dtype", STEP_DTYPES)
 def test_adam_extras(kernels, dtype, state_dtype, extras):
     lists = adam_lists(dtype, [0, 1, 63, 8193, 257], False)
@@ -975,7 +981,7 @@ def test_sgd(kernels, dtype, state_dtype, options):
     check_sgd(kernels, dtype, [0, 1, 63, 8193, 257], state_dtype=state_dtype, **options)
 
 
-@pytest.mark.parametrize("extras", EXTRAS, ids="-".join)
+@pytest.mark.parametrize("extras", EXTRAS, ids=joined)
 @pytest.mark.parametrize("dtype, state_dtype", STEP_DTYPES)
 @pytest.mark.parametrize("momentum, steps", [(0.9, "device"), (0.0, "none")])
 def test_sgd_extras(kernels, dtype, state_dtype, extras, momentum, steps):
@@ -1006,7 +1012,7 @@ def test_sgd_rounds_at_random_as_the_reference(kernels, steps):
 
 
 @pytest.mark.parametrize("op", ["adam_", "sgd_"])
-@pytest.mark.parametrize("extras", [EXTRAS[-1], {"skipped", "emas"}], ids="-".join)
+@pytest.mark.parametrize("extras", [EXTRAS[-1], {"skipped", "emas"}], ids=joined)
 @pytest.mark.parametrize("dtype, state_dtype", STEP_DTYPES)
 def test_strided_steps_with_extras_are_as_dense_ones(kernels, op, dtype, state_dtype, extras):
     args = list(sgd_args(dtype, [4099, 257], kernels.device, state_dtype=state_dtype, steps="device", extras=extras))
@@ -1131,7 +1137,7 @@ def check_adam_8bit(
             assert apart.numel() == 0 or apart.float().mean() <= max(2e-3, 2 / apart.numel())
 
 
-@pytest.mark.parametrize("extras", [set(), *EXTRAS], ids=lambda extras: "-".join(extras) or "none")
+@pytest.mark.parametrize("extras", [set(), *EXTRAS], ids=lambda extras: joined(extras) or "none")
 @pytest.mark.parametrize("dtype", FLOATS[:3])
 def test_adam_8bit(kernels, dtype, extras):
     options = (0.1, 0.9, 0.99, 1e-6, 0.1, "l1" in extras, False, "emas" in extras)
