@@ -57,6 +57,7 @@ def adam_reference(
     if device_lr is not None:
         lr = device_lr.double().reshape(())
     skip = None if found_inf is None else found_inf.reshape(()) != 0
+    scale = None if scale is None else scale.reshape(())
     for i, (param, grad, step) in enumerate(zip(params, grads, steps, strict=True)):
         step += 1 if skip is None else (~skip).reshape(step.shape)
         t = step.double().reshape(())  # stays where it is

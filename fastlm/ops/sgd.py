@@ -45,6 +45,7 @@ def sgd_reference(
     if device_lr is not None:
         lr = device_lr.double().reshape(())
     skip = None if found_inf is None else found_inf.reshape(()) != 0
+    scale = None if scale is None else scale.reshape(())
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         noise = t = None
         if steps:

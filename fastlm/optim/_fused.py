@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar
 
@@ -81,7 +83,7 @@ class Fused(Optimizer):
         self.stochastic_rounding, self.seed = stochastic_rounding, seed
         self.grad_norm: Tensor | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64)
-        self._in_backward = False
+        self._in_backward = self._averaged = False
         self._check_group(defaults)
         super().__init__(params, defaults)
 
@@ -113,6 +115,9 @@ class Fused(Optimizer):
     def _counts_on_device(self, device: torch.device, group: dict[str, Any], skips: bool) -> bool:
         raise NotImplementedError
 
+    def _check_call(self, call: Call) -> None:
+        """Raises, before anything is written, where the rule cannot do a call."""
+
     def _run(self, call: Call, scale: Tensor | None, found_inf: Tensor | None, seed: int) -> None:
         raise NotImplementedError
 
@@ -138,7 +143,7 @@ class Fused(Optimizer):
             group = self.param_groups[-1]
             self._check_group(group)
             for i, p in enumerate(group["params"]):
-                if not (p.is_floating_point() or p.dtype in (torch.complex64, torch.complex128)):
+                if p.requires_grad and not (p.is_floating_point() or p.dtype in (torch.complex64, torch.complex128)):
                     raise TypeError(
                         f"{self._name}: parameters must be floating point, complex64 or complex128, got {p.dtype} "
                         f"at {i}"
@@ -178,6 +183,7 @@ class Fused(Optimizer):
         def keep(_: Optimizer, given: dict[str, Any]) -> None:  # the last hook sees what the others made of it
             self._given = given
 
+        self._refuse_averaged("load_state_dict")
         before = self.state, self.param_groups
         handle = self.register_load_state_dict_pre_hook(keep)
         try:
@@ -192,7 +198,12 @@ class Fused(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._in_backward:
             raise RuntimeError(f"{self._name}: remove step_in_backward's handle before copying or pickling")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in self._OWN}, "_in_backward": False}
+        return {
+            **super().__getstate__(),
+            **{key: getattr(self, key) for key in self._OWN},
+            "_in_backward": False,
+            "_averaged": False,
+        }
 
     def _restored(self, p: Tensor, saved: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
         state = self._loaded_state(p, saved, group)
@@ -256,53 +267,65 @@ class Fused(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient, amsgrad switched on late, or a CUDA graph being captured without
-                capturable or before the first step. A step that fails on the way, after parameters on other devices, of
-                other groups or with other kinds of states have been stepped, says which have been; else all is as
-                before.
+                capturable or before the first step. A step that fails after it began to write, which it does by
+                device, group and kind of state, says what was stepped and what perhaps in part; else all is as before.
             ValueError, TypeError: a state whose sizes, dtypes or devices do not fit the parameter's.
             NotImplementedError: a group that was made differentiable.
         """
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._in_backward and hasattr(self, "grad_scale"):
-            raise RuntimeError(
-                f"{self._name}: step_in_backward does not go with torch.amp.GradScaler: the parameters were stepped by "
-                "gradients that were still scaled"
-            )
-        self._step([(group, group["params"]) for group in self.param_groups])
+        try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            if self._in_backward and hasattr(self, "grad_scale"):
+                raise RuntimeError(
+                    f"{self._name}: step_in_backward does not go with torch.amp.GradScaler: the parameters were stepped "
+                    "by gradients that were still scaled"
+                )
+            self._step([(group, group["params"]) for group in self.param_groups])
+        except Exception:  # GradScaler takes these back after a step that ends well, and else multiplies them later
+            self.__dict__.pop("grad_scale", None)
+            self.__dict__.pop("found_inf", None)
+            raise
         return loss
 
+    def _refuse_averaged(self, what: str) -> None:
+        if self._averaged:
+            raise RuntimeError(f"{self._name}: {what} within ema_weights would be lost with the averages at its end")
+
     def _step(self, chosen: list[tuple[dict[str, Any], list[Tensor]]], seed: int = 0) -> None:
+        self._refuse_averaged("a step")
         made: list[tuple[Tensor, dict[str, Any]]] = []  # whose states this step made or completed, and what they were
-        done = 0
+        done, began = 0, 0
         calls: list[Call] = []
         try:
             grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients is the number 0
-                found_inf = None
             calls = self._calls(chosen, found_inf is not None or self.skip_nonfinite, made)
             scale, found_inf = self._scale(calls, grad_scale, found_inf)
+            if not calls:
+                return
+            for call in calls:
+                self._check_call(call)
             for call in calls:
                 here = [None if x is None else x.to(call.device) for x in (scale, found_inf)]
+                began += 1
                 self._run(call, *here, self.seed + (seed + done) * _SEED)
+                done += 1
                 if not call.plain:  # of DTensors only the local tensors have been told
                     torch.autograd.graph.increment_version([p for p in call.params if is_distributed(p)])
-                done += 1
         except Exception as error:
-            if done == 0:
+            if isinstance(error, (ValueError, TypeError, NotImplementedError)):  # a refusal, before it wrote
+                began = done
+            if began == 0:
                 for p, state in made:
                     if state:
                         self.state[p] = state
                     else:
                         self.state.pop(p, None)
                 raise
-            parts = [str(call) for call in calls]
-            raise RuntimeError(
-                f"{self._name}: the step failed on the way. Parameters that were stepped: {', '.join(parts[:done])}. "
-                f"Not: {', '.join(parts[done:])}"
-            ) from error
+            parts = {"stepped": calls[:done], "perhaps in part": calls[done:began], "not": calls[began:]}
+            said = [f"{how}: {', '.join(map(str, which))}" for how, which in parts.items() if which]
+            raise RuntimeError(f"{self._name}: the step failed on the way. Parameters {'; '.join(said)}") from error
         if found_inf is not None:  # in place, so that a CUDA graph goes on counting
             self.skipped_steps = self.skipped_steps.to(found_inf.device).add_((found_inf != 0).reshape(()))
 
@@ -360,43 +383,64 @@ class Fused(Optimizer):
         self, calls: list[Call], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None]:
         """What to multiply all gradients by, and whether to skip the step (not 0), after setting grad_norm."""
-        groups = {name: group for c in calls for g in c.grads for name, group in sharded_over(g).items()}
-        if found_inf is not None:
-            found_inf = local(found_inf)
-            for group in groups.values():  # GradScaler looked at what this rank has
-                found_inf = found_inf.clone()
-                torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, group)
-        scale = None if grad_scale is None else local(grad_scale).double().reciprocal().float()
+        shared = self._shared()
+        if shared and found_inf is not None:  # GradScaler looked at what this rank has: nothing is the number 0
+            device = next(iter(shared.values()))[0]
+            found_inf = torch.as_tensor(
+                local(found_inf) if isinstance(found_inf, Tensor) else 0.0, device=device
+            ).clone()
+            groups = {name: group for _, over in shared.values() for name, group in over.items()}
+            for name in sorted(groups):
+                torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, groups[name])
+        found_inf = local(found_inf) if isinstance(found_inf, Tensor) else None
+        scale = None if grad_scale is None else local(grad_scale).double().reciprocal()
         if self.max_norm is not None or self.skip_nonfinite:
-            norm = self._norm(calls)
-            self.grad_norm = norm if scale is None else norm * scale.to(norm.device)
+            norm = self._norm(calls, shared)
+            self.grad_norm = norm if scale is None else (norm * scale.to(norm.device)).to(norm.dtype)
             if self.skip_nonfinite:
                 found = ~self.grad_norm.isfinite()
                 found_inf = found.float() if found_inf is None else torch.maximum(found_inf, found.to(found_inf))
-            if self.max_norm is not None:
+            if self.max_norm is not None and self.max_norm != math.inf:
                 # A norm that is not finite makes the parameters so too, as after clip_grad_norm_.
                 clip = (self.max_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
                 scale = clip if scale is None else clip * scale.to(clip.device)
         return scale, found_inf
 
-    def _norm(self, calls: list[Call]) -> Tensor:
+    def _shared(self) -> dict[tuple[str, ...], tuple[torch.device, dict[str, Any]]]:
+        """For each set of process groups over which a parameter is cut, its names in order: the device, and the groups.
+
+        Of all parameters that may have gradients, in an order that the names decide: ranks of which some have no
+        gradient must take part in the same sums.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return {}
+        found = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and (over := sharded_over(p)):
+                    found.setdefault(tuple(sorted(over)), (p.device, over))
+        return dict(sorted(found.items()))
+
+    def _norm(self, calls: list[Call], shared: dict[tuple[str, ...], tuple[torch.device, dict[str, Any]]]) -> Tensor:
         """Of the whole gradients, where ranks hold parts of them."""
-        parts: dict[tuple, tuple[list[Tensor], dict[str, Any]]] = {}
+        whole: dict[torch.device, list[Tensor]] = {}
+        cut: dict[tuple[str, ...], list[Tensor]] = {names: [] for names in shared}
         for call in calls:
             for grad in call.grads:
-                groups = sharded_over(grad)
-                parts.setdefault((call.device, *groups), ([], groups))[0].append(local(grad))
-        if not parts:
-            return torch.zeros(())
-        norms = []
-        for grads, groups in parts.values():
-            norm = grad_norm(grads)
-            if groups:
-                square = norm.double().square()
-                for group in groups.values():
-                    torch.distributed.all_reduce(square, group=group)
-                norm = square.sqrt().to(norm.dtype)
-            norms.append(norm)
+                over = sharded_over(grad)
+                (cut[tuple(sorted(over))] if over else whole.setdefault(call.device, [])).append(local(grad))
+        norms = [grad_norm(grads) for grads in whole.values()]
+        for names, (device, over) in shared.items():
+            grads = cut[names]
+            square = (
+                grad_norm(grads).double().square() if grads else torch.zeros((), dtype=torch.float64, device=device)
+            )
+            for name in names:
+                torch.distributed.all_reduce(square, group=over[name])
+            wide = any(g.dtype == torch.float64 for g in grads)
+            norms.append(square.sqrt().to(torch.float64 if wide else torch.float32))
+        if not norms:
+            return torch.zeros((), dtype=torch.float32)
         if len(norms) == 1:
             return norms[0]
         whole = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]))
@@ -408,30 +452,37 @@ class Fused(Optimizer):
 
         So at no time more than a few gradients are in memory. ``step`` then finds nothing left to do, and every
         backward is a step: accumulation over several of them, ``max_norm``, ``skip_nonfinite`` and
-        ``torch.amp.GradScaler``, which all need the gradients together, do not go with it.
+        ``torch.amp.GradScaler``, which all need the gradients together, do not go with it, nor does reentrant
+        checkpointing of a parameter that is used in several segments. It ends with the optimizer.
 
         Returns:
             a handle, whose ``remove()`` ends it.
 
         Raises:
-            RuntimeError: with max_norm or skip_nonfinite, or where it is so already.
+            RuntimeError: with max_norm or skip_nonfinite, where it is so already, or with several processes unless the
+                parameters are DTensors: DistributedDataParallel sums gradients only after a step would be taken.
         """
-        for name in ("max_norm", "skip_nonfinite"):
-            if getattr(self, name):
-                raise RuntimeError(
-                    f"{self._name}: step_in_backward does not go with {name}, which needs all gradients before the "
-                    "first parameter is stepped"
-                )
+        self._refuse_in_backward()
         if self._in_backward:
             raise RuntimeError(f"{self._name}: step_in_backward is on already")
+        trained = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several and torch.distributed.get_world_size() > 1 and not all(map(is_distributed, trained)):
+            raise RuntimeError(
+                f"{self._name}: with several processes step_in_backward is for DTensors alone: of other parameters the "
+                "gradients are summed only after it would step"
+            )
         hooks = []
-        number = 0
+        number, optimizer = 0, weakref.ref(self)
         for at, group in enumerate(self.param_groups):
             for p in group["params"]:
 
                 def hook(p: Tensor, at: int = at, number: int = number) -> None:
+                    if (this := optimizer()) is None:
+                        return
+                    this._refuse_in_backward()  # options may have been changed since
                     with torch.no_grad():  # load_state_dict replaces the groups
-                        self._step([(self.param_groups[at], [p])], seed=number)
+                        this._step([(this.param_groups[at], [p])], seed=number)
                     p.grad = None
 
                 number += 1
@@ -440,23 +491,34 @@ class Fused(Optimizer):
         self._in_backward = True
         return _Handle(self, hooks)
 
+    def _refuse_in_backward(self) -> None:
+        for name in ("max_norm", "skip_nonfinite"):
+            if getattr(self, name):
+                raise RuntimeError(
+                    f"{self._name}: step_in_backward does not go with {name}, which needs all gradients before the "
+                    "first parameter is stepped"
+                )
+
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[None]:
         """Within, the parameters hold their averages (those that have been stepped); afterwards what they held before.
 
         Raises:
-            RuntimeError: without ema_decay.
+            RuntimeError: without ema_decay; and, within it, for a step, ``load_state_dict`` and a second of its kind.
         """
+        self._refuse_averaged("ema_weights")
         if self.ema_decay is None:
             raise RuntimeError(f"{self._name}: there are no averages of weights without ema_decay")
         averaged = [p for group in self.param_groups for p in group["params"] if "ema" in self.state.get(p, {})]
         before = [p.detach().clone() for p in averaged]
+        self._averaged = True
         try:
             with torch.no_grad():
                 for p in averaged:
                     p.copy_(self.state[p]["ema"])
             yield
         finally:
+            self._averaged = False
             with torch.no_grad():
                 for p, x in zip(averaged, before, strict=True):
                     p.copy_(x)

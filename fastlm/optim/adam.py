@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlm._eight_bit import blocks_of, dequantized, quantized
 from fastlm.ops.adam import adam_
-from fastlm.optim._fused import Call, Fused, is_distributed
+from fastlm.optim._fused import Call, Fused, capturing, is_distributed
 
 # Below it a state in 8 bits saves nothing that counts, and small parameters (norms, biases) are the sensitive ones.
 _LEAST_IN_8_BITS = 4096
@@ -19,14 +19,15 @@ _AVERAGES = {"exp_avg": True, "exp_avg_sq": False}  # and whether they have a si
 class Adam(Fused):
     """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980), all parameters of a device in one fused pass.
 
-    A drop-in for ``torch.optim.Adam``; a ``state_dict`` of either loads into the other. 16-bit dtypes are computed in
+    A drop-in for ``torch.optim.Adam``; a ``state_dict`` of either loads into the other, but for states of 8 bits, which
+    load into this one alone. 16-bit dtypes are computed in
     float32 and rounded when stored. Parameters of any strides are updated in place; complex ones as pairs of real
     numbers, and DTensors (of ``fully_shard``, of tensor parallelism) each rank its part.
 
     Args:
         params: parameters, named parameters, or dicts that define groups; floating point or complex.
         lr: learning rate, a float or a tensor of one element (on a GPU, reading it waits for the GPU at every step,
-            unless capturable).
+            unless steps are counted there: with capturable, fused, skip_nonfinite or a GradScaler).
         betas: decay rates, in [0, 1), of the running averages of the gradient and of its square: floats, or tensors of
             one element, which are read at every step.
         eps: added to the denominator.
@@ -56,7 +57,8 @@ class Adam(Fused):
             averages (https://arxiv.org/abs/2110.02861; here logarithmic codes, rounded at random). float64 and complex
             parameters keep states of their own dtype, and for float16 ones bfloat16 is as if not given.
         master_weights: 16-bit parameters have a float32 master in the state: the steps are the master's, and the
-            parameter is what it rounds to.
+            parameter is what it rounds to. So a parameter that is changed by other means goes back at the next step:
+            load the optimizer's ``state_dict`` with the model's.
         ema_decay: keep in the state, in float32, an average of each parameter after its steps, which decays by this
             factor; ``with optimizer.ema_weights():`` the parameters hold their averages.
         stochastic_rounding: store bfloat16 parameters rounded up or down at random, in the mean exactly: rounded to
@@ -194,7 +196,7 @@ class Adam(Fused):
             new = {}
             for key in _AVERAGES:
                 new[f"{key}_codes"] = torch.zeros_like(p, dtype=torch.uint8)
-                new[f"{key}_scales"] = torch.zeros(blocks_of(p.numel()), device=p.device)
+                new[f"{key}_scales"] = torch.zeros(blocks_of(p.numel()), dtype=torch.float32, device=p.device)
             return new
         keys = (*_AVERAGES, "max_exp_avg_sq") if group["amsgrad"] else _AVERAGES
         return {key: torch.zeros_like(p, dtype=self._dtype_of_state(p)) for key in keys}
@@ -235,13 +237,8 @@ class Adam(Fused):
         return bool(group["capturable"] or (device.type != "cpu" and (group["fused"] or skips)))
 
     # --- the step -----------------------------------------------------------------------------------------------------
-    def _run(self, call: Call, scale: Tensor | None, found_inf: Tensor | None, seed: int) -> None:
-        group, lr = call.group, call.group["lr"]
-        beta1, beta2 = group["betas"]
-        kind = "_codes" if "exp_avg_codes" in call.states[0] else ""
-        steps = call.state("step")
-        stays = isinstance(lr, Tensor) and group["capturable"] and lr.device == call.device
-        if group["amsgrad"] and not all("max_exp_avg_sq" in s for s in call.states):
+    def _check_call(self, call: Call) -> None:
+        if call.group["amsgrad"] and not all("max_exp_avg_sq" in s for s in call.states):
             sizes = next(
                 tuple(p.shape) for p, s in zip(call.params, call.states, strict=True) if "max_exp_avg_sq" not in s
             )
@@ -249,6 +246,17 @@ class Adam(Fused):
                 f"{self._name}: amsgrad was switched on after the first step of a parameter of sizes {sizes}, whose "
                 "state has no max_exp_avg_sq"
             )
+        if any(isinstance(beta, Tensor) and beta.is_cuda for beta in call.group["betas"]):
+            self._refuse_capture(
+                capturing(), "betas on a GPU are read by the host, which a CUDA graph would not do again"
+            )
+
+    def _run(self, call: Call, scale: Tensor | None, found_inf: Tensor | None, seed: int) -> None:
+        group, lr = call.group, call.group["lr"]
+        beta1, beta2 = group["betas"]
+        kind = "_codes" if "exp_avg_codes" in call.states[0] else ""
+        steps = call.state("step")
+        stays = isinstance(lr, Tensor) and lr.device == call.device == steps[0].device
         adam_(
             call.local(call.params),
             call.local(call.grads),

@@ -37,7 +37,7 @@ def warmup_schedule(
     """A torch scheduler for the whole of training: call its ``step`` after each of the optimizer's.
 
     The learning rate rises linearly over `warmup` steps to that which each group has, then falls to a share of it,
-    which the last step has and all that come after it.
+    which the last step has, where there is one left to fall in, and all that come after it.
 
     Args:
         steps: of the whole training.

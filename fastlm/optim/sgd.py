@@ -134,7 +134,7 @@ class SGD(Fused):
             return super()._gradient(p, group)
         more = ("momentum", "weight_decay", "l1")
         asked = [key for key in more if group[key] != 0]
-        asked += [key for key in self._OPTIONS if getattr(self, key)]
+        asked += [key for key in self._OPTIONS if getattr(self, key) not in (None, False)]
         asked += [key for key in ("grad_scale", "found_inf") if getattr(self, key, None) is not None]
         if asked:
             raise RuntimeError(f"{self._name} does not support sparse gradients with {', '.join(asked)}")
