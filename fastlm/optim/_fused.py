@@ -279,8 +279,8 @@ class Fused(Optimizer):
                     loss = closure()
             if self._in_backward and hasattr(self, "grad_scale"):
                 raise RuntimeError(
-                    f"{self._name}: step_in_backward does not go with torch.amp.GradScaler: the parameters were stepped "
-                    "by gradients that were still scaled"
+                    f"{self._name}: step_in_backward does not go with torch.amp.GradScaler: the parameters were "
+                    "stepped by gradients that were still scaled"
                 )
             self._step([(group, group["params"]) for group in self.param_groups])
         except Exception:  # GradScaler takes these back after a step that ends well, and else multiplies them later
@@ -375,6 +375,8 @@ class Fused(Optimizer):
             raise RuntimeError(
                 f"{self._name} does not support sparse gradients, got {grad.layout}; see torch.optim.SparseAdam"
             )
+        if p.is_conj():
+            raise RuntimeError(f"{self._name}: a conjugated view cannot be stepped as pairs of real numbers")
         if is_distributed(p) and grad.placements != p.placements:
             grad = grad.redistribute(placements=p.placements)
         return grad.resolve_conj() if grad.is_complex() else grad

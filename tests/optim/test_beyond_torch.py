@@ -634,7 +634,11 @@ def test_what_does_not_go_with_steps_in_backward():
     scaler.scale(p.sum()).backward()
     with pytest.raises(RuntimeError, match=r"step_in_backward does not go with torch\.amp\.GradScaler"):
         scaler.step(optimizer)
-    del optimizer.grad_scale, optimizer.found_inf  # which the scaler leaves
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")  # which the scaler leaves
+    optimizer.max_norm = 1.0
+    with pytest.raises(RuntimeError, match="does not go with max_norm"):
+        p.sum().backward()
+    optimizer.max_norm = None
     handle.remove()
     second = optimizer.step_in_backward()
     handle.remove()  # not this one's any more
@@ -647,9 +651,85 @@ def test_what_does_not_go_with_steps_in_backward():
     frozen.step_in_backward().remove()
 
 
+def test_steps_in_backward_end_with_their_optimizer():
+    p = torch.ones(3, requires_grad=True)
+    optimizer = SGD([p], 1.0)
+    optimizer.step_in_backward()
+    del optimizer
+    p.sum().backward()
+    assert p.grad is not None and (p == 1).all()
+    SGD([p], 0.5).step()
+    assert (p == 0.5).all()
+
+
+def test_nothing_is_lost_within_ema_weights():
+    p = torch.ones(3, requires_grad=True)
+    optimizer = SGD([p], 1.0, ema_decay=0.5)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    average = optimizer.state[p]["ema"].clone()
+    with optimizer.ema_weights():
+        for what, call in (
+            ("a step", optimizer.step),
+            ("load_state_dict", lambda: optimizer.load_state_dict(optimizer.state_dict())),
+            ("ema_weights", optimizer.ema_weights().__enter__),
+        ):
+            with pytest.raises(RuntimeError, match=f"SGD: {what} within ema_weights would be lost"):
+                call()
+    assert (p == 0).all() and torch.equal(optimizer.state[p]["ema"], average)
+    optimizer.step()
+    assert (p == -1).all()
+
+
+def test_a_scaled_step_that_fails_leaves_nothing_to_the_next():
+    p = torch.ones(3, requires_grad=True)
+    optimizer, scaler = AdamW([p], eps=1.0, lr=1.0, weight_decay=0.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    p.grad = torch.full((3,), 1024.0).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        scaler.step(optimizer)
+    scaler.update(1024.0)
+    p.grad = torch.full((3,), 1024.0)
+    scaler.step(optimizer)
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.5))  # of a gradient of 1: 1 / (1 + eps)
+
+
+def test_frozen_weights_of_integers_are_left_alone():
+    frozen = torch.nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    AdamW([frozen, p]).step()
+    assert (frozen == 1).all() and (p != 1).all()
+
+
+def test_states_of_8_bits_under_another_default_dtype():
+    p = torch.ones(BIG, requires_grad=True)
+    p.grad = torch.ones(BIG)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        optimizer = AdamW([p], state_dtype=torch.uint8, skip_nonfinite=True)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[p]["exp_avg_scales"].dtype == torch.float32 and (p != 1).all()
+
+
+def test_an_infinite_limit_measures_alone():
+    p = torch.ones(2, requires_grad=True)
+    p.grad = torch.full((2,), 3e38)  # whose norm float32 cannot hold
+    optimizer = SGD([p], 1e-38, max_norm=INF)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((2,), -2.0))
+    assert optimizer.grad_norm.isinf()
+
+
 # --- steps that fail --------------------------------------------------------------------------------------------------
 def failing(*_, **__):
     raise MemoryError("no memory")
+
+
+def refusing(*_, **__):
+    raise ValueError("no such step")
 
 
 @every_kind
@@ -668,9 +748,9 @@ def test_a_step_that_fails_at_once_changes_nothing(kind, when, monkeypatch):
         patched.setattr("fastlm.optim._fused.grad_norm", failing)
         optimizer.step()
     assert_unchanged(optimizer, before)
-    with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr("fastlm.optim.adam.adam_", failing)
-        patched.setattr("fastlm.optim.sgd.sgd_", failing)
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match="no such step"):
+        patched.setattr("fastlm.optim.adam.adam_", refusing)
+        patched.setattr("fastlm.optim.sgd.sgd_", refusing)
         optimizer.step()
     assert_unchanged(optimizer, before)
     if when == "first":
@@ -681,6 +761,22 @@ def test_a_step_that_fails_at_once_changes_nothing(kind, when, monkeypatch):
         assert not optimizer.state
     optimizer.step()
     assert optimizer.skipped_steps == 1
+
+
+@every_kind
+def test_a_kernel_that_fails_may_have_written(kind, monkeypatch):
+    params = parameters()
+    optimizer = make(kind, params)
+    give_gradients(params, 0)
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError) as raised:
+        patched.setattr("fastlm.optim.adam.adam_", failing)
+        patched.setattr("fastlm.optim.sgd.sgd_", failing)
+        optimizer.step()
+    assert str(raised.value) == (
+        f"fastlm.optim.{kind.__name__}: the step failed on the way. Parameters perhaps in part: "
+        f"{len(params)} of group 0 on cpu"
+    )
+    assert isinstance(raised.value.__cause__, MemoryError)
 
 
 @every_kind
@@ -709,8 +805,8 @@ def test_a_step_that_fails_on_the_way_says_what_it_did(kind):
     with pytest.raises(RuntimeError) as raised:
         optimizer.step()
     assert str(raised.value) == (
-        f"fastlm.optim.{kind.__name__}: the step failed on the way. Parameters that were stepped: 2 of group 0 on cpu, "
-        "2 of group 1 on cpu. Not: 1 of group 2 on cpu"
+        f"fastlm.optim.{kind.__name__}: the step failed on the way. Parameters stepped: 2 of group 0 on cpu, "
+        "2 of group 1 on cpu; not: 1 of group 2 on cpu"
     )
     assert isinstance(raised.value.__cause__, TypeError)
     moved = [not torch.equal(p, b) for p, b in zip(params, before, strict=True)]
@@ -726,14 +822,14 @@ def test_a_step_that_fails_names_kinds_of_states():
     with pytest.raises(RuntimeError) as raised:
         run(optimizer, params, 1)
     assert str(raised.value).endswith(
-        "Parameters that were stepped: 1 of group 0 on cpu, 1 of group 0 on cpu (with states of 8 bits). Not: 1 of "
+        "Parameters stepped: 1 of group 0 on cpu, 1 of group 0 on cpu (with states of 8 bits); not: 1 of "
         "group 0 on cpu (with masters)"
     )
     params = [torch.ones(3, requires_grad=True) for _ in range(2)]
     optimizer = SGD(params)
     params[0].grad, params[1].grad = torch.ones(3).to_sparse(), torch.ones(3)
     params[1].data = torch.zeros(1).expand(3)
-    with pytest.raises(RuntimeError, match=r"stepped: 1 of group 0 on cpu \(with sparse gradients\)\. Not: 1 of group"):
+    with pytest.raises(RuntimeError, match=r"stepped: 1 of group 0 on cpu \(with sparse gradients\); not: 1 of group"):
         optimizer.step()
 
 

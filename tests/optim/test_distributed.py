@@ -300,6 +300,24 @@ def check_more(mesh):
             assert_same(model.parameters(), seen[t][0], f"{name} in backward, step {t}")
 
 
+def check_uneven(mesh):
+    """A rank that lacks a gradient, or all of them, takes part in the norm; plain parameters are not for backward."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    for missing in (1, 2):  # of two gradients, on the last rank
+        params = [torch.nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(i)])) for i in range(2)]
+        optimizer = SGD(params, 0.1, max_norm=float("inf"), skip_nonfinite=True)
+        for p in params[missing if dist.get_rank() == RANKS - 1 else 0 :]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        here = [p.grad.to_local().numel() for p in params if p.grad is not None]
+        numbers = torch.tensor(float(sum(here)))
+        dist.all_reduce(numbers)
+        torch.testing.assert_close(optimizer.grad_norm, numbers.sqrt())
+    with pytest.raises(RuntimeError, match="SGD: with several processes step_in_backward is for DTensors alone"):
+        SGD([torch.ones(3, requires_grad=True)]).step_in_backward()
+
+
 def work(rank, store, checks, sizes):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -344,4 +362,4 @@ def test_distributed_checkpoints(tmp_path):
 
 
 def test_what_goes_with_dtensors_and_what_does_not(tmp_path):
-    on_two(tmp_path, (check_more,))
+    on_two(tmp_path, (check_more,), (check_uneven,))

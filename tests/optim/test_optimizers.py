@@ -469,12 +469,12 @@ def test_bad_arguments(kind, arguments, error, message):
 
 
 @each
-@pytest.mark.parametrize("dtype", [torch.int32, torch.complex32])
-def test_parameters_of_other_dtypes(kind, dtype):
+def test_parameters_of_other_dtypes(kind):
     with pytest.raises(TypeError) as raised:
-        kind([torch.zeros(2), torch.zeros(2, dtype=dtype)])
+        kind([torch.zeros(2), torch.zeros(2, dtype=torch.complex32, requires_grad=True)])
     assert str(raised.value) == (
-        f"fastlm.optim.{kind.__name__}: parameters must be floating point, complex64 or complex128, got {dtype} at 1"
+        f"fastlm.optim.{kind.__name__}: parameters must be floating point, complex64 or complex128, got "
+        "torch.complex32 at 1"
     )
 
 
@@ -583,6 +583,8 @@ def test_a_capturable_step_waits_for_no_gpu():
     with torch.no_grad():
         adam_reference(p, [q.grad for q in p], *lists, [], [s["step"] for s in states], *numbers)
     optimizer.param_groups[0]["capturable"] = False
+    for s in states:  # as where the host counts
+        s["step"] = torch.zeros(())
     with pytest.raises(RuntimeError, match="meta"):
         optimizer.step()
 
