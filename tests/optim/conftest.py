@@ -1,12 +1,18 @@
 """Fixtures that run a test on each backend. What a native kernel cannot do yet, it leaves to the reference."""
 
+import importlib
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
-from optim_testing import BACKENDS
+import torch
+from optim_testing import BACKENDS, GPU_BACKENDS
 
 import fastlm
 from fastlm import _native
+
+sys.path.append(str(Path(__file__).parents[1] / "cuda"))  # for cuda_testing
 
 
 def running(named):
@@ -24,6 +30,25 @@ def running(named):
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     yield from running(request.param)
+
+
+@pytest.fixture(params=[*BACKENDS, *GPU_BACKENDS])
+def every_backend(request, monkeypatch):
+    """Also the GPU's: new tensors go there where there is one, else CUDA's kernels run in their emulation and Triton's in
+    its interpreter, on CPU tensors."""
+    if request.param in BACKENDS:
+        yield from running(request.param)
+    elif torch.cuda.is_available():
+        with torch.device("cuda"):
+            yield from running(request.param.replace("cuda", "native"))
+    elif request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        yield from running("triton")
+    else:
+        kernels = importlib.import_module("cuda_testing").Kernels("emulated")
+        monkeypatch.setattr("fastlm.ops.adam._adam", kernels["adam_"])
+        monkeypatch.setattr("fastlm.ops.sgd._sgd", kernels["sgd_"])
+        yield "emulated"
 
 
 @pytest.fixture(params=list(dict.fromkeys((BACKENDS[0], BACKENDS[-1]))))

@@ -10,15 +10,16 @@ from fastlm import _native
 
 ISAS = _native.cpu.usable_isas() if _native.cpu is not None else []
 BACKENDS = [*(f"native-{isa}" for isa in ISAS), "reference"]
+GPU_BACKENDS = ["cuda", "triton"]
 PAIRS = {name: (getattr(fastlm.optim, name), getattr(torch.optim, name)) for name in ("Adam", "AdamW", "SGD")}
 every_pair = pytest.mark.parametrize("ours, theirs", PAIRS.values(), ids=PAIRS)
 every_kind = pytest.mark.parametrize("kind", [ours for ours, _ in PAIRS.values()], ids=PAIRS)
 
 
 def draw(shape, seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=generator, dtype=torch.complex128 if dtype.is_complex else torch.float64)
-    return x.to(dtype)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(shape, generator=generator, dtype=wide, device="cpu").to(torch.get_default_device(), dtype)
 
 
 def parameters(*dtypes):

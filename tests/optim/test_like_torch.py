@@ -66,7 +66,7 @@ def assert_same_states(mine, torchs, tolerance):
 
 # --- every option -----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ours, theirs, options", list(inputs()))
-def test_every_set_of_options(backend, ours, theirs, options):
+def test_every_set_of_options(every_backend, ours, theirs, options):
     (a, mine), (b, torchs) = in_both(ours, theirs, options, parameters)
     assert_close(a, b, 2e-6)
     assert_same_states(mine, torchs, 2e-6)
@@ -142,9 +142,11 @@ def test_wide_dtypes(backend, name, dtype):
 
 @every_optimizer
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_dtypes(backend, name, dtype):
+def test_narrow_dtypes(every_backend, name, dtype):
     """From equal parameters and states each step gives what torch gives, or the number beside it: torch rounds several
     times on the way. In float16 torch's eps of 1e-8 is 0."""
+    if every_backend == "triton" and dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("bfloat16 is not right in Triton's interpreter")
     ours, theirs = PAIRS[name]
     options = OPTIONS[name] | ({} if name == "SGD" else {"eps": 1e-3})
     a, b = parameters(dtype), parameters(dtype)
