@@ -147,4 +147,7 @@ def _draw_group(axis: Any, group: str, rows: list[Row]) -> None:
     axis.set_title(group, loc="left", fontsize=10, fontweight="bold")
     axis.spines[["top", "right"]].set_visible(False)
     handles = {label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axis.legend(handles.values(), handles.keys(), fontsize=7, frameon=False, loc="lower right")
+    axis.legend(
+        handles.values(), handles.keys(), fontsize=7, frameon=False, ncols=len(handles), loc="lower right",
+        bbox_to_anchor=(1, 1), borderaxespad=0,
+    )  # fmt: skip

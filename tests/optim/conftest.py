@@ -34,8 +34,8 @@ def backend(request):
 
 @pytest.fixture(params=[*BACKENDS, *GPU_BACKENDS])
 def every_backend(request, monkeypatch):
-    """Also the GPU's: new tensors go there where there is one, else CUDA's kernels run in their emulation and Triton's in
-    its interpreter, on CPU tensors."""
+    """Also the GPU's: new tensors go there where there is one, else CUDA's kernels run in their emulation, on CPU
+    tensors, and Triton's in its interpreter."""
     if request.param in BACKENDS:
         yield from running(request.param)
     elif torch.cuda.is_available():
