@@ -1,6 +1,7 @@
 """Fixtures that run a test on each backend. What a native kernel cannot do yet, it leaves to the reference."""
 
 import importlib
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -38,6 +39,8 @@ def every_backend(request, monkeypatch):
     tensors, and Triton's in its interpreter."""
     if request.param in BACKENDS:
         yield from running(request.param)
+    elif os.environ.get("FASTLM_CPU_ISA"):
+        pytest.skip("the same on every instruction set of the CPU")
     elif torch.cuda.is_available():
         with torch.device("cuda"):
             yield from running(request.param.replace("cuda", "native"))
