@@ -58,18 +58,19 @@ FASTLM_HOST_DEVICE inline uint32_t adam_noise(double step, uint32_t place, uint3
 }
 // The same for the parameter.
 FASTLM_HOST_DEVICE inline uint32_t adam_noise_of_param(uint32_t noise) { return adam_mixed(noise ^ 0x5bd1e995u); }
-// The same for the average of gradients in 8 bits.
-FASTLM_HOST_DEVICE inline uint32_t adam_noise_of_mean(uint32_t noise) { return adam_mixed(noise ^ 0x27d4eb2fu); }
-// 16 bits for element i: a sequence of even steps, scrambled by one multiplication. No more is needed to round by, and
-// this is all that the step has time for.
-FASTLM_HOST_DEVICE inline uint32_t adam_random_bits(int64_t i, uint32_t noise) {
+// For element i: a sequence of even steps, scrambled by one multiplication. The highest bits are random enough to round by,
+// and this is all that the step has time for.
+FASTLM_HOST_DEVICE inline uint32_t adam_random(int64_t i, uint32_t noise) {
   uint32_t x = static_cast<uint32_t>(i) * 0x9e3779b9u + noise + static_cast<uint32_t>(i >> 32);
-  return ((x ^ (x >> 15)) * 0x846ca68bu) >> 16;
+  return (x ^ (x >> 15)) * 0x846ca68bu;
 }
 
 // --- states in 8 bits, as in fastlm/_eight_bit.py ---------------------------------------------------------------------
 constexpr int64_t kStateBlock = 256;
 constexpr int kStateCut = 20;            // bits of the mantissa that a code leaves out
+// What is added to them to round at random: the highest bits of an element's random number for the average of squares, and
+// these of the same for that of gradients.
+constexpr uint32_t kRandomOfMean = 0xffff0;
 constexpr float kLeastScale = 1e-30f;    // a block whose largest element is smaller becomes 0
 // What is added to a code to give the highest bits of a float: the largest code is then 1.
 constexpr int kFirstSigned = (127 << 3) - 127, kFirstUnsigned = (127 << 3) - 255;

@@ -29,8 +29,8 @@ def quantized(x: Tensor, signed: bool, random: Tensor | None = None) -> tuple[Te
     What `dequantized` gives becomes the same codes and scales again, without `random`.
 
     Args:
-        signed: else x is nowhere below 0, and what is above 0 stays so.
-        random: (numel) int64 of 16 bits, by which codes go up or down so that they are right in the mean; to the
+        signed: else x is nowhere below 0, and what is above 2^-126 of the block's largest stays above 0.
+        random: (numel) int64 of 20 bits, by which codes go up or down so that they are right in the mean; to the
             nearest one without.
 
     A block in which something is not finite becomes NaN. One whose largest element is below 1e-30 becomes 0.
@@ -41,12 +41,17 @@ def quantized(x: Tensor, signed: bool, random: Tensor | None = None) -> tuple[Te
     scales = sizes.amax(1)
     inverse = torch.where(scales < 1e-30, 0.0, 1 / scales)
     parts = (sizes * inverse[:, None]).view(-1)[:numel]
-    bits = parts.view(torch.int32) + (1 << (_CUT - 1) if random is None else (random << (_CUT - 16)).int())
-    codes = ((bits >> _CUT) - _first(signed)).clamp(0 if signed else 1, 127 if signed else 255)
-    codes = torch.where(parts > 0, codes, 0).to(torch.uint8)
+    bits = (parts.view(torch.int32) + (1 << (_CUT - 1) if random is None else random.int())) >> _CUT
+    codes = (bits - _first(signed)).clamp(0 if signed else 1, 127 if signed else 255)
+    codes = torch.where((bits > 0) & ~parts.isnan(), codes, 0).to(torch.uint8)
     if signed:
         codes |= torch.signbit(x).to(torch.uint8) << 7
     return codes, torch.where(scales < 1e-30, 0.0, torch.where(scales.isfinite(), scales, torch.nan))
+
+
+def random_of(words: Tensor, signed: bool) -> Tensor:
+    """What `quantized` takes, of random numbers of 32 bits: both averages of an element are rounded by the same one."""
+    return words & 0xFFFF0 if signed else words >> (32 - _CUT)
 
 
 def dequantized(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:

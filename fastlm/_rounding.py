@@ -32,22 +32,17 @@ def noise_of_param(noise: Tensor) -> Tensor:
     return _mixed(noise ^ 0x5BD1E995)
 
 
-def noise_of_mean(noise: Tensor) -> Tensor:
-    """The same for the average of gradients, where that has 8 bits."""
-    return _mixed(noise ^ 0x27D4EB2F)
-
-
-def random_bits(x: Tensor, noise: Tensor) -> Tensor:
-    """16 bits for each element of x, in int64."""
+def random_words(x: Tensor, noise: Tensor) -> Tensor:
+    """32 bits for each element of x, in int64; the highest are the most random."""
     at = torch.arange(x.numel(), device=x.device).view(x.shape)
     random = (_times(at & _WORD, _GOLDEN) + noise + (at >> 32)) & _WORD
-    return _times(random ^ (random >> 15), 0x846CA68B) >> 16
+    return _times(random ^ (random >> 15), 0x846CA68B)
 
 
 def rounded_at_random(x: Tensor, noise: Tensor) -> Tensor:
     """To bfloat16, up with the probability of what is cut off of the float32; inf and NaN as they are."""
     x = x.float()
-    random = random_bits(x, noise)
+    random = random_words(x, noise) >> 16
     bits = x.contiguous().view(torch.int32).to(torch.int64) & _WORD
     cut = (bits + random) & 0xFFFF0000
     rounded = torch.where(cut >= 1 << 31, cut - (1 << 32), cut).to(torch.int32).view(torch.float32)

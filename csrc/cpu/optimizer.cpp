@@ -45,7 +45,6 @@ StepScalars scalars_at(double step, size_t place, const StepOptions& o) {
   s.stochastic = o.stochastic;
   s.stochastic_params = o.stochastic_params;
   s.noise = noise;
-  s.noise_of_mean = adam_noise_of_mean(noise);
   s.noise_of_param = adam_noise_of_param(noise);
   return s;
 }

@@ -195,7 +195,7 @@ struct Sgd {
 __device__ inline bf16 narrow_at_random(float x, int64_t i, uint32_t noise) {
   uint32_t bits = bits_of(x);
   if ((bits & 0x7f800000u) == 0x7f800000u) return narrow<bf16>(x);
-  uint16_t high = static_cast<uint16_t>((bits + adam_random_bits(i, noise)) >> 16);
+  uint16_t high = static_cast<uint16_t>((bits + (adam_random(i, noise) >> 16)) >> 16);
   bf16 result;
   memcpy(&result, &high, 2);
   return result;
@@ -344,10 +344,9 @@ template <bool kSigned> __device__ float unpacked(uint32_t code, float scale) {
 }
 template <bool kSigned> __device__ uint32_t packed(float x, float inverse, uint32_t random) {
   constexpr int kLeast = kSigned ? 0 : 1;  // what is above 0 stays so
-  float part = fabs(x) * inverse;
-  int code = int((bits_of(part) + (random << (kStateCut - 16))) >> kStateCut) - kFirstCode<kSigned>;
+  int bits = int((bits_of(fabs(x) * inverse) + random) >> kStateCut), code = bits - kFirstCode<kSigned>;
   code = code < kLeast ? kLeast : code > kLastCode<kSigned> ? kLastCode<kSigned> : code;
-  if (!(part > 0)) code = 0;
+  if (bits == 0 || inverse == 0) code = 0;
   return kSigned ? code | (bits_of(x) >> 31) << 7 : code;
 }
 
@@ -375,7 +374,7 @@ __global__ void __launch_bounds__(kThreads, 2) adam_8bit_kernel(const __grid_con
   if (is_skipped(scalars.found_inf)) return;
   const Step<float> step = step_of(table.steps, entry, scalars);
   const float scale = scale_of(scalars);
-  const uint32_t noise_of_param = adam_noise_of_param(step.noise), noise_of_mean = adam_noise_of_mean(step.noise);
+  const uint32_t noise_of_param = adam_noise_of_param(step.noise);
   float *m_scales = static_cast<float*>(entry.data[kFirstScales]), *v_scales = static_cast<float*>(entry.data[kSecondScales]);
   const int lane = threadIdx.x % kWarp;
 #pragma unroll 1
@@ -408,8 +407,9 @@ __global__ void __launch_bounds__(kThreads, 2) adam_8bit_kernel(const __grid_con
     m_codes = v_codes = 0;
 #pragma unroll
     for (int e = 0; e < kLaneWidth; ++e) {
-      m_codes |= uint64_t(packed<true>(m[e], of_m.inverse, adam_random_bits(i + e, noise_of_mean))) << 8 * e;
-      v_codes |= uint64_t(packed<false>(v[e], of_v.inverse, adam_random_bits(i + e, step.noise))) << 8 * e;
+      const uint32_t random = adam_random(i + e, step.noise);
+      m_codes |= uint64_t(packed<true>(m[e], of_m.inverse, random & kRandomOfMean)) << 8 * e;
+      v_codes |= uint64_t(packed<false>(v[e], of_v.inverse, random >> (32 - kStateCut))) << 8 * e;
     }
     store_codes(entry.data[kFirst], i, m_codes, count, entry.aligned);
     store_codes(entry.data[kSecond], i, v_codes, count, entry.aligned);

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastlm._eight_bit import dequantized, quantized
+from fastlm._eight_bit import dequantized, quantized, random_of
 from fastlm._library import define_op
-from fastlm._rounding import noise_of, noise_of_mean, noise_of_param, random_bits
+from fastlm._rounding import noise_of, noise_of_param, random_words
 from fastlm._step import check_step, store, wide
 
 
@@ -89,7 +89,7 @@ def adam_reference(
         if emas:
             store(emas[i], torch.lerp(emas[i], p, 1 - ema_decay), None, skip)
         if exp_avg_scales:
-            _pack(exp_avgs[i], exp_avg_scales[i], m, noise_of_mean(noise), skip, signed=True)
+            _pack(exp_avgs[i], exp_avg_scales[i], m, noise, skip, signed=True)
             _pack(exp_avg_sqs[i], exp_avg_sq_scales[i], v, noise, skip, signed=False)
             continue
         store(exp_avgs[i], m, None, skip)
@@ -112,7 +112,7 @@ def _pack(
 ) -> None:  # fmt: skip
     found = torch.empty_like(codes, dtype=x.dtype).copy_(x)  # with the strides of the codes
     found = _in_memory(found)
-    new = quantized(found, signed, random_bits(found, noise))
+    new = quantized(found, signed, random_of(random_words(found, noise), signed))
     for to, x in zip((_in_memory(codes), scales), new, strict=True):
         store(to, x, None, skip)
 

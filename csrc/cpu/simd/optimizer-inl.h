@@ -8,13 +8,13 @@
 namespace fastlm::cpu::FASTLM_ISA {
 namespace {
 
-// adam_random_bits of a vector of elements: what is scrambled for those from i on, and 16 bits of it.
+// adam_random of a vector of elements: what is scrambled for those from i on, and the random numbers.
 constexpr uint32_t kRandomStep = 0x9e3779b9u;
 inline u32v random_at(int64_t i, uint32_t noise) {
   const u32v lanes = (u32v)lane_numbers<i32v>() * kRandomStep;
   return lanes + (static_cast<uint32_t>(i) * kRandomStep + noise + static_cast<uint32_t>(i >> 32));
 }
-inline u32v random_bits(u32v at) { return ((at ^ (at >> 15)) * 0x846ca68bu) >> 16; }
+inline u32v random_words(u32v at) { return (at ^ (at >> 15)) * 0x846ca68bu; }
 // Up with the probability of the part that is cut off; inf and NaN as they are.
 inline void store_at_random(bf16* p, f32v x, u32v random, int count) {
   u32v bits = (u32v)x, quiet_nan = (bits & 0x007fffffu) != 0u ? (u32v{} + 0x00400000u) : u32v{};
@@ -30,7 +30,7 @@ inline void store_at_random(bf16* p, f32v x, u32v random, int count) {
 template <class T, class V>
 inline void store_rounded(T* p, V x, bool stochastic, int64_t i, uint32_t noise, int count) {
   if constexpr (std::is_same_v<T, bf16>) {
-    if (stochastic) return store_at_random(p, x, random_bits(random_at(i, noise)), count);
+    if (stochastic) return store_at_random(p, x, random_words(random_at(i, noise)) >> 16, count);
   }
   store_count(p, x, count);
 }
@@ -45,9 +45,10 @@ template <class V> struct Average {
 // The state that data[kState] is, of S in memory.
 template <class S, int kState> class State {
  public:
-  State(const StepArrays& a, const StepScalars& s)
+  State(const StepArrays& a, const StepScalars& s, float*)
       : p_(static_cast<S*>(a.data[kState])), stochastic_(kState == kSecond && s.stochastic), noise_(s.noise) {}
   explicit operator bool() const { return p_ != nullptr; }
+  void start(int64_t) {}
   vec_t<S> load(int64_t i, int count) const { return load_count(p_ + i, count); }
   void store(int64_t first, int64_t i, vec_t<S> x, int count) const {
     store_rounded(p_ + i, x, stochastic_, first + i, noise_, count);
@@ -59,75 +60,89 @@ template <class S, int kState> class State {
   const uint32_t noise_;
 };
 
-// One block of 8 bits, as in fastlm/_eight_bit.py: codes to read and, until all are known, floats that were stored.
+// A constant that the compiler does not know: one that it knows it makes anew in each turn of a loop that lacks registers,
+// by the instructions that packing waits for already.
+template <class V> inline V opaque(V v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
+struct PackConstants {
+  const u32v step = opaque(u32v{} + kLanes * kRandomStep), of_mean = opaque(u32v{} + kRandomOfMean);
+  const u16v size = opaque(u16v{} + 0x7ff), sign = opaque(u16v{} + 128), least = opaque(u16v{} + 1);
+  const u16v signed_one = opaque(u16v{} + kFirstSigned), unsigned_one = opaque(u16v{} + kFirstUnsigned);
+};
+
+// Blocks of 8 bits, as in fastlm/_eight_bit.py: codes to read and, until all of a block are known, floats that were stored.
 template <int kState> class State<uint8_t, kState> {
   static constexpr bool kSigned = kState == kFirst;
   static constexpr int kOne = kSigned ? kFirstSigned : kFirstUnsigned;
 
  public:
-  State(const StepArrays& a, const StepScalars& s)
-      : codes_(static_cast<uint8_t*>(a.data[kState])), scale_(a.scales[kState - kFirst]),
-        numbers_(a.numbers[kState - kFirst]), scales_(splat<f32v>(*scale_)), noise_(kSigned ? s.noise_of_mean : s.noise) {}
+  State(const StepArrays& a, const StepScalars&, float* numbers)
+      : codes_(static_cast<uint8_t*>(a.data[kState])), scales_(a.scales[kState - kFirst]), numbers_(numbers) {}
+  void start(int64_t begin) {  // of a block
+    begin_ = begin;
+    scale_ = splat<f32v>(scales_[begin / kStateBlock]);
+    sizes_ = u32v{};
+  }
   f32v load(int64_t i, int count) const {
     u32v code = load_bytes_count(codes_ + i, count), size = kSigned ? code & 127u : code;
     u32v bits = (size + uint32_t(kOne)) << kStateCut;
     if (kSigned) bits |= (code & 128u) << 24;
-    return (f32v)(size != 0u ? bits : u32v{}) * scales_;
+    return (f32v)(size != 0u ? bits : u32v{}) * scale_;
   }
   void store(int64_t, int64_t i, f32v x, int count) {
     x = first_of(x, count);
-    FASTLM_ISA::store(numbers_ + i, x);
-    sizes_ = max(sizes_, (i32v)abs(x));
+    FASTLM_ISA::store(numbers_ + i - begin_, x);
+    sizes_ = max(sizes_, (u32v)(kSigned ? abs(x) : x));  // squares are not below 0, but may be NaN with a sign
   }
-  // After the last store: the scale, and then the codes of n numbers.
-  float find_scale() {
-    int32_t bits = 0;
+  // After the block's last store: its scale, and then 4 kLanes codes at a time of n, by random words.
+  __attribute__((always_inline)) void find_scale() {
+    uint32_t bits = 0;
     for (int i = 0; i < kLanes; ++i) bits = sizes_[i] > bits ? sizes_[i] : bits;
     float largest;
     std::memcpy(&largest, &bits, sizeof largest);
-    if (bits >= 0x7f800000) {  // of what is not finite, signs are left
-      for (int i = 0; i < kStateBlock; ++i) numbers_[i] = std::signbit(numbers_[i]) ? -0.0f : 0.0f;
+    if (bits >= 0x7f800000u) {  // of what is not finite, signs are left
+      for (int i = 0; i < kStateBlock; ++i) numbers_[i] = kSigned && std::signbit(numbers_[i]) ? -0.0f : 0.0f;
       largest = NAN;
     } else if (largest < kLeastScale) {
       largest = 0;
     }
-    return *scale_ = largest;
+    scales_[begin_ / kStateBlock] = largest;
+    inverse_ = splat<f32v>(largest > 0 ? 1 / largest : 0);
   }
-  void pack(float scale, int64_t first, int64_t n) const {
-    const float inverse = scale > 0 ? 1 / scale : 0;
-    if (n == kStateBlock) return pack_block(numbers_, inverse, random_at(first, noise_), codes_);
-    uint8_t codes[kStateBlock];
-    pack_block(numbers_, inverse, random_at(first, noise_), codes);
-    std::memcpy(codes_, codes, n);
-  }
-
- private:
-  static void pack_block(const float* numbers, float inverse_, u32v at, uint8_t* codes) {
-    const f32v inverse = splat<f32v>(inverse_);
-    for (int i = 0; i < kStateBlock; i += 4 * kLanes) {
-      f32v number[4];
-      i32v part[4], code[4];  // as bits; no code is above 127 or 255, since no part exceeds 1 by more than some last bits
+  __attribute__((always_inline)) void pack(int64_t i, int64_t n, const u32v (&random)[4], const PackConstants& c) const {
+    u32v bits[4];
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k, at += kLanes * kRandomStep) {
-        number[k] = FASTLM_ISA::load(numbers + i + k * kLanes);
-        part[k] = (i32v)(abs(number[k]) * inverse);
-        code[k] = (i32v)(((u32v)part[k] + (random_bits(at) << (kStateCut - 16))) >> kStateCut) - kOne;
-      }
-      u8v bytes = saturated(code);
-      if (kSigned) {
-        bytes |= signs(number);
-      } else {  // what is above 0 stays so
-        bytes = max(bytes, min(saturated(part), 1 + u8v{}));
-      }
-      std::memcpy(codes + i, &bytes, sizeof bytes);
+    for (int k = 0; k < 4; ++k) {
+      u32v part = (u32v)(FASTLM_ISA::load(numbers_ + i + k * kLanes) * inverse_);
+      bits[k] = (part + (kSigned ? random[k] & c.of_mean : random[k] >> (32 - kStateCut))) >> kStateCut;
+    }
+    // No size is above 127 or 255 but by saturation, since no part exceeds 1 by more than some last bits.
+    u16v code[2];
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      u16v x = narrow_pair(bits[2 * k], bits[2 * k + 1]);
+      code[k] = kSigned ? less(x & c.size, c.signed_one) | ((x >> 4) & c.sign)
+                        : max(less(x, c.unsigned_one), min(x, c.least));  // what is above 0 stays so
+    }
+    u8v bytes = bytes_of(code[0], code[1]);
+    if (n - i >= 4 * kLanes) {
+      std::memcpy(codes_ + begin_ + i, &bytes, sizeof bytes);
+    } else {
+      std::memcpy(codes_ + begin_ + i, &bytes, n - i);
     }
   }
 
+ private:
   uint8_t* const codes_;
-  float *const scale_, *const numbers_;
-  const f32v scales_;
-  const uint32_t noise_;
-  i32v sizes_{};  // the largest so far: as bits, which are in the order of sizes and of which those of NaN are the largest
+  float *const scales_, *const numbers_;
+  int64_t begin_ = 0;
+  f32v scale_{}, inverse_{};
+  u32v sizes_{};  // the largest so far: as bits, which are in the order of sizes and of which those of NaN are the largest
 };
 
 // The rules: new parameters of old ones and gradients, and the states of these. No sum of two plain products: see fma in
@@ -139,10 +154,16 @@ template <class T, class S, bool kMore> struct Adam {
   S* const top;
   const Average<V> average;
   const V beta2, rest2, decay, step_size, correction, eps;
-  Adam(const StepArrays& a, const StepScalars& s)
-      : m(a, s), v(a, s), top(static_cast<S*>(a.data[kTop])), average(s.mean), beta2(splat<V>(s.beta2)),
-        rest2(splat<V>(1 - s.beta2)), decay(splat<V>(s.decay)), step_size(splat<V>(s.step_size)),
-        correction(splat<V>(s.correction)), eps(splat<V>(s.eps)) {}
+  const uint32_t noise;
+  const PackConstants constants;
+  Adam(const StepArrays& a, const StepScalars& s, float* numbers)
+      : m(a, s, numbers), v(a, s, numbers + kStateBlock), top(static_cast<S*>(a.data[kTop])), average(s.mean),
+        beta2(splat<V>(s.beta2)), rest2(splat<V>(1 - s.beta2)), decay(splat<V>(s.decay)), step_size(splat<V>(s.step_size)),
+        correction(splat<V>(s.correction)), eps(splat<V>(s.eps)), noise(s.noise) {}
+  void start(int64_t begin) {
+    m.start(begin);
+    v.start(begin);
+  }
   V operator()(V p, V g, int64_t first, int64_t i, int count) {
     V mean = average(m.load(i, count), g);
     V second = fma(v.load(i, count), beta2, g * g * rest2);
@@ -159,9 +180,15 @@ template <class T, class S, bool kMore> struct Adam {
   }
   void finish(int64_t first, int64_t n) {
     if constexpr (std::is_same_v<S, uint8_t>) {
-      const float scale_of_m = m.find_scale(), scale_of_v = v.find_scale();
-      m.pack(scale_of_m, first, n);
-      v.pack(scale_of_v, first, n);
+      m.find_scale();
+      v.find_scale();
+      u32v at = random_at(first, noise), random[4];
+      for (int64_t i = 0; i < n; i += 4 * kLanes) {
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k, at += constants.step) random[k] = random_words(at);
+        m.pack(i, n, random, constants);
+        v.pack(i, n, random, constants);
+      }
     }
   }
 };
@@ -170,9 +197,10 @@ template <class T, class S, bool kMore> struct Sgd {
   const State<S, kFirst> buffer;
   const V momentum, rest, minus_lr;
   const bool starts, nesterov;
-  Sgd(const StepArrays& a, const StepScalars& s)
-      : buffer(a, s), momentum(splat<V>(s.momentum)), rest(splat<V>(s.rest)), minus_lr(splat<V>(-s.step_size)),
+  Sgd(const StepArrays& a, const StepScalars& s, float* numbers)
+      : buffer(a, s, numbers), momentum(splat<V>(s.momentum)), rest(splat<V>(s.rest)), minus_lr(splat<V>(-s.step_size)),
         starts(s.starts), nesterov(s.nesterov) {}
+  void start(int64_t) const {}
   V operator()(V p, V g, int64_t first, int64_t i, int count) const {
     if (buffer) {
       V average = starts ? g : fma(buffer.load(i, count), momentum, g * rest);
@@ -189,7 +217,8 @@ void step_of(const StepArrays& a, int64_t first, int64_t n, const StepScalars& s
   using V = vec_t<T>;
   using Wide = compute_t<T>;
   // Outside the loop, since the compiler must think that a store may change what s refers to.
-  Rule<T, S, kMore> rule(a, s);
+  alignas(64) float numbers[2 * kStateBlock] = {};  // not within the rule, whose other members would then be in memory too
+  Rule<T, S, kMore> rule(a, s, numbers);
   const Average<V> average(s.ema);
   T* const param = static_cast<T*>(a.data[kParam]);
   const T* const grad = static_cast<const T*>(a.data[kGrad]);
@@ -197,36 +226,28 @@ void step_of(const StepArrays& a, int64_t first, int64_t n, const StepScalars& s
   const bool has_l2 = s.has_l2, has_l1 = s.has_l1, stochastic = s.stochastic_params;
   const V sign = splat<V>(s.sign), l2 = splat<V>(s.l2), l1 = splat<V>(s.l1);
   const uint32_t noise = s.noise_of_param;
-  for_each_vector<V>(n, [&](int64_t i, int count) {
-    V p = kMore && master != nullptr ? load_count(master + i, count) : load_count(param + i, count);
-    V g = load_count(grad + i, count) * sign;
-    if (has_l2) g = fma(p, l2, g);  // not 0 * p, which is NaN where p is infinite
-    if (kMore && has_l1) g = g + (p > V{} ? l1 : p < V{} ? -l1 : V{});
-    p = rule(p, g, first, i, count);
-    store_rounded(param + i, p, stochastic, first + i, noise, count);
-    if (kMore && master != nullptr) store_count(master + i, p, count);
-    if (kMore && ema != nullptr) store_count(ema + i, average(load_count(ema + i, count), p), count);
-  });
-  rule.finish(first, n);
+  const int64_t block = std::is_same_v<S, uint8_t> ? kStateBlock : n;
+  for (int64_t begin = 0; begin < n; begin += block) {
+    const int64_t in_block = n - begin < block ? n - begin : block;
+    rule.start(begin);
+    for_each_vector<V>(in_block, [&](int64_t j, int count) {
+      const int64_t i = begin + j;
+      V p = kMore && master != nullptr ? load_count(master + i, count) : load_count(param + i, count);
+      V g = load_count(grad + i, count) * sign;
+      if (has_l2) g = fma(p, l2, g);  // not 0 * p, which is NaN where p is infinite
+      if (kMore && has_l1) g = g + (p > V{} ? l1 : p < V{} ? -l1 : V{});
+      p = rule(p, g, first, i, count);
+      store_rounded(param + i, p, stochastic, first + i, noise, count);
+      if (kMore && master != nullptr) store_count(master + i, p, count);
+      if (kMore && ema != nullptr) store_count(ema + i, average(load_count(ema + i, count), p), count);
+    });
+    rule.finish(first + begin, in_block);
+  }
 }
 template <template <class, class, bool> class Rule, class T, class S>
 void step(const StepArrays& a, int64_t first, int64_t n, const StepScalars& s) {
   bool more = a.data[kTop] != nullptr || a.data[kMaster] != nullptr || a.data[kEma] != nullptr || s.has_l1;
   (more ? step_of<Rule, T, S, true> : step_of<Rule, T, S, false>)(a, first, n, s);
-}
-
-template <class T> inline void* from(void* p, int64_t i) { return p != nullptr ? static_cast<T*>(p) + i : nullptr; }
-template <class T> void adam_in_8_bits(const StepArrays& a, int64_t first, int64_t n, const StepScalars& s) {
-  using Wide = compute_t<T>;
-  alignas(64) float numbers[2][kStateBlock] = {};
-  for (int64_t i = 0; i < n; i += kStateBlock) {
-    StepArrays block = {{from<T>(a.data[kParam], i), from<T>(a.data[kGrad], i), from<uint8_t>(a.data[kFirst], i),
-                         from<uint8_t>(a.data[kSecond], i), nullptr, from<Wide>(a.data[kMaster], i),
-                         from<Wide>(a.data[kEma], i)},
-                        {a.scales[0] + i / kStateBlock, a.scales[1] + i / kStateBlock},
-                        {numbers[0], numbers[1]}};
-    step<Adam, T, uint8_t>(block, first + i, n - i < kStateBlock ? n - i : kStateBlock, s);
-  }
 }
 
 template <class T> double sum_of_squares(const void* x_, int64_t n) {
@@ -243,9 +264,9 @@ template <class T> double sum_of_squares(const void* x_, int64_t n) {
 #define FASTLM_DOUBLE_STEP(rule) {}
 #endif
 constexpr OptimizerKernels kOptimizerKernels = {
-    {{{step<Adam, float, float>, step<Adam, float, bf16>, nullptr, nullptr, nullptr, adam_in_8_bits<float>},
-      {step<Adam, bf16, float>, step<Adam, bf16, bf16>, nullptr, nullptr, nullptr, adam_in_8_bits<bf16>},
-      {step<Adam, f16, float>, nullptr, step<Adam, f16, f16>, nullptr, nullptr, adam_in_8_bits<f16>},
+    {{{step<Adam, float, float>, step<Adam, float, bf16>, nullptr, nullptr, nullptr, step<Adam, float, uint8_t>},
+      {step<Adam, bf16, float>, step<Adam, bf16, bf16>, nullptr, nullptr, nullptr, step<Adam, bf16, uint8_t>},
+      {step<Adam, f16, float>, nullptr, step<Adam, f16, f16>, nullptr, nullptr, step<Adam, f16, uint8_t>},
       FASTLM_DOUBLE_STEP(Adam)},
      {{step<Sgd, float, float>, step<Sgd, float, bf16>},
       {step<Sgd, bf16, float>, step<Sgd, bf16, bf16>},

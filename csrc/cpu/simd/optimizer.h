@@ -26,14 +26,13 @@ struct StepScalars {
   double momentum, rest;                 // of the buffer; of the gradient in it
   bool starts, nesterov;                 // the buffer becomes the first gradient
   bool stochastic, stochastic_params;    // round v and the parameter to bfloat16 at random
-  uint32_t noise, noise_of_mean, noise_of_param;  // what random numbers follow from, beside an element's number
+  uint32_t noise, noise_of_param;  // what random numbers follow from, beside an element's number
 };
 
 // Arrays are dense, of n elements each, the first of which is number `first` of its parameter; null where there is none.
 struct StepArrays {
   void* data[kStepTensors];
   float* scales[2];
-  float* numbers[2];  // room for what a block of 8 bits stands for; the kernel's own
 };
 // With 8 bits, `first` is a multiple of kStateBlock.
 using StepKernel = void (*)(const StepArrays& arrays, int64_t first, int64_t n, const StepScalars& scalars);

@@ -35,6 +35,7 @@ typedef double f64v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef int32_t i32v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef uint32_t u32v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef uint16_t u16h __attribute__((vector_size(FASTLM_VECTOR_BYTES / 2)));  // as many 16-bit lanes as f32v has
+typedef uint16_t u16v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 typedef uint8_t u8q __attribute__((vector_size(FASTLM_VECTOR_BYTES / 4)));    // and 8-bit lanes
 typedef uint8_t u8v __attribute__((vector_size(FASTLM_VECTOR_BYTES)));
 
@@ -208,48 +209,39 @@ inline u32v load_bytes(const uint8_t* p) {
 #endif
 }
 
-// Four vectors as one of bytes: of integers, those below 0 as 0 and those above 255 as 255; and of floats, 128 where the
-// sign is minus and else 0.
+// Two vectors of integers below 2^15 as one of 16 bits, and two of those as one of bytes, where more than 255 becomes 255.
+// Each instruction packs within 16 bytes: only the bytes are in order again.
 #if defined(__AVX512F__) && defined(__AVX512BW__)
-inline u8v in_order(__m512i bytes) {  // packed within each 16 bytes
+inline u16v narrow_pair(u32v a, u32v b) { return (u16v)_mm512_packs_epi32((__m512i)a, (__m512i)b); }
+inline u8v bytes_of(u16v a, u16v b) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return (u8v)_mm512_permutexvar_epi32(order, bytes);
+  return (u8v)_mm512_permutexvar_epi32(order, _mm512_packus_epi16((__m512i)a, (__m512i)b));
 }
-inline u8v saturated(const i32v (&x)[4]) {
-  return in_order(_mm512_packus_epi16(_mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]),
-                                      _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3])));
-}
-inline u8v signs(const f32v (&x)[4]) {
-  return in_order(_mm512_packs_epi16(_mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]),
-                                     _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]))) & 128;
-}
+inline u16v less(u16v a, u16v b) { return (u16v)_mm512_subs_epu16((__m512i)a, (__m512i)b); }
 #elif defined(__AVX2__)
-inline u8v in_order(__m256i bytes) {  // packed within each 16 bytes
-  return (u8v)_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+inline u16v narrow_pair(u32v a, u32v b) { return (u16v)_mm256_packs_epi32((__m256i)a, (__m256i)b); }
+inline u8v bytes_of(u16v a, u16v b) {
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  return (u8v)_mm256_permutevar8x32_epi32(_mm256_packus_epi16((__m256i)a, (__m256i)b), order);
 }
-inline u8v saturated(const i32v (&x)[4]) {
-  return in_order(_mm256_packus_epi16(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]),
-                                      _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3])));
-}
-inline u8v signs(const f32v (&x)[4]) {
-  return in_order(_mm256_packs_epi16(_mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]),
-                                     _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]))) & 128;
-}
+inline u16v less(u16v a, u16v b) { return (u16v)_mm256_subs_epu16((__m256i)a, (__m256i)b); }
 #else
-inline u8v saturated(const i32v (&x)[4]) {
+inline u16v narrow_pair(u32v a, u32v b) {
+  const u16h halves[2] = {narrow_bits(a), narrow_bits(b)};
+  u16v pair;
+  std::memcpy(&pair, halves, sizeof pair);
+  return pair;
+}
+inline u8v bytes_of(u16v a, u16v b) {
+  const u16v pairs[2] = {a, b};
   u8v bytes;
-  for (int k = 0; k < 4; ++k) {
-    i32v least = x[k] < 0 ? i32v{} : x[k];
-    u8q part = __builtin_convertvector(least > 255 ? 255 + i32v{} : least, u8q);
-    std::memcpy(reinterpret_cast<char*>(&bytes) + k * sizeof part, &part, sizeof part);
+  for (size_t i = 0; i < sizeof bytes; ++i) {
+    uint16_t x = pairs[i / (sizeof bytes / 2)][i % (sizeof bytes / 2)];
+    bytes[i] = x < 255 ? x : 255;
   }
   return bytes;
 }
-inline u8v signs(const f32v (&x)[4]) {
-  i32v sign[4];
-  for (int k = 0; k < 4; ++k) sign[k] = (i32v)((u32v)x[k] >> 24) & 128;
-  return saturated(sign);
-}
+inline u16v less(u16v a, u16v b) { return (a > b ? a : b) - b; }  // not below 0
 #endif
 
 // --- arithmetic -------------------------------------------------------------------------------------------------------

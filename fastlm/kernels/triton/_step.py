@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlm._eight_bit import BLOCK as _ROW
-from fastlm._rounding import noise_of, noise_of_mean, noise_of_param
+from fastlm._rounding import noise_of, noise_of_param
 from fastlm.kernels._common import as_laid_out, capturing
 from fastlm.kernels.triton._common import INTERPRETED, launch, widen
 
@@ -101,19 +101,19 @@ def store_param(
 
 # --- random numbers and 8 bits ----------------------------------------------------------------------------------------
 @triton.jit
-def random_bits(i_first, o_n, noise):
-    """As fastlm._rounding.random_bits: 16 of them, uint32. No chunk crosses a multiple of 2^32, so the high word of an
+def random_words(i_first, o_n, noise):
+    """As fastlm._rounding.random_words, uint32. No chunk crosses a multiple of 2^32, so the high word of an
     element's number is that of the chunk's first one."""
     b_low = o_n.to(tl.uint32) + (i_first & 0xFFFFFFFF).to(tl.uint32)
     b_random = b_low * tl.full((), 0x9E3779B9, tl.uint32) + ((i_first >> 32) + noise).to(tl.uint32)
-    return ((b_random ^ (b_random >> 15)) * tl.full((), 0x846CA68B, tl.uint32)) >> 16
+    return (b_random ^ (b_random >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
 
 
 @triton.jit
 def round_at_random(b_x, i_first, o_n, noise):
     """As fastlm._rounding.rounded_at_random: a float32 that a bfloat16 holds exactly."""
     b_bits = b_x.to(tl.uint32, bitcast=True)
-    b_random = random_bits(i_first, o_n, noise)
+    b_random = random_words(i_first, o_n, noise) >> 16
     b_cut = ((b_bits + b_random) & tl.full((), 0xFFFF0000, tl.uint32)).to(tl.float32, bitcast=True)
     finite = (b_bits & tl.full((), 0x7F800000, tl.uint32)) != tl.full((), 0x7F800000, tl.uint32)
     return tl.where(finite, b_cut, b_x)
@@ -138,7 +138,7 @@ def unpack(b_codes, b_scales, SIGNED: tl.constexpr):
 
 @triton.jit
 def pack(b_x, b_random, SIGNED: tl.constexpr):
-    """As fastlm._eight_bit.quantized: codes, and the scale of each row."""
+    """As fastlm._eight_bit.quantized and random_of: codes, and the scale of each row."""
     CODES: tl.constexpr = 127 if SIGNED else 255
     b_bits = b_x.to(tl.int32, bitcast=True)
     b_sizes = b_bits & 0x7FFFFFFF
@@ -146,11 +146,10 @@ def pack(b_x, b_random, SIGNED: tl.constexpr):
     b_scales = b_largest.to(tl.float32, bitcast=True)
     small = b_scales < 1e-30
     b_parts = b_sizes.to(tl.float32, bitcast=True) * tl.where(small, 0.0, tl.div_rn(1.0, b_scales))
-    b_codes = ((b_parts.to(tl.int32, bitcast=True) + (b_random.to(tl.int32) << (_CUT - 16))) >> _CUT) - (
-        (127 << 3) - CODES
-    )
-    b_codes = tl.minimum(tl.maximum(b_codes, 0 if SIGNED else 1), CODES)
-    b_codes = tl.where(b_parts > 0, b_codes, 0)
+    b_random = b_random & 0xFFFF0 if SIGNED else b_random >> (32 - _CUT)
+    b_steps = (b_parts.to(tl.int32, bitcast=True) + b_random.to(tl.int32)) >> _CUT
+    b_codes = tl.minimum(tl.maximum(b_steps - ((127 << 3) - CODES), 0 if SIGNED else 1), CODES)
+    b_codes = tl.where((b_steps > 0) & (b_parts == b_parts), b_codes, 0)
     if SIGNED:
         b_codes |= (b_bits >> 24) & 128
     b_scales = tl.where(small, 0.0, tl.where(b_largest < 0x7F800000, b_scales, float("nan")))
@@ -244,9 +243,9 @@ def count(steps: Sequence[Tensor], found_inf: Tensor | None) -> None:
 
 
 def noises_of(t: Tensor, places: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """(places, 3) int64: what the random numbers follow from for exp_avg_sq, the parameter and exp_avg."""
+    """(places, 2) int64: what the random numbers follow from for the averages and for the parameter."""
     noise = noise_of(t, _places(places, t.device), seed)
-    return on(device, torch.stack([noise, noise_of_param(noise), noise_of_mean(noise)], 1))
+    return on(device, torch.stack([noise, noise_of_param(noise)], 1))
 
 
 @functools.lru_cache(maxsize=64)

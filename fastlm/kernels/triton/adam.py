@@ -26,7 +26,7 @@ def adam_kernel(
     step_size = tl.load(p_steps + i_param * 3)
     inverse_root = tl.load(p_steps + i_param * 3 + 1)
     decay = tl.load(p_steps + i_param * 3 + 2)
-    p_noise = p_noises + i_param * 3
+    p_noise = p_noises + i_param * 2
     p_param = _step.tensor_at(p_addresses, i_param, _step.PARAM, i_first, TYPE, ALIGNED)
     p_grad = _step.tensor_at(p_addresses, i_param, _step.GRAD, i_first, TYPE, ALIGNED)
     p_exp_avg = _step.tensor_at(p_addresses, i_param, _step.FIRST, i_first, STATE, ALIGNED)
@@ -68,9 +68,8 @@ def adam_kernel(
             STOCHASTIC_PARAMS,
         )  # fmt: skip
         if EIGHT_BIT:  # what is past the end takes no part in the scales
-            b_random = _step.random_bits(i_first, o_n, tl.load(p_noise + 2))
+            b_random = _step.random_words(i_first, o_n, tl.load(p_noise))
             b_exp_avg, b_scales = _step.pack(tl.where(m_n, b_exp_avg, 0.0), b_random, True)
-            b_random = _step.random_bits(i_first, o_n, tl.load(p_noise))
             b_exp_avg_sq, b_sq_scales = _step.pack(tl.where(m_n, b_exp_avg_sq, 0.0), b_random, False)
             tl.store(p_row, b_scales, mask=m_row)
             tl.store(p_sq_row, b_sq_scales, mask=m_row)

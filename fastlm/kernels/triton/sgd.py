@@ -23,7 +23,7 @@ def sgd_kernel(
     i_param, i_first, n = _step.chunk_of_program(p_chunks, p_found, ALIGNED)
     lr = tl.load(p_steps + i_param * 2)
     is_first = tl.load(p_steps + i_param * 2 + 1) != 0
-    p_noise = p_noises + i_param * 3
+    p_noise = p_noises + i_param * 2
     p_param = _step.tensor_at(p_addresses, i_param, _step.PARAM, i_first, TYPE, ALIGNED)
     p_grad = _step.tensor_at(p_addresses, i_param, _step.GRAD, i_first, TYPE, ALIGNED)
     p_buffer = _step.tensor_at(p_addresses, i_param, _step.FIRST, i_first, STATE, ALIGNED)
