@@ -63,9 +63,7 @@ template <class S, int kState> class State {
 // A constant that the compiler does not know: one that it knows it makes anew in each turn of a loop that lacks registers,
 // by the instructions that packing waits for already.
 template <class V> inline V opaque(V v) {
-#if defined(__x86_64__)
-  asm("" : "+x"(v));
-#endif
+  asm("" : "+m"(v));
   return v;
 }
 

@@ -108,8 +108,15 @@ template <class To, class From> FASTLM_EMULATED __m512i packed(__m512i a, __m512
   return result;
 }
 FASTLM_EMULATED __m512i _mm512_packs_epi32(__m512i a, __m512i b) { return packed<int16_t, int32_t>(a, b, -32768, 32767); }
-FASTLM_EMULATED __m512i _mm512_packs_epi16(__m512i a, __m512i b) { return packed<int8_t, int16_t>(a, b, -128, 127); }
 FASTLM_EMULATED __m512i _mm512_packus_epi16(__m512i a, __m512i b) { return packed<uint8_t, int16_t>(a, b, 0, 255); }
+FASTLM_EMULATED __m512i _mm512_subs_epu16(__m512i a, __m512i b) {
+  uint16_t x[32], y[32];
+  std::memcpy(x, &a, 64);
+  std::memcpy(y, &b, 64);
+  for (int i = 0; i < 32; ++i) x[i] = x[i] > y[i] ? x[i] - y[i] : 0;
+  std::memcpy(&a, x, 64);
+  return a;
+}
 FASTLM_EMULATED __m512i _mm512_cvtepu8_epi32(__m128i v) { return (__m512i)__builtin_convertvector((Bytes16)v, Lanes); }
 
 // To bf16: denormals become 0, the nearest else, and the second operand goes to the lower half.
