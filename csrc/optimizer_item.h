@@ -52,7 +52,7 @@ FASTLM_HOST_DEVICE inline uint32_t adam_mixed(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// What those for v follow from, beside an element's number; `place` is the parameter's in the list.
+// What those for m and v follow from, beside an element's number; `place` is the parameter's in the list.
 FASTLM_HOST_DEVICE inline uint32_t adam_noise(double step, uint32_t place, uint32_t seed) {
   return adam_mixed(adam_mixed(static_cast<uint32_t>(step) + adam_mixed(seed)) ^ place * 0x9e3779b9u);
 }
@@ -69,8 +69,9 @@ FASTLM_HOST_DEVICE inline uint32_t adam_random(int64_t i, uint32_t noise) {
 constexpr int64_t kStateBlock = 256;
 constexpr int kStateCut = 20;            // bits of the mantissa that a code leaves out
 // What is added to them to round at random: the highest bits of an element's random number for the average of squares, and
-// these of the same for that of gradients.
+// these of the same for that of gradients, which leave room for what division adds to 1: code 128 is a sign.
 constexpr uint32_t kRandomOfMean = 0xffff0;
+static_assert(kRandomOfMean + 2 < 1u << kStateCut);
 constexpr float kLeastScale = 1e-30f;    // a block whose largest element is smaller becomes 0
 // What is added to a code to give the highest bits of a float: the largest code is then 1.
 constexpr int kFirstSigned = (127 << 3) - 127, kFirstUnsigned = (127 << 3) - 255;

@@ -23,7 +23,7 @@ def _mixed(x: Tensor | int) -> Tensor | int:
 
 
 def noise_of(step: Tensor, place: Tensor | int, seed: int) -> Tensor:
-    """What the random numbers of a step follow from, for the average of squares of the list's parameter at `place`."""
+    """What the random numbers of a step follow from, for the averages of the list's parameter at `place`."""
     return _mixed(_mixed((step.long() + _mixed(seed & _WORD)) & _WORD) ^ (place * _GOLDEN & _WORD))
 
 

@@ -431,6 +431,25 @@ def test_codes_are_right_in_the_mean(backend):
         assert ((total / draws - exact) / exact)[large].mean().abs() < 5 / 16 / (draws * 300) ** 0.5
 
 
+def test_extreme_codes_are_the_references(backend):
+    grad = torch.randn(4 * 256 + 44, generator=torch.Generator().manual_seed(4)) ** 5
+    for block, largest in ((0, 3e38), (1, 1.5e19)):  # the inverse of the mean's or the square's scale is denormal
+        part = grad[256 * block : 256 * (block + 1)]
+        part *= largest / part.abs().max()
+    grad[2 * 256] = 1e19
+    grad[2 * 256 + 1 : 3 * 256] = torch.linspace(0.01, 0.4, 255)  # squares below 2^-126 of the largest
+    grad[900] = torch.tensor(0xFFC00001 - (1 << 32), dtype=torch.int32).view(torch.float32)  # NaN with a sign
+    for seed in range(8):
+        got = codes_of(grad, seed)
+        with fastlm.use_backend("reference"):
+            want = codes_of(grad, seed)
+        for codes in (got, want):
+            codes[0][900] = 0  # a sign that means nothing
+        assert_bits_equal([got], [want])
+        assert got[3][0].isnan() and got[1][3].isnan() and got[3][3].isnan()
+        assert 0 < (got[2][2 * 256 + 1 : 3 * 256] == 1).sum() < 255
+
+
 def test_special_blocks(backend):
     grad = torch.randn(5 * 256)
     grad[:256] = 0.0  # a block of nothing

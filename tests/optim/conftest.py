@@ -1,5 +1,6 @@
 """Fixtures that run a test on each backend. What a native kernel cannot do yet, it leaves to the reference."""
 
+import functools
 import importlib
 import os
 import sys
@@ -33,6 +34,11 @@ def backend(request):
     yield from running(request.param)
 
 
+@functools.cache
+def emulated():
+    return importlib.import_module("cuda_testing").Kernels("emulated")
+
+
 @pytest.fixture(params=[*BACKENDS, *GPU_BACKENDS])
 def every_backend(request, monkeypatch):
     """Also the GPU's: new tensors go there where there is one, else CUDA's kernels run in their emulation, on CPU
@@ -42,13 +48,14 @@ def every_backend(request, monkeypatch):
     elif os.environ.get("FASTLM_CPU_ISA"):
         pytest.skip("the same on every instruction set of the CPU")
     elif torch.cuda.is_available():
-        with torch.device("cuda"):
+        with torch.device("cuda"), warnings.catch_warnings():
+            warnings.simplefilter("error", fastlm.FallbackWarning)
             yield from running(request.param.replace("cuda", "native"))
     elif request.param == "triton":
         pytest.importorskip("triton", reason="Triton is not installed")
         yield from running("triton")
     else:
-        kernels = importlib.import_module("cuda_testing").Kernels("emulated")
+        kernels = emulated()
         monkeypatch.setattr("fastlm.ops.adam._adam", kernels["adam_"])
         monkeypatch.setattr("fastlm.ops.sgd._sgd", kernels["sgd_"])
         yield "emulated"

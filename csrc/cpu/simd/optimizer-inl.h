@@ -68,6 +68,7 @@ template <class V> inline V opaque(V v) {
 }
 
 struct PackConstants {
+  __attribute__((always_inline)) PackConstants() {}
   const u32v step = opaque(u32v{} + kLanes * kRandomStep), of_mean = opaque(u32v{} + kRandomOfMean);
   const u16v size = opaque(u16v{} + 0x7ff), sign = opaque(u16v{} + 128), least = opaque(u16v{} + 1);
   const u16v signed_one = opaque(u16v{} + kFirstSigned), unsigned_one = opaque(u16v{} + kFirstUnsigned);
@@ -86,15 +87,15 @@ template <int kState> class State<uint8_t, kState> {
     scale_ = splat<f32v>(scales_[begin / kStateBlock]);
     sizes_ = u32v{};
   }
-  f32v load(int64_t i, int count) const {
+  __attribute__((always_inline)) f32v load(int64_t i, int count) const {
     u32v code = load_bytes_count(codes_ + i, count), size = kSigned ? code & 127u : code;
     u32v bits = (size + uint32_t(kOne)) << kStateCut;
     if (kSigned) bits |= (code & 128u) << 24;
     return (f32v)(size != 0u ? bits : u32v{}) * scale_;
   }
-  void store(int64_t, int64_t i, f32v x, int count) {
+  __attribute__((always_inline)) void store(int64_t, int64_t i, f32v x, int count) {
     x = first_of(x, count);
-    FASTLM_ISA::store(numbers_ + i - begin_, x);
+    FASTLM_ISA::store(numbers_ + (i - begin_), x);
     sizes_ = max(sizes_, (u32v)(kSigned ? abs(x) : x));  // squares are not below 0, but may be NaN with a sign
   }
   // After the block's last store: its scale, and then 4 kLanes codes at a time of n, by random words.
@@ -119,19 +120,20 @@ template <int kState> class State<uint8_t, kState> {
       u32v part = (u32v)(FASTLM_ISA::load(numbers_ + i + k * kLanes) * inverse_);
       bits[k] = (part + (kSigned ? random[k] & c.of_mean : random[k] >> (32 - kStateCut))) >> kStateCut;
     }
-    // No size is above 127 or 255 but by saturation, since no part exceeds 1 by more than some last bits.
+    // A part exceeds 1 by two last bits at most, with which kRandomOfMean does not reach code 128; 256 becomes 255.
     u16v code[2];
 #pragma GCC unroll 2
     for (int k = 0; k < 2; ++k) {
       u16v x = narrow_pair(bits[2 * k], bits[2 * k + 1]);
-      code[k] = kSigned ? less(x & c.size, c.signed_one) | ((x >> 4) & c.sign)
-                        : max(less(x, c.unsigned_one), min(x, c.least));  // what is above 0 stays so
+      code[k] = kSigned ? minus_saturated(x & c.size, c.signed_one) | ((x >> 4) & c.sign)
+                        : max(minus_saturated(x, c.unsigned_one), min(x, c.least));  // what is above 0 stays so
     }
     u8v bytes = bytes_of(code[0], code[1]);
     if (n - i >= 4 * kLanes) {
       std::memcpy(codes_ + begin_ + i, &bytes, sizeof bytes);
     } else {
-      std::memcpy(codes_ + begin_ + i, &bytes, n - i);
+      const u8v last = bytes;  // the address of `bytes` would keep it in memory
+      std::memcpy(codes_ + begin_ + i, &last, n - i);
     }
   }
 
@@ -153,7 +155,6 @@ template <class T, class S, bool kMore> struct Adam {
   const Average<V> average;
   const V beta2, rest2, decay, step_size, correction, eps;
   const uint32_t noise;
-  const PackConstants constants;
   Adam(const StepArrays& a, const StepScalars& s, float* numbers)
       : m(a, s, numbers), v(a, s, numbers + kStateBlock), top(static_cast<S*>(a.data[kTop])), average(s.mean),
         beta2(splat<V>(s.beta2)), rest2(splat<V>(1 - s.beta2)), decay(splat<V>(s.decay)), step_size(splat<V>(s.step_size)),
@@ -176,7 +177,7 @@ template <class T, class S, bool kMore> struct Adam {
     V denominator = fma(sqrt(second), correction, eps);
     return p * decay - step_size * mean / denominator;
   }
-  void finish(int64_t first, int64_t n) {
+  void finish(int64_t first, int64_t n, const PackConstants& constants) {
     if constexpr (std::is_same_v<S, uint8_t>) {
       m.find_scale();
       v.find_scale();
@@ -207,7 +208,7 @@ template <class T, class S, bool kMore> struct Sgd {
     }
     return fma(g, minus_lr, p);
   }
-  void finish(int64_t, int64_t) const {}
+  void finish(int64_t, int64_t, const PackConstants&) const {}
 };
 
 template <template <class, class, bool> class Rule, class T, class S, bool kMore>
@@ -217,6 +218,7 @@ void step_of(const StepArrays& a, int64_t first, int64_t n, const StepScalars& s
   // Outside the loop, since the compiler must think that a store may change what s refers to.
   alignas(64) float numbers[2 * kStateBlock] = {};  // not within the rule, whose other members would then be in memory too
   Rule<T, S, kMore> rule(a, s, numbers);
+  const PackConstants constants;
   const Average<V> average(s.ema);
   T* const param = static_cast<T*>(a.data[kParam]);
   const T* const grad = static_cast<const T*>(a.data[kGrad]);
@@ -239,7 +241,7 @@ void step_of(const StepArrays& a, int64_t first, int64_t n, const StepScalars& s
       if (kMore && master != nullptr) store_count(master + i, p, count);
       if (kMore && ema != nullptr) store_count(ema + i, average(load_count(ema + i, count), p), count);
     });
-    rule.finish(first + begin, in_block);
+    rule.finish(first + begin, in_block, constants);
   }
 }
 template <template <class, class, bool> class Rule, class T, class S>

@@ -210,21 +210,21 @@ inline u32v load_bytes(const uint8_t* p) {
 }
 
 // Two vectors of integers below 2^15 as one of 16 bits, and two of those as one of bytes, where more than 255 becomes 255.
-// Each instruction packs within 16 bytes: only the bytes are in order again.
+// Each instruction packs within 16 bytes: only the bytes are in order again. And a difference that is not below 0.
 #if defined(__AVX512F__) && defined(__AVX512BW__)
 inline u16v narrow_pair(u32v a, u32v b) { return (u16v)_mm512_packs_epi32((__m512i)a, (__m512i)b); }
 inline u8v bytes_of(u16v a, u16v b) {
   const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return (u8v)_mm512_permutexvar_epi32(order, _mm512_packus_epi16((__m512i)a, (__m512i)b));
 }
-inline u16v less(u16v a, u16v b) { return (u16v)_mm512_subs_epu16((__m512i)a, (__m512i)b); }
+inline u16v minus_saturated(u16v a, u16v b) { return (u16v)_mm512_subs_epu16((__m512i)a, (__m512i)b); }
 #elif defined(__AVX2__)
 inline u16v narrow_pair(u32v a, u32v b) { return (u16v)_mm256_packs_epi32((__m256i)a, (__m256i)b); }
 inline u8v bytes_of(u16v a, u16v b) {
   const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   return (u8v)_mm256_permutevar8x32_epi32(_mm256_packus_epi16((__m256i)a, (__m256i)b), order);
 }
-inline u16v less(u16v a, u16v b) { return (u16v)_mm256_subs_epu16((__m256i)a, (__m256i)b); }
+inline u16v minus_saturated(u16v a, u16v b) { return (u16v)_mm256_subs_epu16((__m256i)a, (__m256i)b); }
 #else
 inline u16v narrow_pair(u32v a, u32v b) {
   const u16h halves[2] = {narrow_bits(a), narrow_bits(b)};
@@ -241,7 +241,7 @@ inline u8v bytes_of(u16v a, u16v b) {
   }
   return bytes;
 }
-inline u16v less(u16v a, u16v b) { return (a > b ? a : b) - b; }  // not below 0
+inline u16v minus_saturated(u16v a, u16v b) { return (a > b ? a : b) - b; }
 #endif
 
 // --- arithmetic -------------------------------------------------------------------------------------------------------
