@@ -12,6 +12,7 @@ from torch import Tensor
 
 BLOCK = 256
 _CUT = 20  # bits of the mantissa that a code leaves out
+_RANDOM_OF_MEAN = 0xFFFF0  # see csrc/optimizer_item.h
 
 
 def blocks_of(numel: int) -> int:
@@ -51,7 +52,7 @@ def quantized(x: Tensor, signed: bool, random: Tensor | None = None) -> tuple[Te
 
 def random_of(words: Tensor, signed: bool) -> Tensor:
     """What `quantized` takes, of random numbers of 32 bits: both averages of an element are rounded by the same one."""
-    return words & 0xFFFF0 if signed else words >> (32 - _CUT)
+    return words & _RANDOM_OF_MEAN if signed else words >> (32 - _CUT)
 
 
 def dequantized(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:

@@ -343,7 +343,7 @@ template <bool kSigned> __device__ float unpacked(uint32_t code, float scale) {
   return float_of(kSigned ? bits | (code & 128) << 24 : bits) * scale;
 }
 template <bool kSigned> __device__ uint32_t packed(float x, float inverse, uint32_t random) {
-  constexpr int kLeast = kSigned ? 0 : 1;  // what is above 0 stays so
+  constexpr int kLeast = kSigned ? 0 : 1;  // what is not negligible stays above 0
   int bits = int((bits_of(fabs(x) * inverse) + random) >> kStateCut), code = bits - kFirstCode<kSigned>;
   code = code < kLeast ? kLeast : code > kLastCode<kSigned> ? kLastCode<kSigned> : code;
   if (bits == 0 || inverse == 0) code = 0;

@@ -88,10 +88,10 @@ template <int kState> class State<uint8_t, kState> {
     sizes_ = u32v{};
   }
   __attribute__((always_inline)) f32v load(int64_t i, int count) const {
-    u32v code = load_bytes_count(codes_ + i, count), size = kSigned ? code & 127u : code;
-    u32v bits = (size + uint32_t(kOne)) << kStateCut;
-    if (kSigned) bits |= (code & 128u) << 24;
-    return (f32v)(size != 0u ? bits : u32v{}) * scale_;
+    u32v bits = load_bytes_count<kSigned>(codes_ + i, count) << kStateCut;
+    if (kSigned) bits &= 0x80000000u | 127u << kStateCut;
+    u32v size = kSigned ? bits + bits : bits;  // 0 where that of the code is
+    return (f32v)(size != 0u ? bits + (uint32_t(kOne) << kStateCut) : u32v{}) * scale_;
   }
   __attribute__((always_inline)) void store(int64_t, int64_t i, f32v x, int count) {
     x = first_of(x, count);
@@ -126,7 +126,7 @@ template <int kState> class State<uint8_t, kState> {
     for (int k = 0; k < 2; ++k) {
       u16v x = narrow_pair(bits[2 * k], bits[2 * k + 1]);
       code[k] = kSigned ? minus_saturated(x & c.size, c.signed_one) | ((x >> 4) & c.sign)
-                        : max(minus_saturated(x, c.unsigned_one), min(x, c.least));  // what is above 0 stays so
+                        : max(minus_saturated(x, c.unsigned_one), min(x, c.least));  // what is not negligible stays above 0
     }
     u8v bytes = bytes_of(code[0], code[1]);
     if (n - i >= 4 * kLanes) {

@@ -199,13 +199,17 @@ inline void store_u16_n(void* p, u16h h, int n) {
 inline void store_n(bf16* p, f32v v, int n) { store_u16_n(p, narrow_bf16(v), n); }
 inline void store_n(f16* p, f32v v, int n) { store_u16_n(p, narrow_f16(v), n); }
 
-inline u32v load_bytes(const uint8_t* p) {
+// With kSigned, the highest bit of a byte fills the word above it.
+template <bool kSigned> inline u32v load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
-  return (u32v)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return (u32v)(kSigned ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
 #elif defined(__AVX2__)
-  return (u32v)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return (u32v)(kSigned ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
 #else
-  return __builtin_convertvector(load_raw<u8q>(p), u32v);
+  u32v words = __builtin_convertvector(load_raw<u8q>(p), u32v);
+  return kSigned ? (u32v)((i32v)(words << 24) >> 24) : words;
 #endif
 }
 
@@ -440,11 +444,11 @@ template <class T> inline void store_count(T* p, vec_t<T> v, int count) {
   count == lanes_of<vec_t<T>> ? store(p, v) : store_n(p, v, count);
 }
 
-inline u32v load_bytes_count(const uint8_t* p, int count) {
-  if (count == kLanes) return load_bytes(p);
+template <bool kSigned> inline u32v load_bytes_count(const uint8_t* p, int count) {
+  if (count == kLanes) return load_bytes<kSigned>(p);
   uint8_t bytes[kLanes] = {};
   std::memcpy(bytes, p, count);
-  return load_bytes(bytes);
+  return load_bytes<kSigned>(bytes);
 }
 
 // --- past the caches --------------------------------------------------------------------------------------------------

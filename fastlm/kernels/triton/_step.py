@@ -31,7 +31,7 @@ _TENSORS = 9
 PARAM, GRAD, FIRST, SECOND, TOP, MASTER, EMA, FIRST_SCALES, SECOND_SCALES = map(tl.constexpr, range(_TENSORS))
 ROW = tl.constexpr(_ROW)
 _IN_ROW = tl.constexpr(_TENSORS)
-_CUT = tl.constexpr(20)  # as in fastlm._eight_bit
+_CUT, _RANDOM_OF_MEAN = tl.constexpr(20), tl.constexpr(0xFFFF0)  # as in fastlm._eight_bit
 
 
 # --- in kernels -------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def pack(b_x, b_random, SIGNED: tl.constexpr):
     b_scales = b_largest.to(tl.float32, bitcast=True)
     small = b_scales < 1e-30
     b_parts = b_sizes.to(tl.float32, bitcast=True) * tl.where(small, 0.0, tl.div_rn(1.0, b_scales))
-    b_random = b_random & 0xFFFF0 if SIGNED else b_random >> (32 - _CUT)
+    b_random = b_random & _RANDOM_OF_MEAN if SIGNED else b_random >> (32 - _CUT)
     b_steps = (b_parts.to(tl.int32, bitcast=True) + b_random.to(tl.int32)) >> _CUT
     b_codes = tl.minimum(tl.maximum(b_steps - ((127 << 3) - CODES), 0 if SIGNED else 1), CODES)
     b_codes = tl.where((b_steps > 0) & (b_parts == b_parts), b_codes, 0)

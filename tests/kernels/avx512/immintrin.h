@@ -118,6 +118,15 @@ FASTLM_EMULATED __m512i _mm512_subs_epu16(__m512i a, __m512i b) {
   return a;
 }
 FASTLM_EMULATED __m512i _mm512_cvtepu8_epi32(__m128i v) { return (__m512i)__builtin_convertvector((Bytes16)v, Lanes); }
+FASTLM_EMULATED __m512i _mm512_cvtepi8_epi32(__m128i v) {
+  int8_t bytes[16];
+  std::memcpy(bytes, &v, 16);
+  int32_t words[16];
+  for (int i = 0; i < 16; ++i) words[i] = bytes[i];
+  __m512i result;
+  std::memcpy(&result, words, 64);
+  return result;
+}
 
 // To bf16: denormals become 0, the nearest else, and the second operand goes to the lower half.
 FASTLM_EMULATED uint16_t bf16_bits(float f) {
